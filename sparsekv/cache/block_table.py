@@ -1,0 +1,211 @@
+"""Which pages hold each sequence of a batch, in order, and how many tokens they hold.
+
+Padding is not stored: transformers' index of a token counts padding (`num_tokens`), the position in the pages does
+not (`seq_lens`), and `valid` leads from one to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsekv.cache.page_pool import PageIds, PagePool
+from sparsekv.errors import CacheStateError
+
+
+@dataclass(frozen=True)
+class PageCopies:
+    """Pages whose content must be copied, in every layer, before the next write."""
+
+    source: PageIds
+    target: PageIds
+
+
+class BlockTable:
+    """The page lists of a batch of sequences. A page that several refer to is copied before one writes to it.
+
+    Attributes:
+        num_tokens: columns of the batch so far, padding counted (transformers' sequence length).
+        lengths: `[b]` int64, tokens each sequence holds.
+        valid: `[b, n]` bool for the first n columns, False for padding; None: no padding. Later columns are valid.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.num_tokens = 0
+        self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.valid: Tensor | None = None
+        self._pages: NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        # Copies on each device, dropped when they become stale; most steps change the lengths and no page.
+        self._device_pages: dict[torch.device, Tensor] = {}
+        self._device_lengths: dict[torch.device, Tensor] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the batch; 0 while nothing was appended."""
+        return len(self.lengths)
+
+    @property
+    def num_pages(self) -> NDArray[np.int64]:
+        """`[b]`, pages of each sequence."""
+        return -(-self.lengths // self.pool.page_size)
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return int(self.num_pages.max(initial=0))
+
+    def pages_of(self, row: int) -> PageIds:
+        """The pages of one sequence, in order."""
+        return self._pages[row, : self.num_pages[row]]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`block_table [b, max_pages]` and `seq_lens [b]`, both int32, on a device."""
+        if device not in self._device_pages:
+            pages = torch.from_numpy(self._pages[:, : self.max_pages].copy())
+            self._device_pages[device] = pages.to(device)
+        if device not in self._device_lengths:
+            self._device_lengths[device] = torch.from_numpy(self.lengths.astype(np.int32)).to(device)
+        return self._device_pages[device], self._device_lengths[device]
+
+    # -- what changes the table
+
+    def append(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> PageCopies:
+        """Makes room for `num_new` columns, of which `valid [b, num_new]` (bool, on the CPU) says what is no padding.
+
+        Raises:
+            CacheStateError: the batch has another size.
+            CacheFullError: the pool's limit is reached. In both cases nothing has changed.
+        """
+        if self.batch_size not in (0, batch_size):
+            raise CacheStateError(
+                f"The cache holds {self.batch_size} sequences, the input has {batch_size}. Use a new cache, or "
+                "batch_select_indices / batch_repeat_interleave to fit this one."
+            )
+        lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
+        new = np.full(batch_size, num_new) if valid is None else valid.sum(1).numpy()
+        self.pool.check_room(self._missing_pages(lengths, new))
+        copies = self._writable(lengths, new)
+        self._extend(lengths, lengths + new)
+        self._append_valid(batch_size, num_new, valid)
+        self.num_tokens += num_new
+        return copies
+
+    def check_room(self, batch_size: int, num_new: int) -> None:
+        """Raises CacheFullError if `num_new` tokens more per sequence (none of them padding) would not fit."""
+        lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
+        self.pool.check_room(self._missing_pages(lengths, np.full(batch_size, num_new)))
+
+    def crop(self, num_tokens: int) -> PageCopies:
+        """Drops the last `num_tokens` columns. A page that becomes partly filled is made this table's own, since its
+        digest will change."""
+        keep = self.num_tokens - num_tokens
+        removed = np.full(self.batch_size, num_tokens)
+        if self.valid is not None:
+            removed = removed - (~self.valid[:, keep:]).sum(1).numpy()
+        lengths = self.lengths - removed
+        self.pool.check_room(len(self._shared_tails(lengths, removed)[0]))
+        self.num_tokens, self.valid = keep, None if self.valid is None else self.valid[:, :keep]
+        self._replace(lengths, self._pages)
+        return self._writable(lengths, removed)
+
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """Makes the batch these rows, in this order; a row listed twice is shared, not copied."""
+        if self.valid is not None:
+            self.valid = self.valid[torch.from_numpy(rows)]
+        self._replace(self.lengths[rows], self._pages[rows])
+
+    def fork(self) -> BlockTable:
+        """A second table over the same pages."""
+        twin = BlockTable(self.pool)
+        twin.num_tokens, twin.valid = self.num_tokens, self.valid
+        twin.lengths, twin._pages = self.lengths.copy(), self._pages.copy()
+        self.pool.share(self._all_pages())
+        return twin
+
+    def clear(self) -> None:
+        """Gives every page back."""
+        self._replace(np.zeros(0, np.int64), np.zeros((0, 0), np.int32))
+        self.num_tokens, self.valid = 0, None
+
+    def __del__(self) -> None:
+        if getattr(self, "_pages", None) is not None and self._pages.size:
+            self.pool.release(self._all_pages())
+
+    # -- how
+
+    def _all_pages(self) -> PageIds:
+        used = np.arange(self._pages.shape[1]) < self.num_pages[:, None]
+        pages: PageIds = self._pages[used]
+        return pages
+
+    def _shared_tails(
+        self, lengths: NDArray[np.int64], writes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], PageIds]:
+        """Rows that will write to a partly filled page which others refer to, and those pages.
+
+        If all who refer to a page write to it, the last of them may keep it.
+        """
+        page_size = self.pool.page_size
+        rows = np.flatnonzero((writes > 0) & (lengths % page_size > 0))
+        if not len(rows):
+            return rows, np.zeros(0, np.int32)
+        tails = self._pages[rows, lengths[rows] // page_size]
+        earlier_writers = np.tril(tails[:, None] == tails, k=-1).sum(1)
+        must_copy = earlier_writers < self.pool.references(tails) - 1
+        return rows[must_copy], tails[must_copy]
+
+    def _missing_pages(self, lengths: NDArray[np.int64], new: NDArray[np.int64]) -> int:
+        page_size = self.pool.page_size
+        grown = -(-(lengths + new) // page_size) - -(-lengths // page_size)
+        return int(grown.sum()) + len(self._shared_tails(lengths, new)[0])
+
+    def _writable(self, lengths: NDArray[np.int64], writes: NDArray[np.int64]) -> PageCopies:
+        """Gives each row that will write its own copy of a shared, partly filled last page."""
+        rows, source = self._shared_tails(lengths, writes)
+        target = self.pool.allocate(len(rows))
+        self.pool.release(source)
+        if len(rows):
+            self._pages[rows, lengths[rows] // self.pool.page_size] = target
+            self._device_pages.clear()
+        return PageCopies(source, target)
+
+    def _extend(self, old: NDArray[np.int64], new: NDArray[np.int64]) -> None:
+        page_size = self.pool.page_size
+        before, after = -(-old // page_size), -(-new // page_size)
+        self.lengths = new
+        self._device_lengths.clear()
+        if len(self._pages) and (before == after).all():
+            return
+        pages = np.zeros((len(new), max(int(after.max(initial=0)), self._pages.shape[1])), np.int32)
+        pages[: len(self._pages), : self._pages.shape[1]] = self._pages
+        column = np.arange(pages.shape[1])
+        fresh = (column >= before[:, None]) & (column < after[:, None])
+        pages[fresh] = self.pool.allocate(int(fresh.sum()))
+        self._pages = pages
+        self._device_pages.clear()
+
+    def _replace(self, lengths: NDArray[np.int64], pages: PageIds) -> None:
+        """Refers to other pages that are in use already. New references first, or shared pages would become free."""
+        before = self._all_pages()
+        self.lengths, self._pages = lengths, pages
+        self.pool.share(self._all_pages())
+        self.pool.release(before)
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        self._device_pages.clear()
+        self._device_lengths.clear()
+
+    def _append_valid(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
+        """Columns after the last padding are valid by convention, so decode steps add nothing."""
+        if valid is None or bool(valid.all()):
+            return
+        known = torch.ones(batch_size, self.num_tokens, dtype=torch.bool)
+        if self.valid is not None:
+            known[:, : self.valid.shape[1]] = self.valid
+        self.valid = torch.cat([known, valid], dim=1)

@@ -1,0 +1,75 @@
+"""One layer's tensors: the keys and values of its pages, and their digests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekv.cache.block_table import PageCopies
+from sparsekv.digests import Digest
+
+GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom
+
+
+class LayerPages:
+    """Tensors of one layer, indexed by page id; caches forked from one another share them.
+
+    Attributes:
+        kv: `[capacity, 2, hkv, p, d]`, keys at 0 and values at 1. Tokens not written yet hold arbitrary memory.
+        summary: the digest's fields, each `[capacity, hkv, ...]`; empty if the layer is never scored.
+        state: the digest's fixed per-head tensors `[hkv, ...]`.
+    """
+
+    def __init__(self, key: Tensor, valid: Tensor | None, page_size: int, digest: Digest | None) -> None:
+        num_kv_heads, head_dim = key.shape[1], key.shape[3]
+        fields = digest.fields(page_size, head_dim) if digest is not None else []
+        with torch.inference_mode(False), torch.no_grad():  # else a later call outside inference mode cannot write
+            self.kv = key.new_empty(0, 2, num_kv_heads, page_size, head_dim)
+            self.summary = [key.new_empty(0, num_kv_heads, *f.shape, dtype=f.dtype or key.dtype) for f in fields]
+            self.state = [s.clone() for s in digest.fit(key.detach(), valid)] if digest is not None else []
+
+    @property
+    def capacity(self) -> int:
+        """Pages there is memory for."""
+        return self.kv.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and digests, growth slack counted."""
+        return sum(t.nbytes for t in (self.kv, *self.summary, *self.state))
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page's keys and values of one kv head."""
+        return self.kv[0, :, 0].nbytes if self.capacity else 0
+
+    @property
+    def digest_nbytes(self) -> int:
+        """Bytes of one page's digest of one kv head."""
+        return sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
+
+    def ensure(self, num_pages: int, most: int | None = None) -> None:
+        """Makes room for the page ids below `num_pages`, with slack (up to `most`); tensors are copied one by one."""
+        if num_pages <= self.capacity:
+            return
+        capacity = num_pages + num_pages // GROWTH_SLACK
+        capacity = capacity if most is None else max(num_pages, min(capacity, most))
+        self.kv = _grown(self.kv, capacity)
+        for i in range(len(self.summary)):
+            self.summary[i] = _grown(self.summary[i], capacity)
+
+    def copy_pages(self, copies: PageCopies) -> None:
+        """Copies whole pages and their digests."""
+        if not len(copies.source):
+            return
+        source = torch.from_numpy(copies.source).to(self.kv.device)
+        target = torch.from_numpy(copies.target).to(self.kv.device)
+        for tensor in (self.kv, *self.summary):
+            tensor[target] = tensor[source]
+
+
+def _grown(old: Tensor, capacity: int) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        new = old.new_empty(capacity, *old.shape[1:])
+        new[: old.shape[0]] = old
+        return new

@@ -1,0 +1,150 @@
+"""All layers' pages under one block table: what a paged cache stores, and the operations on whole sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsekv import ops
+from sparsekv.cache.block_table import BlockTable, PageCopies
+from sparsekv.cache.layer_pages import LayerPages
+from sparsekv.cache.page_pool import PagePool
+from sparsekv.config import SparseConfig
+from sparsekv.digests import DIGESTS, Digest
+from sparsekv.errors import CacheStateError
+
+
+class PageStore:
+    """Pages of every layer. The table moves once per forward pass, led by the first layer that appends.
+
+    Args:
+        config: page size, digest, limit and backend.
+        reserve_pages: pages to allocate at once, for a cache of known size.
+    """
+
+    def __init__(self, config: SparseConfig, reserve_pages: int = 0) -> None:
+        self.config = config
+        self.digest: Digest = DIGESTS.get(config.digest)()
+        self.table = BlockTable(PagePool(config.page_size, config.max_tokens))
+        self.layers: dict[int, LayerPages] = {}
+        self.reserve_pages = reserve_pages
+        self._newest_valid: Tensor | None = None  # of the columns appended last; layers after the leader need it
+
+    @property
+    def ops(self) -> Any:
+        """The namespace of the four ops."""
+        return ops.for_backend(self.config.backend)
+
+    def on(self, layer_idx: int) -> tuple[LayerPages, Tensor, Tensor]:
+        """A layer's tensors, and `block_table`, `seq_lens` on their device."""
+        pages = self.layers[layer_idx]
+        return pages, *self.table.on(pages.kv.device)
+
+    def append(
+        self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
+    ) -> None:
+        """Stores a layer's new tokens.
+
+        Args:
+            length: columns this layer holds already.
+            key, value: `[b, hkv, t, d]`.
+            visible: `[b, >= length + t]` bool, which columns are no padding; None: the new ones are not.
+            scored: whether the layer needs digests.
+
+        Raises:
+            CacheStateError: batch or mask do not continue what is stored; CacheFullError: no room. Nothing changed.
+        """
+        batch_size, _, num_new, _ = key.shape
+        if length == self.table.num_tokens:
+            self._advance(batch_size, num_new, visible)
+        elif length + num_new != self.table.num_tokens:
+            raise CacheStateError(
+                f"Layer {layer_idx} holds {length} tokens where the cache holds {self.table.num_tokens}: an earlier "
+                "forward pass was interrupted. Start from a new cache."
+            )
+        valid = None if self._newest_valid is None else self._newest_valid.to(key.device)
+        if layer_idx not in self.layers:
+            digest = self.digest if scored else None
+            self.layers[layer_idx] = LayerPages(key, valid, self.config.page_size, digest)
+        self._write(layer_idx, key, value, valid)
+
+    def crop(self, num_tokens: int) -> None:
+        """Drops the last columns in every layer; digests of pages that became partly filled are made anew."""
+        copies = self.table.crop(num_tokens)
+        self._copy(copies)
+        for layer_idx, pages in self.layers.items():
+            no_tokens = pages.kv.new_empty(self.table.batch_size, pages.kv.shape[2], 0, pages.kv.shape[4])
+            self._write(layer_idx, no_tokens, no_tokens, None)
+
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """Makes the batch these rows (repeats share their pages)."""
+        self.table.select(rows)
+
+    def fork(self, config: SparseConfig) -> PageStore:
+        """A store over the same pages; what either appends from now on is its own."""
+        twin = PageStore(config)
+        twin.digest, twin.layers, twin.table = self.digest, self.layers, self.table.fork()
+        twin._newest_valid = self._newest_valid
+        return twin
+
+    def dense(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[b, hkv, n, d]` of all columns in transformers' order; padding is zero."""
+        pages, block_table, _ = self.on(layer_idx)
+        position, real = self._positions(pages.kv.device)
+        page_size = self.config.page_size
+        page = block_table.gather(1, position // page_size).long()
+        kv = pages.kv[page, :, :, position % page_size]  # [b, n, 2, hkv, d]
+        if real is not None:
+            kv = kv.masked_fill(~real[:, :, None, None, None], 0)
+        keys, values = kv.permute(2, 0, 3, 1, 4)
+        return keys, values
+
+    def _positions(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Position in the pages of every column `[b, n]`, and which columns are no padding (None: all)."""
+        table = self.table
+        columns = torch.arange(table.num_tokens).expand(table.batch_size, -1)
+        if table.valid is None:
+            return columns.to(device), None
+        real = torch.ones(table.batch_size, table.num_tokens, dtype=torch.bool)
+        real[:, : table.valid.shape[1]] = table.valid
+        return (real.cumsum(1) - 1).clamp_min(0).to(device), real.to(device)
+
+    def _advance(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
+        """Moves the table on by `num_new` columns, after checking the mask against what it said before."""
+        valid = None
+        past = self.table.num_tokens
+        if visible is not None:
+            visible = visible[:, : past + num_new].expand(batch_size, -1).cpu()
+            self._check_past(visible[:, :past])
+            valid = visible[:, past:]
+            valid = None if bool(valid.all()) else valid
+        copies = self.table.append(batch_size, num_new, valid)
+        self._newest_valid = valid
+        self._copy(copies)
+
+    def _check_past(self, visible: Tensor) -> None:
+        known = self.table.valid
+        head = visible if known is None else visible[:, known.shape[1] :]
+        if not bool(head.all()) or (known is not None and not torch.equal(visible[:, : known.shape[1]], known)):
+            raise CacheStateError(
+                "The attention mask of tokens that are in the cache already has changed; pages hold the tokens that "
+                "were visible when they were appended. Start from a new cache, or unpatch the model for such masks."
+            )
+
+    def _write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        pool = self.table.pool
+        self.layers[layer_idx].ensure(max(pool.num_pages, self.reserve_pages), pool.max_pages)
+        pages, block_table, seq_lens = self.on(layer_idx)
+        self.ops.append_kv(
+            key, value, valid, block_table, seq_lens, pages.kv, pages.summary, pages.state, self.config.digest
+        )
+
+    def _copy(self, copies: PageCopies) -> None:
+        for pages in self.layers.values():
+            if len(copies.source):
+                pages.ensure(self.table.pool.num_pages, self.table.pool.max_pages)
+                pages.copy_pages(copies)

@@ -1,0 +1,200 @@
+"""The transformers cache whose full-attention layers live in pages."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sparsekv.cache.page_store import PageStore
+from sparsekv.cache.paged_layer import FallbackListener, Mode, Observer, PagedLayer
+from sparsekv.cache.stats import DecodeStats
+from sparsekv.config import SparseConfig
+from sparsekv.errors import ConfigError
+from sparsekv.policies import POLICIES, Reads
+
+_FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
+
+
+class PagedCache(DynamicCache):
+    """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
+
+    `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
+    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own.
+
+    Args:
+        model_config: the model's config (of a multimodal model its text part is used).
+        config: settings; single ones may be given by name: `PagedCache(model.config, budget=1024)`.
+        stats: counters to add to; default: its own.
+        reserve_tokens: tokens to allocate pages for at once, over all sequences.
+        on_fallback: called with (layer_idx, reason) when a layer turns out not to be servable sparsely; default:
+            a warning.
+
+    Raises:
+        ConfigError, UnknownNameError: a setting is not allowed.
+    """
+
+    def __init__(
+        self,
+        model_config: PretrainedConfig,
+        config: SparseConfig | None = None,
+        *,
+        stats: DecodeStats | None = None,
+        reserve_tokens: int = 0,
+        on_fallback: FallbackListener | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(config=model_config)
+        self.config = SparseConfig.of(config, **settings)
+        self.stats = stats if stats is not None else DecodeStats()
+        self.observers: list[Observer] = []
+        self._on_fallback = on_fallback or _warn_fallback
+        self._store = PageStore(self.config, self.config.pages_for(reserve_tokens))
+        self.layers = [
+            self._paged(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, digests and growth slack (of forks: together)."""
+        return sum(pages.nbytes for pages in self._store.layers.values())
+
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers that live, or may come to live, in pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def check_room(self, batch_size: int, num_new: int) -> None:
+        """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`."""
+        self._store.table.check_room(batch_size, num_new)
+
+    def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
+        """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
+
+        Args:
+            config, settings: what to change: budget, policy, sinks, recent, group_pooling, dense_layers.
+
+        Raises:
+            ConfigError: page_size, digest, backend or max_tokens would change, or digests are needed that were not
+                kept for some layer.
+        """
+        changed = SparseConfig.of(config if config is not None else self.config, **settings)
+        for field in _FORK_FIXED:
+            if getattr(changed, field) != getattr(self.config, field):
+                raise ConfigError(f"A fork keeps the pages, so {field} must stay {getattr(self.config, field)!r}.")
+        self._settle()
+        self._check_digests(changed)
+        twin = copy.copy(self)
+        twin.config, twin.stats, twin.observers = changed, DecodeStats(), []
+        twin._store = self._store.fork(changed)
+        twin.layers = [twin._fork_layer(layer) for layer in self.layers]
+        return twin
+
+    # -- operations on whole sequences: once for the pages, then for every layer that has none
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Drops the last tokens. As in transformers, the count is given as a negative number (`crop(-3)`).
+
+        Raises:
+            ConfigError: the number is positive.
+        """
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise ConfigError(f"crop({-count}): give the number of tokens to remove as a negative number.")
+        self._settle()
+        for layer in self._dense_layers():
+            layer.crop(-count)
+        count = min(count, self._store.table.num_tokens)
+        if count:
+            self._store.crop(count)
+            self._sync_lengths()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes row i what row `beam_idx[i]` was."""
+        self._select(beam_idx, "reorder_cache", beam_idx)
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Keeps these rows (indices, or a bool per row), in this order."""
+        self._select(torch.as_tensor(indices), "batch_select_indices", indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times; the repeats share their pages."""
+        rows = torch.arange(self._store.table.batch_size).repeat_interleave(repeats)
+        self._select(rows, "batch_repeat_interleave", repeats)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self._store = PageStore(self.config, self._store.reserve_pages)
+        for layer in self.layers:
+            layer.reset()
+            if isinstance(layer, PagedLayer):
+                layer.store = self._store
+
+    def __repr__(self) -> str:
+        table = self._store.table
+        return (
+            f"PagedCache({table.batch_size} sequences, {table.num_tokens} tokens, "
+            f"{len(self._store.layers)} of {len(self.layers)} layers in pages, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    # -- how
+
+    def _paged(self, layer_idx: int) -> PagedLayer:
+        return PagedLayer(self._store, layer_idx, self.config, self.stats, self.observers, self._on_fallback)
+
+    def _fork_layer(self, layer: Any) -> Any:
+        if not isinstance(layer, PagedLayer):
+            return copy.deepcopy(layer)
+        twin = self._paged(layer.layer_idx)
+        # A dense layer grows by concatenation, so the tensors themselves can be shared.
+        twin.keys, twin.values, twin.mode, twin.length = layer.keys, layer.values, layer.mode, layer.length
+        twin.is_initialized = layer.is_initialized
+        if layer.is_initialized:
+            twin.dtype, twin.device = layer.dtype, layer.device
+        return twin
+
+    def _check_digests(self, config: SparseConfig) -> None:
+        if POLICIES.get(config.policy).reads is not Reads.DIGESTS:
+            return
+        for layer_idx, pages in self._store.layers.items():
+            if not pages.summary and not config.is_dense_layer(layer_idx):
+                raise ConfigError(
+                    f"policy={config.policy!r} needs digests, and layer {layer_idx} kept none. Make the first cache "
+                    f"with policy={config.policy!r} and the fewest dense_layers, then fork the others from it."
+                )
+
+    def _dense_layers(self) -> Iterable[Any]:
+        return [x for x in self.layers if not isinstance(x, PagedLayer) or x.mode is Mode.DENSE]
+
+    def _select(self, rows: Tensor, method: str, argument: Any) -> None:
+        self._settle()
+        for layer in self._dense_layers():
+            getattr(layer, method)(argument)
+        if not self._store.table.batch_size:
+            return
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows.flatten()
+        self._store.select(rows.cpu().numpy().astype(np.int64) % self._store.table.batch_size)
+
+    def _settle(self) -> None:
+        for layer in self.paged_layers:
+            layer._settle()
+
+    def _sync_lengths(self) -> None:
+        for layer in self.paged_layers:
+            if layer.is_paged:
+                layer.length = self._store.table.num_tokens
+
+
+def _warn_fallback(layer_idx: int, reason: str) -> None:
+    warnings.warn(
+        f"Layer {layer_idx} of this PagedCache runs dense: {reason}, or the model is not patched "
+        "(sparsekv.patch(model) first).",
+        stacklevel=4,
+    )

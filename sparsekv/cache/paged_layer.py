@@ -1,0 +1,204 @@
+"""One layer of a paged cache, in transformers' cache protocol.
+
+The attention function is not given the cache, so `update` hands out views of the keys and values that carry a tag, an
+attribute that leads back to this layer. A layer becomes paged when the tags of its first update arrive at the
+attention function (the handshake). A model that transforms keys on the way loses them, and the layer stays a plain
+dynamic one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from sparsekv.cache.page_store import PageStore
+from sparsekv.cache.stats import DecodeStats
+from sparsekv.config import SparseConfig
+from sparsekv.errors import CacheStateError
+from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
+
+_TAG = "_sparsekv_layer"
+
+Observer = Callable[[DecodeStep, "Tensor | None"], None]
+FallbackListener = Callable[[int, str], None]
+
+
+class Mode(Enum):
+    """What a layer is: not known before the handshake, then one of the others."""
+
+    NEW = "new"
+    PAGED = "paged"
+    DENSE = "dense"
+
+
+def tagged_layer(key: Tensor, value: Tensor) -> PagedLayer | None:
+    """The layer that handed out both tensors, or None."""
+    layer = getattr(key, _TAG, None)
+    return layer if layer is not None and getattr(value, _TAG, None) is layer else None
+
+
+class PagedLayer(DynamicLayer):
+    """Full attention over pages: dense for several tokens, by the policy for one.
+
+    Args:
+        store: the pages, shared by the layers of a cache.
+        layer_idx: the layer.
+        config: the settings in force.
+        stats: counters to add to.
+        observers: called after every selection with the step and its slots.
+        on_fallback: called with (layer_idx, reason) if the layer turns out to be no plain attention layer.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        layer_idx: int,
+        config: SparseConfig,
+        stats: DecodeStats,
+        observers: list[Observer],
+        on_fallback: FallbackListener | None = None,
+    ) -> None:
+        super().__init__()
+        self.store, self.layer_idx, self.config = store, layer_idx, config
+        self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
+        self.policy: Policy = POLICIES.get("all" if config.is_dense_layer(layer_idx) else config.policy)()
+        self.mode = Mode.NEW
+        self.length = 0  # columns stored, those pending not counted
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._step_is_new = False
+
+    # -- transformers' protocol
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes new keys and values `[b, hkv, t, d]`; returns what the attention function gets.
+
+        For one token that is the token alone (the pages are read where they lie); for several, all keys and values.
+        """
+        self._settle()
+        if self.mode is Mode.DENSE:
+            keys, values = super().update(key_states, value_states)
+            return keys, values
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self._pending = (key_states, value_states)
+        if self.length and key_states.shape[-2] > 1:
+            past_keys, past_values = self.store.dense(self.layer_idx)
+            keys = torch.cat([past_keys, key_states], dim=-2)
+            values = torch.cat([past_values, value_states], dim=-2)
+        else:
+            keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
+        setattr(keys, _TAG, self)
+        setattr(values, _TAG, self)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Columns so far, padding counted."""
+        if self.mode is Mode.DENSE:
+            length: int = super().get_seq_length()
+            return length
+        return self.length + (self._pending[0].shape[-2] if self._pending else 0)
+
+    def reset(self) -> None:
+        """Forgets everything; the cache gives the pages back."""
+        self.mode, self.length, self._pending = Mode.NEW, 0, None
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    # -- what the attention function asks for
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the handshake has succeeded."""
+        return self.mode is Mode.PAGED
+
+    def refuse(self, reason: str) -> None:
+        """Makes a layer that is not paged yet a plain dynamic one."""
+        if self.mode is Mode.PAGED:
+            raise CacheStateError(f"Layer {self.layer_idx} cannot go on sparsely: {reason}. Start from a new cache.")
+        if self.mode is Mode.DENSE:
+            return
+        self.mode = Mode.DENSE
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.is_initialized = False
+            super().update(*pending)
+        if self.on_fallback is not None:
+            self.on_fallback(self.layer_idx, reason)
+
+    def commit(self, visible: Tensor | None) -> None:
+        """Stores the tokens of the last `update` in pages: the handshake, and the append of every step.
+
+        Args:
+            visible: `[b, n]` bool, which columns are no padding; None: the new ones are not.
+        """
+        if self._pending is None or self.mode is Mode.DENSE:
+            return
+        key, value = self._pending
+        if key.shape != value.shape:
+            self.refuse(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
+            return
+        with torch.no_grad():
+            self.store.append(self.layer_idx, self.length, key, value, visible, self.policy.reads is Reads.DIGESTS)
+        self.mode, self._pending = Mode.PAGED, None
+        self.length += key.shape[-2]
+        self._step_is_new = True
+
+    def decode(self, query: Tensor, scaling: float, softcap: float, sinks: Tensor | None) -> Tensor:
+        """Attention of one new token over the pages the policy selects: query `[b, hq, 1, d]` -> the same shape."""
+        step = self._step(query.squeeze(2), scaling)
+        slots = self._select(step)
+        for observe in self.observers:
+            observe(step, slots)
+        out, _ = step.ops.attend_pages(
+            step.query, step.kv_pool, step.block_table, step.seq_lens, slots, scaling, softcap, sinks
+        )
+        attended: Tensor = out.unsqueeze(2)
+        return attended
+
+    def record_pass(self) -> None:
+        """Counts a dense forward of several tokens."""
+        self.stats.record_pass(self.layer_idx)
+
+    # -- how
+
+    def _step(self, query: Tensor, scaling: float) -> DecodeStep:
+        pages, block_table, seq_lens = self.store.on(self.layer_idx)
+        k = min(self.config.budget_pages(int(self.store.table.lengths.max())), block_table.shape[1])
+        return DecodeStep(
+            layer_idx=self.layer_idx,
+            query=query,
+            kv_pool=pages.kv,
+            summary=pages.summary,
+            state=pages.state,
+            block_table=block_table,
+            seq_lens=seq_lens,
+            k=k,
+            scaling=scaling,
+            config=self.config,
+            ops=self.store.ops,
+        )
+
+    def _select(self, step: DecodeStep) -> Tensor | None:
+        """The policy's pages, or None for all: where everything fits the budget, there is nothing to choose."""
+        fits = step.k >= step.block_table.shape[1]
+        slots = None if fits else self.policy.select(step)
+        pages = self.store.layers[self.layer_idx]
+        num_pages = int(self.store.table.num_pages.sum()) * pages.kv.shape[2]
+        scoring = {Reads.NOTHING: 0, Reads.DIGESTS: pages.digest_nbytes, Reads.KEYS: pages.page_nbytes // 2}
+        cost = 0 if slots is None else scoring[self.policy.reads] * num_pages
+        self.stats.record_step(self.layer_idx, slots, num_pages, pages.page_nbytes, cost, self._step_is_new)
+        self._step_is_new = False
+        return slots
+
+    def _settle(self) -> None:
+        """Deals with tokens whose attention never came: without a handshake the layer is no plain attention layer."""
+        if self._pending is None:
+            return
+        if self.mode is Mode.NEW:
+            self.refuse("its keys or values are transformed between the cache and the attention function")
+        else:
+            self.commit(None)

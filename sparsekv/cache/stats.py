@@ -1,0 +1,117 @@
+"""Counters of what decoding read: the proof that the sparse path ran, and how much it saved."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor
+
+
+class DecodeStats:
+    """What the decode steps of one cache, or of all caches of one patch, have read.
+
+    A step is one decoded token of a batch; a pass is a forward with several tokens (prefill, a chunk, a
+    verification), which attends densely. Pages count per sequence, kv head and layer; bytes count whole pages, and
+    the digests or keys that a policy read to choose them.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self._sparse_steps: Counter[int] = Counter()
+        self._dense_steps: Counter[int] = Counter()
+        self._dense_passes: Counter[int] = Counter()
+        self._listed: dict[int, Tensor] = {}
+        self._page_nbytes: Counter[int] = Counter()
+        self.pages_total = 0
+        self.bytes_total = 0
+        self._whole_pages = 0
+        self._whole_bytes = 0
+
+    def record_pass(self, layer_idx: int) -> None:
+        """A layer attended densely over several new tokens."""
+        self._dense_passes[layer_idx] += 1
+
+    def record_step(
+        self,
+        layer_idx: int,
+        slots: Tensor | None,
+        pages: int,
+        page_nbytes: int,
+        scoring_nbytes: int,
+        new: bool = True,
+    ) -> None:
+        """A layer decoded one token.
+
+        Args:
+            slots: `[b, hkv, k]` pages it read; None: all.
+            pages: pages its sequences hold, times kv heads.
+            page_nbytes: bytes of a page's keys and values in one kv head.
+            scoring_nbytes: bytes read to choose the pages.
+            new: False when another module reads the same step's cache again (shared KV).
+        """
+        self.pages_total += pages
+        self.bytes_total += pages * page_nbytes
+        self._whole_bytes += scoring_nbytes
+        if slots is None:
+            self._dense_steps[layer_idx] += new
+            self._whole_pages += pages
+            self._whole_bytes += pages * page_nbytes
+            return
+        self._sparse_steps[layer_idx] += new
+        self._page_nbytes[layer_idx] = page_nbytes
+        # Summed on the device and read when asked for: a decode step never waits for it.
+        listed = (slots >= 0).sum()
+        self._listed[layer_idx] = self._listed[layer_idx] + listed if layer_idx in self._listed else listed
+
+    @property
+    def sparse_steps(self) -> int:
+        """Steps in which at least one layer chose its pages."""
+        return max(self._sparse_steps.values(), default=0)
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps in which every layer read everything (short context, or the policy `all`)."""
+        return max(self._dense_steps.values(), default=0) if not self._sparse_steps else self._all_dense_steps()
+
+    @property
+    def dense_passes(self) -> int:
+        """Forwards of several tokens at once."""
+        return max(self._dense_passes.values(), default=0)
+
+    @property
+    def pages_read(self) -> int:
+        """Pages read."""
+        return self._whole_pages + sum(int(n) for n in self._listed.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read, those read to choose included."""
+        return self._whole_bytes + sum(int(n) * self._page_nbytes[layer] for layer, n in self._listed.items())
+
+    @property
+    def share(self) -> float:
+        """Bytes read over the bytes dense decoding would have read; 0 before the first step."""
+        return self.bytes_read / self.bytes_total if self.bytes_total else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """All counters, for a report."""
+        names = ("sparse_steps", "dense_steps", "dense_passes", "pages_read", "pages_total", "bytes_read")
+        return {**{n: getattr(self, n) for n in names}, "bytes_total": self.bytes_total, "share": self.share}
+
+    def __repr__(self) -> str:
+        return (
+            f"DecodeStats({self.sparse_steps} sparse and {self.dense_steps} dense steps, {self.dense_passes} dense "
+            f"passes; read {self.pages_read:,} of {self.pages_total:,} pages, {self.bytes_read / 2**20:,.1f} of "
+            f"{self.bytes_total / 2**20:,.1f} MiB ({self.share:.1%}))"
+        )
+
+    def _all_dense_steps(self) -> int:
+        """A layer that is sometimes sparse was dense exactly when the whole step was."""
+        return max((self._dense_steps[layer] for layer in self._sparse_steps), default=0)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> DecodeStats:
+        """A copied cache goes on counting into the same counters."""
+        return self

@@ -1,0 +1,145 @@
+"""What a user can set, and every check of it. Token counts become page counts here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sparsekv.errors import ConfigError, UnknownNameError
+
+GROUP_POOLINGS = ("max", "sum", "mean_softmax")
+BACKENDS = ("auto", "reference")
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """How a model decodes sparsely. Immutable; `with_` makes a changed copy.
+
+    Args:
+        budget: tokens a decode step may read per kv head: a whole number, or a fraction of the context in (0, 1].
+            A number is rounded down to whole pages; a fraction is rounded up, and never goes below the pages that
+            are always read.
+        page_size: tokens per page.
+        digest: what is kept per page to score it unread (`sparsekv.digests`).
+        policy: which pages a step reads (`sparsekv.policies`).
+        dense_layers: the first so many layers read everything (two, as in Quest), or the indices of such layers.
+        sinks: the first tokens of a sequence, always read (StreamingLLM's attention sinks).
+        recent: the last tokens of a sequence, always read; the current page always is.
+        group_pooling: how the scores of the query heads that share a kv head become one: `max`, `sum`, or
+            `mean_softmax` (mean over heads of the softmax over pages).
+        backend: `auto` (kernels where there are any) or `reference` (plain torch on any device).
+        max_tokens: the most tokens the page pool of a cache may hold over all its sequences; None: no limit.
+
+    Raises:
+        ConfigError: a value is not allowed. Names of digests and policies are resolved against their registries
+            when a cache or a patch is made (`UnknownNameError`), since users may register their own.
+    """
+
+    budget: int | float = 2048
+    page_size: int = 16
+    digest: str = "minmax"
+    policy: str = "top_k"
+    dense_layers: int | tuple[int, ...] = 2
+    sinks: int = 4
+    recent: int = 16
+    group_pooling: str = "max"
+    backend: str = "auto"
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("page_size", self.page_size, 1, 1024)
+        _check_int("sinks", self.sinks, 0)
+        _check_int("recent", self.recent, 0)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, self.page_size)
+        _check_choice("group_pooling", self.group_pooling, GROUP_POOLINGS)
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_dense_layers(self.dense_layers)
+        self._check_budget()
+
+    @classmethod
+    def of(cls, config: SparseConfig | None = None, **settings: Any) -> SparseConfig:
+        """A config from another one and/or single settings; unknown settings raise with the nearest names."""
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise UnknownNameError("setting", name, known)
+        if config is not None and not isinstance(config, cls):
+            raise ConfigError(
+                f"config={config!r} is not a SparseConfig. Pass patch(model, SparseConfig(budget=...)) "
+                "or patch(model, budget=...)."
+            )
+        return replace(config, **settings) if config is not None else cls(**settings)
+
+    def with_(self, **settings: Any) -> SparseConfig:
+        """This config with some settings changed (and checked again)."""
+        return type(self).of(self, **settings)
+
+    # -- tokens to pages
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    @property
+    def forced_pages(self) -> int:
+        """The most pages that sinks, recent tokens and the current page can take."""
+        return self.pages_for(self.sinks) + 1 + self.pages_for(max(self.recent, 1) - 1)
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether the budget is a fraction of the context."""
+        return isinstance(self.budget, float)
+
+    def budget_pages(self, num_tokens: int) -> int:
+        """Pages a step may read per kv head when the sequence holds `num_tokens` tokens."""
+        if self.is_fraction:
+            return max(math.ceil(self.budget * num_tokens / self.page_size), self.forced_pages)
+        return int(self.budget) // self.page_size
+
+    def is_dense_layer(self, layer_idx: int) -> bool:
+        """Whether `dense_layers` asks this layer to read everything."""
+        if isinstance(self.dense_layers, int):
+            return layer_idx < self.dense_layers
+        return layer_idx in self.dense_layers
+
+    def _check_budget(self) -> None:
+        budget = self.budget
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+            raise ConfigError(f"budget={budget!r} must be a number of tokens (int) or a fraction in (0, 1] (float).")
+        if isinstance(budget, float):
+            if not 0 < budget <= 1:
+                raise ConfigError(
+                    f"budget={budget!r}: a float is a fraction of the context, allowed is (0, 1]; "
+                    "for a number of tokens pass an int."
+                )
+            return
+        least = self.forced_pages * self.page_size
+        if budget < least:
+            raise ConfigError(
+                f"budget={budget} is below the {least} tokens ({self.forced_pages} pages of {self.page_size}) that "
+                f"sinks={self.sinks}, recent={self.recent} and the current page can take. Raise budget to at least "
+                f"{least}, or lower sinks, recent or page_size."
+            )
+
+
+def _check_int(field: str, value: object, least: int, most: int | None = None) -> None:
+    allowed = f"at least {least}" if most is None else f"{least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{field}={value!r} must be a whole number, {allowed}.")
+    if value < least or (most is not None and value > most):
+        raise ConfigError(f"{field}={value} is not allowed: {allowed}.")
+
+
+def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UnknownNameError(field, value, allowed)
+
+
+def _check_dense_layers(value: object) -> None:
+    if isinstance(value, tuple):
+        for layer in value:
+            _check_int("dense_layers", layer, 0)
+    else:
+        _check_int("dense_layers", value, 0)

@@ -1,0 +1,43 @@
+"""The exceptions sparsekv raises: one family, so that `except SparseKVError` catches all of them.
+
+Every message names what was wrong, what is allowed and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparseKVError(Exception):
+    """Base class of every error raised on purpose by sparsekv."""
+
+
+class ConfigError(SparseKVError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class UnknownNameError(ConfigError):
+    """A name is not in its registry; the message suggests the nearest names and lists all of them."""
+
+    def __init__(self, field: str, name: object, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+        super().__init__(f"{field}={name!r} is not known.{hint} Known: {', '.join(names)}.")
+
+
+class UnsupportedModelError(SparseKVError, TypeError):
+    """The model cannot be served sparsely; the message says why and what to do instead."""
+
+
+class PatchError(SparseKVError, RuntimeError):
+    """A model is patched twice, or unpatched without being patched."""
+
+
+class CacheFullError(SparseKVError, RuntimeError):
+    """The page pool's limit (`SparseConfig.max_tokens`) would be exceeded; nothing was written."""
+
+
+class CacheStateError(SparseKVError, RuntimeError):
+    """A cache is used in a way its content does not allow (another batch, an edited mask, a half-done step)."""

@@ -1,0 +1,115 @@
+"""The attention and mask functions that a patched model uses: dense for several tokens, sparse for one.
+
+All dense work goes to the implementation the model had before, so that sinks, softcaps, sliding windows and masks
+stay exactly what they were.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sparsekv.cache import PagedLayer, tagged_layer
+
+NAME = "sparsekv"
+
+# Arguments that change which keys a query may see, or how: what the four ops do not express is left dense.
+_SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indices", "sliding_window")
+
+
+class AttentionName(str):
+    """The registered name, which also remembers what the model used before.
+
+    It takes the place of the plain string in the config (which transformers never saves), so no attribute is added
+    that could leak into a `config.json`, and a deep copy of a patched model works.
+    """
+
+    original: str | None
+
+    def __new__(cls, original: str | None) -> AttentionName:
+        name = super().__new__(cls, NAME)
+        name.original = original
+        return name
+
+    def __reduce__(self) -> tuple[type[AttentionName], tuple[str | None]]:
+        return type(self), (self.original,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionName:
+        return self
+
+
+def register() -> None:
+    """Makes the name known to transformers; models that do not use it are not affected."""
+    AttentionInterface.register(NAME, sparsekv_attention)
+    AttentionMaskInterface.register(NAME, sparsekv_mask)
+
+
+def original_implementation(config: Any) -> str:
+    """What the model used before the patch."""
+    name = config._attn_implementation
+    original = name.original if isinstance(name, AttentionName) else name
+    return original or "eager"
+
+
+def sparsekv_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: query `[b, hq, t, d]`, key and value `[b, hkv, n, d]` -> `[b, t, hq, d]`."""
+    layer = tagged_layer(key, value)
+    if layer is not None:
+        special = [name for name in _SPECIAL_ARGUMENTS if kwargs.get(name) is not None]
+        if special:
+            layer.refuse(f"its attention uses {', '.join(special)}")
+        layer.commit(visible_columns(attention_mask))
+        if layer.is_paged and query.shape[2] == 1:
+            return _sparse(module, layer, query, **kwargs), None
+        if layer.is_paged:
+            layer.record_pass()
+    return _dense(module, query, key, value, attention_mask, **kwargs)
+
+
+def sparsekv_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """The mask that the model's own implementation would get."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[original_implementation(config)](*args, config=config, **kwargs)
+
+
+def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
+    """Which kv positions are no padding, `[b or 1, n]` bool: what the last query of any kind of mask may see."""
+    if attention_mask is None:
+        return None
+    row = attention_mask[:, 0, -1] if attention_mask.ndim == 4 else attention_mask
+    return row > -1 if row.is_floating_point() else row.bool()
+
+
+def _sparse(
+    module: torch.nn.Module,
+    layer: PagedLayer,
+    query: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if original_implementation(module.config) == "sdpa":
+        softcap = None  # transformers' sdpa path has no softcap: stay equal to it
+    out = layer.decode(query, scaling, softcap or 0.0, s_aux)
+    return out.transpose(1, 2).contiguous()
+
+
+def _dense(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(module.config), eager)
+    result: tuple[Tensor, Tensor | None] = implementation(module, *args, **kwargs)
+    return result

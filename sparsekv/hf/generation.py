@@ -1,0 +1,96 @@
+"""Which cache a patched model's `generate` and plain forward get."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparsekv.cache import PagedCache
+from sparsekv.errors import CacheStateError
+
+MakeCache = Callable[[int], PagedCache]  # tokens to reserve -> cache
+
+_DYNAMIC = (None, "dynamic")
+_STATIC = ("static",)
+
+
+def prepare_cache(make_cache: MakeCache) -> Callable[..., Any]:
+    """A `_prepare_cache_for_generation` that makes a PagedCache where generate would make its default or static one.
+
+    A cache given by the user, `use_cache=False`, training mode and other cache implementations go to the model's own.
+    """
+
+    def prepare(
+        self: PreTrainedModel,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        wanted = generation_config.cache_implementation
+        if _wants_own_cache(self, generation_config, model_kwargs):
+            model_class: Any = type(self)
+            return model_class._prepare_cache_for_generation(
+                self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+            )
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache = make_cache(rows * max_cache_length if wanted in _STATIC else 0)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+        return None
+
+    return prepare
+
+
+def _wants_own_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
+    if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False or model.training:
+        return True
+    wanted = generation_config.cache_implementation
+    if wanted in _DYNAMIC + _STATIC:
+        return False
+    warnings.warn(
+        f"cache_implementation={wanted!r} is transformers' own cache: this call decodes densely. Leave it out "
+        "(or use 'static') to decode sparsely.",
+        stacklevel=4,
+    )
+    return True
+
+
+def default_cache_hook(decoder: PreTrainedModel, make_cache: MakeCache) -> Callable[..., Any]:
+    """A forward pre-hook that fills in `past_key_values` for a plain forward, and refuses what would not fit."""
+    parameters = list(inspect.signature(decoder.forward).parameters)
+    position = parameters.index("past_key_values")
+
+    def hook(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = args[position] if len(args) > position else kwargs.get("past_key_values")
+        if isinstance(cache, PagedCache):
+            _check_input(module, cache, args, kwargs)
+        elif cache is None and len(args) <= position and not module.training and _uses_cache(module, kwargs):
+            kwargs["past_key_values"] = cache = make_cache(0)
+            _check_input(module, cache, args, kwargs)
+        return args, kwargs
+
+    return hook
+
+
+def _uses_cache(module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return bool(getattr(module.config, "use_cache", True) if use_cache is None else use_cache)
+
+
+def _check_input(module: PreTrainedModel, cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the first layer writes anything: there must be room, and nobody may expect gradients."""
+    if module.training:
+        raise CacheStateError("A PagedCache carries no gradients: call model.eval(), or train without a cache.")
+    embeds = kwargs.get("inputs_embeds")
+    inputs = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+    if inputs is not None:
+        cache.check_room(inputs.shape[0], inputs.shape[1])

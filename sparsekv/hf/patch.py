@@ -1,0 +1,137 @@
+"""`patch` and `unpatch`: sparse decoding for one model, in one call, undone in full."""
+
+from __future__ import annotations
+
+import types
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparsekv.cache import DecodeStats, PagedCache
+from sparsekv.config import SparseConfig
+from sparsekv.digests import DIGESTS
+from sparsekv.errors import PatchError
+from sparsekv.hf import attention, generation, support
+from sparsekv.policies import POLICIES
+
+_ATTRIBUTE = "_sparsekv_patch"
+_PREPARE = "_prepare_cache_for_generation"
+
+
+class Patch:
+    """A patch in force, as `patch` returns it. Also a context manager, which undoes it at the end.
+
+    Attributes:
+        model: the patched model.
+        config: the settings.
+        layers: what each layer does when it decodes; a layer found unfit at its first use turns dense, with a reason.
+        stats: what the decode steps of all caches made by this patch have read.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SparseConfig, layers: list[support.LayerStatus]) -> None:
+        self.model, self.config, self.layers = model, config, layers
+        self.stats = DecodeStats()
+        self.is_active = False
+
+    def new_cache(self, reserve_tokens: int = 0) -> PagedCache:
+        """A cache as `generate` gets it, to be passed as `past_key_values` (and kept for the next turn)."""
+        return PagedCache(
+            support.text_config(self.model),
+            self.config,
+            stats=self.stats,
+            reserve_tokens=reserve_tokens,
+            on_fallback=self._turn_dense,
+        )
+
+    def undo(self) -> None:
+        """Makes the model what it was before; a second call does nothing."""
+        if not self.is_active:
+            return
+        config = support.text_config(self.model)
+        if isinstance(config._attn_implementation, attention.AttentionName):  # else the user has set another since
+            config._attn_implementation_internal = config._attn_implementation.original
+        delattr(self.model, _PREPARE)
+        delattr(self.model, _ATTRIBUTE)
+        self._hook.remove()
+        self.is_active = False
+
+    def _apply(self) -> None:
+        attention.register()
+        config = support.text_config(self.model)
+        config._attn_implementation_internal = attention.AttentionName(config._attn_implementation)
+        prepare = generation.prepare_cache(self.new_cache)
+        setattr(self.model, _PREPARE, types.MethodType(prepare, self.model))
+        decoder = support.decoder_of(self.model)
+        hook = generation.default_cache_hook(decoder, self.new_cache)
+        self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+        setattr(self.model, _ATTRIBUTE, self)
+        self.is_active = True
+
+    def _turn_dense(self, layer_idx: int, reason: str) -> None:
+        self.layers[layer_idx] = support.LayerStatus(layer_idx, False, reason)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        config = self.config
+        budget = f"{config.budget:.0%} of the context" if config.is_fraction else f"{config.budget} tokens"
+        state = "" if self.is_active else ", undone"
+        head = f"sparsekv patch of {type(self.model).__name__} (budget {budget}, page_size {config.page_size}{state})"
+        return "\n".join([head, *_layer_lines(self.layers)])
+
+
+def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings: Any) -> Patch:
+    """Makes `model` decode sparsely, in force at once: `generate` and plain forwards need no further change.
+
+    Prefill and every forward of several tokens stay dense and the model's own. Other models are not affected. In
+    training mode the model computes exactly what it computes unpatched.
+
+    Args:
+        model: a decoder-only transformers model.
+        config: settings; or give single ones by name: `patch(model, budget=2048)`.
+
+    Returns:
+        The patch: printable, undoable (`undo`, or a `with` block), with the counters of what was read (`stats`).
+
+    Raises:
+        ConfigError, UnknownNameError: a setting is not allowed.
+        UnsupportedModelError: the model cannot be served.
+        PatchError: it is patched already. In every case the model is as it was.
+    """
+    settled = SparseConfig.of(config, **settings)
+    DIGESTS.get(settled.digest), POLICIES.get(settled.policy)
+    if getattr(model, _ATTRIBUTE, None) is not None:
+        raise PatchError(
+            f"{type(model).__name__} is patched already: undo that first (patch.undo() or sparsekv.unpatch(model)), "
+            "then patch it with the new settings."
+        )
+    made = Patch(model, settled, support.examine(model, settled))
+    made._apply()
+    return made
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Undoes the patch of a model.
+
+    Raises:
+        PatchError: it is not patched.
+    """
+    made = getattr(model, _ATTRIBUTE, None)
+    if made is None:
+        raise PatchError(f"{type(model).__name__} is not patched: nothing to undo.")
+    made.undo()
+
+
+def _layer_lines(layers: list[support.LayerStatus]) -> list[str]:
+    """One line for each run of layers that do the same."""
+    lines = []
+    for (is_sparse, reason), group in groupby(layers, key=lambda status: (status.is_sparse, status.reason)):
+        run = [status.layer_idx for status in group]
+        span = f"layer {run[0]}" if len(run) == 1 else f"layers {run[0]}-{run[-1]}"
+        lines.append(f"  {span}: {'sparse' if is_sparse else 'dense'} ({reason})")
+    return lines

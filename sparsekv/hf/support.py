@@ -1,0 +1,93 @@
+"""Which models are served sparsely, which of their layers stay dense, and which models are refused, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sparsekv.config import SparseConfig
+from sparsekv.errors import UnsupportedModelError
+
+# Families that came out wrong although everything the checks below look at is in order.
+_REFUSED_FAMILIES = {
+    "doge": "its attention reads the values again after the cache has been updated, beside the attention function",
+}
+_WAY_OUT = "Run it unpatched, or use another model; README.md lists the families that are tested."
+
+
+@dataclass
+class LayerStatus:
+    """What a layer of a patched model does when it decodes. It may turn dense at its first use (the handshake)."""
+
+    layer_idx: int
+    is_sparse: bool
+    reason: str
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The module whose forward takes `past_key_values`: usually `model.get_decoder()`."""
+    decoder: Any = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else cast(PreTrainedModel, model.base_model)
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The config of the language model, also within a multimodal one."""
+    return model.config.get_text_config(decoder=True)
+
+
+def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
+    """What each layer will do.
+
+    Raises:
+        UnsupportedModelError: nothing could be served sparsely, or not rightly; the message says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers PreTrainedModel. Pass the model itself; of a wrapper "
+            "(PEFT, DataParallel, torch.compile) patch the model inside it."
+        )
+    reason = _reason_to_refuse(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
+    layers = DynamicCache(config=text_config(model)).layers
+    return [_status(i, layer, config) for i, layer in enumerate(layers)]
+
+
+def _reason_to_refuse(model: PreTrainedModel) -> str | None:
+    config = text_config(model)
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder, whose decoder also reads a cross-attention cache"
+    if config.model_type in _REFUSED_FAMILIES:
+        return _REFUSED_FAMILIES[config.model_type]
+    if not getattr(config, "is_causal", True):
+        return "its attention is not causal, so it has nothing to decode"
+    if not (model._can_set_attn_implementation() and decoder_of(model)._can_set_attn_implementation()):
+        return "its code does not use transformers' attention interface, so its attention cannot be exchanged"
+    if not cast(Any, type(model))._supports_default_dynamic_cache():
+        return "it does not use transformers' key/value cache"
+    return _reason_in_layers(config)
+
+
+def _reason_in_layers(config: Any) -> str | None:
+    layers = DynamicCache(config=config).layers
+    if any(type(layer) is DynamicLayer for layer in layers):
+        return None
+    if layers and all(getattr(layer, "is_sliding", False) for layer in layers):
+        return "every layer attends to a sliding window only, so there is nothing to save"
+    kinds = sorted({type(layer).__name__ for layer in layers})
+    return f"it has no plain full-attention layer (its cache consists of {', '.join(kinds) or 'nothing'})"
+
+
+def _status(layer_idx: int, layer: Any, config: SparseConfig) -> LayerStatus:
+    if type(layer) is not DynamicLayer:
+        window = getattr(layer, "sliding_window", None)
+        reason = f"sliding window of {window}" if window else f"transformers' {type(layer).__name__}"
+        return LayerStatus(layer_idx, False, reason)
+    if config.is_dense_layer(layer_idx):
+        return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages")
+    if config.policy == "all":
+        return LayerStatus(layer_idx, False, "policy 'all', in pages")
+    return LayerStatus(layer_idx, True, f"{config.policy} over {config.digest} digests")

@@ -1,0 +1,20 @@
+"""The four operations of sparse decoding: append, score, select, attend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsekv.ops import reference, schema
+from sparsekv.ops.formulas import Formula, register_formula
+
+__all__ = ["Formula", "for_backend", "register_formula"]
+
+
+def for_backend(backend: str) -> Any:
+    """The namespace whose `append_kv, score_pages, select_pages, attend_pages` a cache calls.
+
+    `auto` is `torch.ops.sparsekv` (the dispatcher picks by device); `reference` is plain torch on any device.
+    """
+    return reference if backend == "reference" else getattr(torch.ops, schema.NAMESPACE)

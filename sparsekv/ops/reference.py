@@ -1,0 +1,237 @@
+"""What each op means, in plain torch. It is also the CPU implementation: no loop over pages, heads or sequences.
+
+Names and shapes (the dictionary of the whole project): batch b, query heads hq, kv heads hkv, group g = hq / hkv,
+head_dim d, page_size p; `kv_pool [num_pages, 2, hkv, p, d]` (keys at 0, values at 1), `block_table [b, max_pages]`
+int32 (page ids of a sequence in order; entries past its end are ignored), `seq_lens [b]` int32, selected
+`slots [b, hkv, k]` int32 (positions in the block table, ascending, -1 for none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sparsekv.ops.formulas import formula
+
+NEG_INF = float("-inf")
+NO_RANK = torch.iinfo(torch.int64).min
+
+
+def append_kv(
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_pool: Tensor,
+    summary: Sequence[Tensor],
+    state: Sequence[Tensor],
+    digest: str,
+) -> None:
+    """Writes new tokens into their pages and recomputes the digests of the pages they touch.
+
+    Args:
+        key, value: `[b, hkv, t, d]`, in the pool's dtype. With t = 0 only the digest of a partly filled last page is
+            recomputed (what a crop needs).
+        valid: `[b, t]` bool, False for padding, which is not stored; None: all valid.
+        block_table, seq_lens: the sequences *after* the append.
+        kv_pool, summary: written in place. An empty `summary` means that no digest is kept.
+        state: the digest's fixed per-head tensors.
+        digest: name of the digest's formula.
+    """
+    num_new = _num_new_tokens(key, valid)
+    start = seq_lens - num_new
+    _write_tokens(key, value, valid, start, block_table, kv_pool)
+    if summary:
+        _refresh_digests(start, key.shape[2], block_table, seq_lens, kv_pool, summary, state, digest)
+
+
+def _num_new_tokens(key: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device)
+    return valid.sum(1, dtype=torch.int32)
+
+
+def _write_tokens(
+    key: Tensor, value: Tensor, valid: Tensor | None, start: Tensor, block_table: Tensor, kv_pool: Tensor
+) -> None:
+    """Padding is left out, so a sequence's tokens lie without gaps from position 0."""
+    page_size = kv_pool.shape[3]
+    if valid is None:
+        position = start[:, None] + torch.arange(key.shape[2], device=key.device)  # [b, t]
+        pages = block_table.gather(1, position // page_size)
+        offset = position % page_size
+        kv_pool[pages, 0, :, offset] = rearrange(key, "b h t d -> b t h d")
+        kv_pool[pages, 1, :, offset] = rearrange(value, "b h t d -> b t h d")
+        return
+    row, column = valid.nonzero(as_tuple=True)
+    position = start[row] + valid.cumsum(1)[row, column] - 1  # [num_valid]
+    pages, offset = block_table[row, position // page_size], position % page_size
+    kv_pool[pages, 0, :, offset] = key[row, :, column]
+    kv_pool[pages, 1, :, offset] = value[row, :, column]
+
+
+def _refresh_digests(
+    start: Tensor,
+    num_tokens: int,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_pool: Tensor,
+    summary: Sequence[Tensor],
+    state: Sequence[Tensor],
+    digest: str,
+) -> None:
+    page_size = kv_pool.shape[3]
+    most_touched = (num_tokens + page_size - 2) // page_size + 1
+    slot = start[:, None] // page_size + torch.arange(most_touched, device=start.device)  # [b, touched]
+    row, column = (slot * page_size < seq_lens[:, None]).nonzero(as_tuple=True)
+    slot = slot[row, column]
+    pages = block_table[row, slot]
+    position = slot[:, None] * page_size + torch.arange(page_size, device=start.device)
+    fresh = formula(digest).summarize(kv_pool[pages, 0], position < seq_lens[row, None], state)
+    for stored, computed in zip(summary, fresh, strict=True):
+        stored[pages] = computed.to(stored.dtype)
+
+
+def score_pages(
+    query: Tensor,
+    summary: Sequence[Tensor],
+    state: Sequence[Tensor],
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    digest: str,
+    group_pooling: str,
+    scaling: float,
+) -> Tensor:
+    """How promising each page is for the query: `[b, hkv, max_pages]` float32, -inf past a sequence's end.
+
+    Args:
+        query: `[b, hq, d]`.
+        summary: fields `[num_pages, hkv, ...]` of the digest; `state`: its fixed per-head tensors.
+        group_pooling: `max`, `sum` or `mean_softmax` over the query heads that share a kv head; only the last
+            uses `scaling`, the attention's factor on dot products.
+    """
+    num_kv_heads = summary[0].shape[1]
+    grouped = rearrange(query.float(), "b (h g) d -> b h g d", h=num_kv_heads)
+    scores = formula(digest).score(grouped, [field[block_table] for field in summary], state)
+    return pool_group(scores, seq_lens, page_size, group_pooling, scaling)
+
+
+def pool_group(scores: Tensor, seq_lens: Tensor, page_size: int, group_pooling: str, scaling: float) -> Tensor:
+    """One score per kv head: `[b, hkv, g, pages]` -> `[b, hkv, pages]` float32, -inf past a sequence's end."""
+    past_end = torch.arange(scores.shape[-1], device=scores.device) * page_size >= seq_lens[:, None]  # [b, pages]
+    scores = scores.masked_fill(past_end[:, None, None], NEG_INF)
+    if group_pooling == "max":
+        return scores.amax(2)
+    if group_pooling == "sum":
+        return scores.sum(2)
+    pooled = (scores * scaling).softmax(-1).mean(2)
+    return pooled.masked_fill(past_end[:, None], NEG_INF)
+
+
+def select_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    k: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    limits: Tensor | None = None,
+) -> Tensor:
+    """The pages to read: the forced ones, then the best scores; of equal scores the earlier page.
+
+    Args:
+        scores: `[b, hkv, max_pages]` float32; NaN counts as -inf.
+        k: pages per sequence and kv head.
+        sink_tokens, recent_tokens: the pages of the first and of the last so many tokens are always taken, and so
+            is the current page.
+        limits: `[b]` int32, fewer than k pages for some sequences; None: k for all.
+
+    Returns:
+        `[b, hkv, k]` int32 slots, ascending, padded at the end with -1 where there are fewer pages than k.
+    """
+    num_slots = scores.shape[-1]
+    rank = _selection_rank(scores, seq_lens, page_size, sink_tokens, recent_tokens)
+    best = rank.topk(min(k, num_slots), dim=-1)
+    keep = best.values > NO_RANK
+    if limits is not None:
+        keep &= torch.arange(best.values.shape[-1], device=scores.device) < limits[:, None, None]
+    slots = best.indices.masked_fill(~keep, num_slots).sort(-1).values
+    slots = slots.masked_fill(slots == num_slots, -1).to(torch.int32)
+    return torch.nn.functional.pad(slots, (0, k - slots.shape[-1]), value=-1)
+
+
+def _selection_rank(scores: Tensor, seq_lens: Tensor, page_size: int, sink_tokens: int, recent_tokens: int) -> Tensor:
+    """Unique int64 ranks `[b, hkv, pages]`: the score in the high bits, the page's place in the low ones.
+
+    A float's bits read as a sign-magnitude integer sort like the float; unique ranks make ties deterministic.
+    """
+    slot = torch.arange(scores.shape[-1], device=scores.device)
+    finite = scores.nan_to_num(nan=NEG_INF, neginf=NEG_INF, posinf=float("inf")) + 0.0  # -0.0 ties with 0.0
+    bits = finite.view(torch.int32).long()
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    first_recent = (seq_lens.long() - max(recent_tokens, 1)).clamp_min(0) // page_size  # [b]
+    forced = (slot * page_size < sink_tokens) | (slot >= first_recent[:, None])  # [b, pages]
+    past_end = slot * page_size >= seq_lens[:, None]
+    order = order.masked_fill(forced[:, None], 1 << 31)
+    rank = (order << 31) - slot  # 31 bits hold any slot; the shifted order stays within int64
+    return rank.masked_fill(past_end[:, None], NO_RANK)
+
+
+def attend_pages(
+    query: Tensor,
+    kv_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor | None,
+    scaling: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query per sequence over the listed pages.
+
+    Args:
+        query: `[b, hq, d]`.
+        slots: `[b, hkv, k]` int32 pages to read (-1: none); None reads every page (dense decode).
+        scaling: factor on the dot products; softcap: `softcap * tanh(x / softcap)` where not 0.
+        sinks: `[hq]`, one extra logit per head that takes mass but has no value (gpt-oss).
+
+    Returns:
+        output `[b, hq, d]` in the query's dtype and log-sum-exp `[b, hq]` float32 (natural log; the sink is in it).
+    """
+    num_kv_heads = kv_pool.shape[2]
+    if slots is None:
+        every = torch.arange(block_table.shape[1], dtype=torch.int32, device=query.device)
+        slots = every.expand(query.shape[0], num_kv_heads, -1)
+    keys, values, valid = _gather_pages(kv_pool, block_table, seq_lens, slots)
+    grouped = rearrange(query.float(), "b (h g) d -> b h g d", h=num_kv_heads)
+    logits = grouped @ keys.transpose(-1, -2) * scaling  # [b, hkv, g, k * p]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~valid[:, :, None], NEG_INF)
+    lse = logits.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, rearrange(sinks.float(), "(h g) -> h g", h=num_kv_heads))
+    weights = (logits - lse[..., None]).exp().nan_to_num(nan=0.0)  # NaN: a sequence without tokens
+    out = rearrange(weights @ values, "b h g d -> b (h g) d")
+    return out.to(query.dtype), lse.flatten(1)
+
+
+def _gather_pages(
+    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of the listed pages `[b, hkv, k * p, d]` float32 and which tokens of them exist."""
+    page_size = kv_pool.shape[3]
+    heads = torch.arange(kv_pool.shape[2], device=slots.device)[None, :, None]
+    table = block_table[:, None].expand(-1, slots.shape[1], -1)
+    pages = table.gather(2, slots.clamp_min(0).long())
+    position = slots[..., None] * page_size + torch.arange(page_size, device=slots.device)
+    valid = ((slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])).flatten(2)
+    keys = kv_pool[:, 0][pages, heads].flatten(2, 3).float()
+    # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
+    values = kv_pool[:, 1][pages, heads].flatten(2, 3).float().masked_fill_(~valid[..., None], 0.0)
+    return keys, values, valid

@@ -1,0 +1,74 @@
+"""The four ops as PyTorch operators: signatures, shapes under tracing, and the implementation for every device.
+
+`torch.ops.sparsekv.*` is the backend switch: the reference serves every device for which no kernel is registered.
+What each op means is said in `sparsekv/ops/reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekv.ops import reference
+
+NAMESPACE = "sparsekv"
+
+SCHEMAS = {
+    "append_kv": (
+        "(Tensor key, Tensor value, Tensor? valid, Tensor block_table, Tensor seq_lens, "
+        "Tensor(a!) kv_pool, Tensor(b!)[] summary, Tensor[] state, str digest) -> ()"
+    ),
+    "score_pages": (
+        "(Tensor query, Tensor[] summary, Tensor[] state, Tensor block_table, Tensor seq_lens, "
+        "int page_size, str digest, str group_pooling, float scaling) -> Tensor"
+    ),
+    "select_pages": (
+        "(Tensor scores, Tensor seq_lens, int page_size, int k, int sink_tokens, int recent_tokens, "
+        "Tensor? limits=None) -> Tensor"
+    ),
+    "attend_pages": (
+        "(Tensor query, Tensor kv_pool, Tensor block_table, Tensor seq_lens, Tensor? slots, "
+        "float scaling, float softcap=0.0, Tensor? sinks=None) -> (Tensor, Tensor)"
+    ),
+}
+
+
+def _fake_append_kv(*args: object) -> None:
+    return None
+
+
+def _fake_score_pages(
+    query: Tensor, summary: list[Tensor], state: list[Tensor], block_table: Tensor, *args: object
+) -> Tensor:
+    num_kv_heads = summary[0].shape[1]
+    return query.new_empty(query.shape[0], num_kv_heads, block_table.shape[1], dtype=torch.float32)
+
+
+def _fake_select_pages(scores: Tensor, seq_lens: Tensor, page_size: int, k: int, *args: object) -> Tensor:
+    return scores.new_empty(scores.shape[0], scores.shape[1], k, dtype=torch.int32)
+
+
+def _fake_attend_pages(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "append_kv": _fake_append_kv,
+    "score_pages": _fake_score_pages,
+    "select_pages": _fake_select_pages,
+    "attend_pages": _fake_attend_pages,
+}
+
+
+def _define_ops() -> None:
+    for name, schema in SCHEMAS.items():
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.define(qualified, schema)
+        torch.library.impl(qualified, "CompositeExplicitAutograd", getattr(reference, name))
+        torch.library.register_fake(qualified, _FAKES[name])
+
+
+_define_ops()

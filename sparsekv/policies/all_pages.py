@@ -1,0 +1,13 @@
+"""Dense decoding over the same pages: the baseline that reads everything."""
+
+from __future__ import annotations
+
+from sparsekv.policies.base import DecodeStep, Policy, register
+
+
+@register("all")
+class AllPages(Policy):
+    """Every page."""
+
+    def select(self, step: DecodeStep) -> None:
+        return None

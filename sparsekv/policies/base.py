@@ -1,0 +1,104 @@
+"""Which pages a decode step reads: the interface of a policy, and what it is told about the step.
+
+A new policy is one file here: a subclass of `Policy` under `@register("name")`, imported in `__init__`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekv.config import SparseConfig
+from sparsekv.registry import Registry
+
+POLICIES: Registry[Policy] = Registry("policy")
+
+
+class Reads(Enum):
+    """What a policy reads of the cache to decide, beside the pages it selects."""
+
+    NOTHING = "nothing"
+    DIGESTS = "digests"
+    KEYS = "keys"
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One layer's decode step, as a policy or an observer sees it.
+
+    The tensors are the cache's own and change with the next token: copy what you keep.
+
+    Attributes:
+        layer_idx: the layer.
+        query: `[b, hq, d]`.
+        kv_pool: `[num_pages, 2, hkv, p, d]`.
+        summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`.
+        block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
+        k: the width of a selection, in pages: what the longest sequence may read.
+        scaling: the attention's factor on dot products.
+        config: the settings in force.
+        ops: the namespace of the four ops.
+    """
+
+    layer_idx: int
+    query: Tensor
+    kv_pool: Tensor
+    summary: list[Tensor]
+    state: list[Tensor]
+    block_table: Tensor
+    seq_lens: Tensor
+    k: int
+    scaling: float
+    config: SparseConfig
+    ops: Any
+
+    def digest_scores(self) -> Tensor:
+        """The digest's score of every page, `[b, hkv, max_pages]` float32."""
+        scores: Tensor = self.ops.score_pages(
+            self.query,
+            self.summary,
+            self.state,
+            self.block_table,
+            self.seq_lens,
+            self.config.page_size,
+            self.config.digest,
+            self.config.group_pooling,
+            self.scaling,
+        )
+        return scores
+
+    def select(self, scores: Tensor) -> Tensor:
+        """The forced pages and the best of the others within the budget: slots `[b, hkv, k]` int32."""
+        config = self.config
+        slots: Tensor = self.ops.select_pages(
+            scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent, self._limits()
+        )
+        return slots
+
+    def _limits(self) -> Tensor | None:
+        """Pages each sequence may read when the budget is a fraction of its own length, `[b]` int32."""
+        if not self.config.is_fraction:
+            return None
+        pages = (self.seq_lens.double() * self.config.budget / self.config.page_size).ceil()
+        return pages.clamp_min(self.config.forced_pages).to(torch.int32)
+
+
+class Policy(ABC):
+    """Chooses pages. Stateless."""
+
+    reads: Reads = Reads.NOTHING
+
+    @abstractmethod
+    def select(self, step: DecodeStep) -> Tensor | None:
+        """Slots `[b, hkv, k]` int32 to read, ascending, -1 for none; None: every page."""
+
+
+def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
+    """Class decorator: files a policy under `name` for `SparseConfig(policy=name)`."""
+    return POLICIES.register(name)

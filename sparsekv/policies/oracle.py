@@ -1,0 +1,33 @@
+"""The pages that really hold the best keys, as a perfect digest would find them. It reads every key to know."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sparsekv.ops.reference import pool_group
+from sparsekv.policies.base import DecodeStep, Policy, Reads, register
+
+
+def exact_scores(step: DecodeStep) -> Tensor:
+    """The best true dot product in every page, `[b, hkv, max_pages]` float32, pooled like a digest's scores."""
+    config, page_size = step.config, step.kv_pool.shape[3]
+    keys = step.kv_pool[:, 0][step.block_table].float()  # [b, pages, hkv, p, d]
+    keys = rearrange(keys, "b pages h p d -> b h (pages p) d")
+    grouped = rearrange(step.query.float(), "b (h g) d -> b h g d", h=keys.shape[1])
+    products = grouped @ keys.transpose(-1, -2)  # [b, hkv, g, pages * p]
+    missing = torch.arange(keys.shape[2], device=keys.device) >= step.seq_lens[:, None]  # [b, pages * p]
+    products = products.masked_fill(missing[:, None, None], float("-inf"))
+    best = rearrange(products, "b h g (pages p) -> b h g pages p", p=page_size).amax(-1)
+    return pool_group(best, step.seq_lens, page_size, config.group_pooling, step.scaling)
+
+
+@register("oracle")
+class Oracle(Policy):
+    """Forced pages, then those with the best true dot product, up to the budget."""
+
+    reads = Reads.KEYS
+
+    def select(self, step: DecodeStep) -> Tensor:
+        return step.select(exact_scores(step))
