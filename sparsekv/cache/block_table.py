@@ -56,8 +56,8 @@ class BlockTable:
 
     @property
     def max_pages(self) -> int:
-        """Pages of the longest sequence."""
-        return int(self.num_pages.max(initial=0))
+        """Pages of the longest sequence, at least 1: tables of width 0 would be a special case everywhere."""
+        return int(self.num_pages.max(initial=1))
 
     def pages_of(self, row: int) -> PageIds:
         """The pages of one sequence, in order."""
@@ -181,7 +181,7 @@ class BlockTable:
         self._device_lengths.clear()
         if len(self._pages) and (before == after).all():
             return
-        pages = np.zeros((len(new), max(int(after.max(initial=0)), self._pages.shape[1])), np.int32)
+        pages = np.zeros((len(new), max(int(after.max(initial=1)), self._pages.shape[1])), np.int32)
         pages[: len(self._pages), : self._pages.shape[1]] = self._pages
         column = np.arange(pages.shape[1])
         fresh = (column >= before[:, None]) & (column < after[:, None])

@@ -91,26 +91,34 @@ class PageStore:
         twin._newest_valid = self._newest_valid
         return twin
 
-    def dense(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[b, hkv, n, d]` of all columns in transformers' order; padding is zero."""
+    def dense(self, layer_idx: int, num_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values `[b, hkv, n, d]` in transformers' order; padding is zero.
+
+        Args:
+            num_tokens: the first so many columns (a layer that has not appended yet lags behind the table);
+                None: all.
+        """
         pages, block_table, _ = self.on(layer_idx)
-        position, real = self._positions(pages.kv.device)
+        position, real = self._positions(self.table.num_tokens if num_tokens is None else num_tokens, pages.kv.device)
         page_size = self.config.page_size
         page = block_table.gather(1, position // page_size).long()
+        if real is not None:
+            page = page.masked_fill(~real, 0)  # a sequence of nothing but padding has none in a layer that lags behind
         kv = pages.kv[page, :, :, position % page_size]  # [b, n, 2, hkv, d]
         if real is not None:
             kv = kv.masked_fill(~real[:, :, None, None, None], 0)
         keys, values = kv.permute(2, 0, 3, 1, 4)
         return keys, values
 
-    def _positions(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Position in the pages of every column `[b, n]`, and which columns are no padding (None: all)."""
+    def _positions(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Position in the pages of the first columns `[b, n]`, and which are no padding (None: all)."""
         table = self.table
-        columns = torch.arange(table.num_tokens).expand(table.batch_size, -1)
+        columns = torch.arange(num_tokens).expand(table.batch_size, -1)
         if table.valid is None:
             return columns.to(device), None
-        real = torch.ones(table.batch_size, table.num_tokens, dtype=torch.bool)
-        real[:, : table.valid.shape[1]] = table.valid
+        real = torch.ones(table.batch_size, num_tokens, dtype=torch.bool)
+        known = table.valid[:, :num_tokens]
+        real[:, : known.shape[1]] = known
         return (real.cumsum(1) - 1).clamp_min(0).to(device), real.to(device)
 
     def _advance(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
@@ -137,7 +145,7 @@ class PageStore:
 
     def _write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         pool = self.table.pool
-        self.layers[layer_idx].ensure(max(pool.num_pages, self.reserve_pages), pool.max_pages)
+        self.layers[layer_idx].ensure(max(pool.num_pages, self.reserve_pages, 1), pool.max_pages)
         pages, block_table, seq_lens = self.on(layer_idx)
         self.ops.append_kv(
             key, value, valid, block_table, seq_lens, pages.kv, pages.summary, pages.state, self.config.digest

@@ -41,6 +41,8 @@ class PagedCache(DynamicCache):
         ConfigError, UnknownNameError: a setting is not allowed.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         model_config: PretrainedConfig,
@@ -53,6 +55,7 @@ class PagedCache(DynamicCache):
     ) -> None:
         super().__init__(config=model_config)
         self.config = SparseConfig.of(config, **settings)
+        self.model_config = model_config
         self.stats = stats if stats is not None else DecodeStats()
         self.observers: list[Observer] = []
         self._on_fallback = on_fallback or _warn_fallback
@@ -96,6 +99,19 @@ class PagedCache(DynamicCache):
         twin._store = self._store.fork(changed)
         twin.layers = [twin._fork_layer(layer) for layer in self.layers]
         return twin
+
+    def to_dynamic(self) -> DynamicCache:
+        """A plain transformers cache with a copy of the same content, for an unpatched model."""
+        self._settle()
+        plain = DynamicCache(config=self.model_config)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer) and layer.is_paged:
+                plain.layers[i].update(*self._store.dense(i))
+            elif not isinstance(layer, PagedLayer):
+                plain.layers[i] = copy.deepcopy(layer)
+            elif layer.get_seq_length():
+                plain.layers[i].update(layer.keys, layer.values)
+        return plain
 
     # -- operations on whole sequences: once for the pages, then for every layer that has none
 

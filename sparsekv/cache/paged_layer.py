@@ -86,7 +86,7 @@ class PagedLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._pending = (key_states, value_states)
         if self.length and key_states.shape[-2] > 1:
-            past_keys, past_values = self.store.dense(self.layer_idx)
+            past_keys, past_values = self.store.dense(self.layer_idx, self.length)
             keys = torch.cat([past_keys, key_states], dim=-2)
             values = torch.cat([past_values, value_states], dim=-2)
         else:
@@ -160,8 +160,10 @@ class PagedLayer(DynamicLayer):
         return attended
 
     def record_pass(self) -> None:
-        """Counts a dense forward of several tokens."""
-        self.stats.record_pass(self.layer_idx)
+        """Counts a dense forward of several tokens, once for all modules that share the layer."""
+        if self._step_is_new:
+            self.stats.record_pass(self.layer_idx)
+        self._step_is_new = False
 
     # -- how
 

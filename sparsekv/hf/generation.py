@@ -67,30 +67,28 @@ def _wants_own_cache(model: PreTrainedModel, generation_config: Any, model_kwarg
 def default_cache_hook(decoder: PreTrainedModel, make_cache: MakeCache) -> Callable[..., Any]:
     """A forward pre-hook that fills in `past_key_values` for a plain forward, and refuses what would not fit."""
     parameters = list(inspect.signature(decoder.forward).parameters)
-    position = parameters.index("past_key_values")
 
     def hook(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = args[position] if len(args) > position else kwargs.get("past_key_values")
-        if isinstance(cache, PagedCache):
-            _check_input(module, cache, args, kwargs)
-        elif cache is None and len(args) <= position and not module.training and _uses_cache(module, kwargs):
-            kwargs["past_key_values"] = cache = make_cache(0)
-            _check_input(module, cache, args, kwargs)
-        return args, kwargs
+        named = dict(zip(parameters, args, strict=False)) | kwargs
+        if named.get("past_key_values") is None and not module.training and _uses_cache(module, named):
+            named["past_key_values"] = make_cache(0)
+        if isinstance(named.get("past_key_values"), PagedCache):
+            _check_input(module, named)
+        return args[len(parameters) :], named
 
     return hook
 
 
-def _uses_cache(module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    use_cache = kwargs.get("use_cache")
+def _uses_cache(module: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    use_cache = arguments.get("use_cache")
     return bool(getattr(module.config, "use_cache", True) if use_cache is None else use_cache)
 
 
-def _check_input(module: PreTrainedModel, cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_input(module: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Before the first layer writes anything: there must be room, and nobody may expect gradients."""
     if module.training:
         raise CacheStateError("A PagedCache carries no gradients: call model.eval(), or train without a cache.")
-    embeds = kwargs.get("inputs_embeds")
-    inputs = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+    embeds = arguments.get("inputs_embeds")
+    inputs = embeds if embeds is not None else arguments.get("input_ids")
     if inputs is not None:
-        cache.check_room(inputs.shape[0], inputs.shape[1])
+        arguments["past_key_values"].check_room(inputs.shape[0], inputs.shape[1])

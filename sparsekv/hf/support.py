@@ -62,6 +62,8 @@ def _reason_to_refuse(model: PreTrainedModel) -> str | None:
         return "it is an encoder-decoder, whose decoder also reads a cross-attention cache"
     if config.model_type in _REFUSED_FAMILIES:
         return _REFUSED_FAMILIES[config.model_type]
+    if not model.can_generate():
+        return "it cannot generate, as it has no language-model head (AutoModelForCausalLM loads one)"
     if not getattr(config, "is_causal", True):
         return "its attention is not causal, so it has nothing to decode"
     if not (model._can_set_attn_implementation() and decoder_of(model)._can_set_attn_implementation()):

@@ -212,11 +212,11 @@ def attend_pages(
     logits = grouped @ keys.transpose(-1, -2) * scaling  # [b, hkv, g, k * p]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~valid[:, :, None], NEG_INF)
+    missing = ~valid[:, :, None]
+    sink = logits.new_full((), NEG_INF) if sinks is None else rearrange(sinks.float(), "(h g) -> h g 1", h=num_kv_heads)
+    logits = torch.cat([logits.masked_fill(missing, NEG_INF), sink.expand(*logits.shape[:-1], 1)], dim=-1)
     lse = logits.logsumexp(-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, rearrange(sinks.float(), "(h g) -> h g", h=num_kv_heads))
-    weights = (logits - lse[..., None]).exp().nan_to_num(nan=0.0)  # NaN: a sequence without tokens
+    weights = logits.softmax(-1)[..., :-1].masked_fill(missing, 0.0)  # else NaN for a sequence without tokens
     out = rearrange(weights @ values, "b h g d -> b (h g) d")
     return out.to(query.dtype), lse.flatten(1)
 

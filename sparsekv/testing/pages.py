@@ -1,0 +1,129 @@
+"""One layer's pages of a random batch, laid out as badly as the interface allows.
+
+Page ids are shuffled, memory that no token was written to is NaN, and table entries past a sequence's end name pages
+of other sequences: an op that looks where it should not gives an answer that is visibly wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsekv.digests import DIGESTS, Digest
+
+NAN = float("nan")
+
+
+def edge_lengths(page_size: int) -> tuple[int, ...]:
+    """The lengths of sequences where off-by-one errors live: empty, one token, around one page, several pages."""
+    return (0, 1, max(page_size - 1, 0), page_size, page_size + 1, 3 * page_size + page_size // 2)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What the ops are handed for one layer.
+
+    Attributes:
+        kv_pool: `[num_pages, 2, hkv, p, d]`; block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32.
+    """
+
+    kv_pool: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.kv_pool.shape[3]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [int(n) for n in self.seq_lens]
+
+    def tokens(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence, in order, each `[n, hkv, d]`."""
+        p, n = self.page_size, self.lengths[row]
+        ids = [int(page) for page in self.block_table[row, : -(-n // p)]]
+        kv = self.kv_pool[ids].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n]  # [2, n, hkv, d]
+        return kv[0], kv[1]
+
+    def used(self) -> Iterator[tuple[int, int, int]]:
+        """Every used page as (row, slot, tokens in it)."""
+        for row, n in enumerate(self.lengths):
+            for slot in range(-(-n // self.page_size)):
+                yield row, slot, min(self.page_size, n - slot * self.page_size)
+
+    def to(self, device: torch.device | str) -> Pages:
+        """The same pages on another device."""
+        return Pages(self.kv_pool.to(device), self.block_table.to(device), self.seq_lens.to(device))
+
+    def emptied(self) -> Pages:
+        """The same tables over a pool in which nothing was written yet."""
+        return replace(self, kv_pool=torch.full_like(self.kv_pool, NAN))
+
+
+def random_pages(
+    lengths: Sequence[int],
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    spare: int = 2,
+    seed: int = 0,
+) -> Pages:
+    """Pages of sequences with these lengths, on the CPU.
+
+    Args:
+        spare: pages of the pool, and columns of the table, that no sequence uses.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-n // page_size) for n in lengths]
+    ids = torch.randperm(sum(counts) + spare, generator=generator).int()
+    kv_pool = torch.full((len(ids), 2, num_kv_heads, page_size, head_dim), NAN, dtype=dtype)
+    used = ids[: sum(counts)] if sum(counts) else ids[:1]
+    block_table = used[torch.randint(len(used), (len(lengths), max(counts, default=0) + spare), generator=generator)]
+    first = 0
+    for row, (n, count) in enumerate(zip(lengths, counts, strict=True)):
+        block_table[row, :count] = ids[first : first + count]
+        first += count
+        for position in range(n):
+            page, offset = int(block_table[row, position // page_size]), position % page_size
+            token = torch.randn(2, num_kv_heads, head_dim, generator=generator)
+            kv_pool[page, :, :, offset] = token.to(dtype)
+    return Pages(kv_pool, block_table, torch.tensor(lengths, dtype=torch.int32))
+
+
+def empty_summary(digest: Digest, pages: Pages) -> list[Tensor]:
+    """The digest's tensors for a pool, filled with what nobody may read: NaN, or all ones in whole numbers."""
+    num_pages, _, num_kv_heads, page_size, head_dim = pages.kv_pool.shape
+    tensors = []
+    for field in digest.fields(page_size, head_dim):
+        dtype = field.dtype or pages.kv_pool.dtype
+        trap = NAN if dtype.is_floating_point else torch.iinfo(dtype).max
+        tensors.append(torch.full((num_pages, num_kv_heads, *field.shape), trap, dtype=dtype))
+    return tensors
+
+
+def fitted_state(digest: Digest, pages: Pages) -> list[Tensor]:
+    """The digest's fixed tensors, fitted to the tokens of the longest sequence."""
+    longest = max(range(len(pages.lengths)), key=lambda row: pages.lengths[row])
+    keys, _ = pages.tokens(longest)
+    return digest.fit(keys.transpose(0, 1)[None], None)
+
+
+def fresh_summary(name: str, pages: Pages, state: Sequence[Tensor]) -> list[Tensor]:
+    """The digests of all used pages, computed one page at a time from their tokens; NaN in every other place."""
+    digest = DIGESTS.get(name)()
+    summary = empty_summary(digest, pages)
+    for row, slot, count in pages.used():
+        page = int(pages.block_table[row, slot])
+        keys = torch.full_like(pages.kv_pool[page, 0], NAN)
+        keys[:, :count] = pages.kv_pool[page, 0, :, :count]
+        valid = torch.arange(pages.page_size) < count
+        for stored, computed in zip(summary, digest.summarize(keys[None], valid[None], state), strict=True):
+            stored[page] = computed[0].to(stored.dtype)
+    return summary
