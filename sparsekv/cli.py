@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace, str], int] = args.run
         return run(args, shlex.join(["sparsekv", *arguments]))
+    except BrokenPipeError:  # `sparsekv ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
     except (SparseKVError, OSError) as error:
         print(f"sparsekv: {error}", file=sys.stderr)
         return EXIT_ERROR

@@ -138,8 +138,9 @@ def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _check_dense_layers(value: object) -> None:
-    if isinstance(value, tuple):
-        for layer in value:
-            _check_int("dense_layers", layer, 0)
-    else:
-        _check_int("dense_layers", value, 0)
+    if not isinstance(value, (int, tuple)):
+        raise ConfigError(
+            f"dense_layers={value!r} must be a whole number (the first so many layers) or a tuple of layer indices."
+        )
+    for layer in value if isinstance(value, tuple) else (value,):
+        _check_int("dense_layers", layer, 0)

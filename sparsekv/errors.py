@@ -21,10 +21,13 @@ class UnknownNameError(ConfigError):
     """A name is not in its registry; the message suggests the nearest names and lists all of them."""
 
     def __init__(self, field: str, name: object, known: Iterable[str]) -> None:
-        names = sorted(known)
-        near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
+        self.field, self.name, self.known = field, name, sorted(known)
+        near = difflib.get_close_matches(str(name), self.known, n=2, cutoff=0.5)
         hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-        super().__init__(f"{field}={name!r} is not known.{hint} Known: {', '.join(names)}.")
+        super().__init__(f"{field}={name!r} is not known.{hint} Known: {', '.join(self.known)}.")
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, object, list[str]]]:
+        return type(self), (self.field, self.name, self.known)  # else it could not leave a worker process
 
 
 class UnsupportedModelError(SparseKVError, TypeError):

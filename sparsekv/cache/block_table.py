@@ -6,7 +6,9 @@ not (`seq_lens`), and `valid` leads from one to the other.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekv.cache.page_pool import PageIds, PagePool
-from sparsekv.errors import CacheStateError
+from sparsekv.errors import CacheFullError, CacheStateError
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,7 @@ class BlockTable:
             CacheStateError: the batch has another size.
             CacheFullError: the pool's limit is reached. In both cases nothing has changed.
         """
-        if self.batch_size not in (0, batch_size):
-            raise CacheStateError(
-                f"The cache holds {self.batch_size} sequences, the input has {batch_size}. Use a new cache, or "
-                "batch_select_indices / batch_repeat_interleave to fit this one."
-            )
+        self.check_batch(batch_size)
         lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
         new = np.full(batch_size, num_new) if valid is None else valid.sum(1).numpy()
         self.pool.check_room(self._missing_pages(lengths, new))
@@ -95,8 +93,17 @@ class BlockTable:
         self.num_tokens += num_new
         return copies
 
+    def check_batch(self, batch_size: int) -> None:
+        """Raises CacheStateError if an input of `batch_size` sequences does not continue those of the table."""
+        if batch_size != self.batch_size and (self.batch_size or self.num_tokens):
+            raise CacheStateError(
+                f"The cache holds {self.batch_size} sequences, the input has {batch_size}. Use a new cache, or "
+                "batch_select_indices / batch_repeat_interleave to fit this one."
+            )
+
     def check_room(self, batch_size: int, num_new: int) -> None:
-        """Raises CacheFullError if `num_new` tokens more per sequence (none of them padding) would not fit."""
+        """Raises what `append` would, for `num_new` tokens more per sequence of which none is padding."""
+        self.check_batch(batch_size)
         lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
         self.pool.check_room(self._missing_pages(lengths, np.full(batch_size, num_new)))
 
@@ -107,11 +114,15 @@ class BlockTable:
         removed = np.full(self.batch_size, num_tokens)
         if self.valid is not None:
             removed = removed - (~self.valid[:, keep:]).sum(1).numpy()
-        lengths = self.lengths - removed
-        self.pool.check_room(len(self._shared_tails(lengths, removed)[0]))
-        self.num_tokens, self.valid = keep, None if self.valid is None else self.valid[:, :keep]
+        before, lengths = self.lengths, self.lengths - removed
         self._replace(lengths, self._pages)
-        return self._writable(lengths, removed)
+        try:
+            copies = self._writable(lengths, removed)  # the pages just dropped are room for it
+        except CacheFullError:
+            self._replace(before, self._pages)
+            raise
+        self.num_tokens, self.valid = keep, None if self.valid is None else self.valid[:, :keep]
+        return copies
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows, in this order; a row listed twice is shared, not copied."""
@@ -121,11 +132,7 @@ class BlockTable:
 
     def fork(self) -> BlockTable:
         """A second table over the same pages."""
-        twin = BlockTable(self.pool)
-        twin.num_tokens, twin.valid = self.num_tokens, self.valid
-        twin.lengths, twin._pages = self.lengths.copy(), self._pages.copy()
-        self.pool.share(self._all_pages())
-        return twin
+        return self._twin(self.pool)
 
     def clear(self) -> None:
         """Gives every page back."""
@@ -136,7 +143,17 @@ class BlockTable:
         if getattr(self, "_pages", None) is not None and self._pages.size:
             self.pool.release(self._all_pages())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockTable:
+        return self._twin(copy.deepcopy(self.pool, memo))
+
     # -- how
+
+    def _twin(self, pool: PagePool) -> BlockTable:
+        twin = BlockTable(pool)
+        twin.num_tokens, twin.valid = self.num_tokens, self.valid
+        twin.lengths, twin._pages = self.lengths.copy(), self._pages.copy()
+        pool.share(self._all_pages())
+        return twin
 
     def _all_pages(self) -> PageIds:
         used = np.arange(self._pages.shape[1]) < self.num_pages[:, None]

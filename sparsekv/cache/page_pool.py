@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,3 +73,9 @@ class PagePool:
     def release(self, pages: PageIds) -> None:
         """One reference less to each page; a page listed twice loses two."""
         np.subtract.at(self._references, pages, 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
+        """Without references: the tables that are copied along bring theirs, those left behind hold nothing in it."""
+        twin = PagePool(self.page_size)
+        twin.max_pages, twin._references = self.max_pages, np.zeros_like(self._references)
+        return twin

@@ -31,7 +31,7 @@ class PageStore:
         self.digest: Digest = DIGESTS.get(config.digest)()
         self.table = BlockTable(PagePool(config.page_size, config.max_tokens))
         self.layers: dict[int, LayerPages] = {}
-        self.reserve_pages = reserve_pages
+        self.reserve_pages = min(reserve_pages, self.table.pool.max_pages or reserve_pages)
         self._newest_valid: Tensor | None = None  # of the columns appended last; layers after the leader need it
 
     @property
@@ -86,7 +86,9 @@ class PageStore:
 
     def fork(self, config: SparseConfig) -> PageStore:
         """A store over the same pages; what either appends from now on is its own."""
-        twin = PageStore(config)
+        twin = PageStore(config, self.reserve_pages)
+        if not self.layers:  # nothing to share: each decides for itself what its layers keep
+            return twin
         twin.digest, twin.layers, twin.table = self.digest, self.layers, self.table.fork()
         twin._newest_valid = self._newest_valid
         return twin
@@ -103,7 +105,7 @@ class PageStore:
         page_size = self.config.page_size
         page = block_table.gather(1, position // page_size).long()
         if real is not None:
-            page = page.masked_fill(~real, 0)  # a sequence of nothing but padding has none in a layer that lags behind
+            page = page.masked_fill(~real, 0)  # a row of only padding may have no page in this layer yet
         kv = pages.kv[page, :, :, position % page_size]  # [b, n, 2, hkv, d]
         if real is not None:
             kv = kv.masked_fill(~real[:, :, None, None, None], 0)

@@ -191,12 +191,11 @@ class PagedCache(DynamicCache):
 
     def _select(self, rows: Tensor, method: str, argument: Any) -> None:
         self._settle()
+        batch_size = self._store.table.batch_size
+        if batch_size:
+            self._store.select(np.arange(batch_size)[rows.flatten().cpu().numpy()])  # indexes as torch would
         for layer in self._dense_layers():
             getattr(layer, method)(argument)
-        if not self._store.table.batch_size:
-            return
-        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows.flatten()
-        self._store.select(rows.cpu().numpy().astype(np.int64) % self._store.table.batch_size)
 
     def _settle(self) -> None:
         for layer in self.paged_layers:
@@ -205,7 +204,8 @@ class PagedCache(DynamicCache):
     def _sync_lengths(self) -> None:
         for layer in self.paged_layers:
             if layer.is_paged:
-                layer.length = self._store.table.num_tokens
+                # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
+                layer.length = min(layer.length, self._store.table.num_tokens)
 
 
 def _warn_fallback(layer_idx: int, reason: str) -> None:

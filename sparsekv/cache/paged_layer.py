@@ -66,7 +66,8 @@ class PagedLayer(DynamicLayer):
         super().__init__()
         self.store, self.layer_idx, self.config = store, layer_idx, config
         self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
-        self.policy: Policy = POLICIES.get("all" if config.is_dense_layer(layer_idx) else config.policy)()
+        policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
+        self.policy: Policy = POLICIES.get("all")() if config.is_dense_layer(layer_idx) else policy()
         self.mode = Mode.NEW
         self.length = 0  # columns stored, those pending not counted
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -83,6 +84,8 @@ class PagedLayer(DynamicLayer):
         if self.mode is Mode.DENSE:
             keys, values = super().update(key_states, value_states)
             return keys, values
+        if self.length:
+            self.store.table.check_batch(key_states.shape[0])
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._pending = (key_states, value_states)
         if self.length and key_states.shape[-2] > 1:
@@ -118,6 +121,7 @@ class PagedLayer(DynamicLayer):
     def refuse(self, reason: str) -> None:
         """Makes a layer that is not paged yet a plain dynamic one."""
         if self.mode is Mode.PAGED:
+            self._pending = None
             raise CacheStateError(f"Layer {self.layer_idx} cannot go on sparsely: {reason}. Start from a new cache.")
         if self.mode is Mode.DENSE:
             return
@@ -141,9 +145,10 @@ class PagedLayer(DynamicLayer):
         if key.shape != value.shape:
             self.refuse(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
             return
+        self._pending = None  # also if the store refuses the tokens: they must not come back with the next ones
         with torch.no_grad():
             self.store.append(self.layer_idx, self.length, key, value, visible, self.policy.reads is Reads.DIGESTS)
-        self.mode, self._pending = Mode.PAGED, None
+        self.mode = Mode.PAGED
         self.length += key.shape[-2]
         self._step_is_new = True
 

@@ -29,6 +29,8 @@ class DecodeStats:
         self.bytes_total = 0
         self._whole_pages = 0
         self._whole_bytes = 0
+        self._scoring_bytes = 0
+        self._chosen_from_bytes = 0  # what dense decoding would have read where pages were chosen
 
     def record_pass(self, layer_idx: int) -> None:
         """A layer attended densely over several new tokens."""
@@ -54,13 +56,14 @@ class DecodeStats:
         """
         self.pages_total += pages
         self.bytes_total += pages * page_nbytes
-        self._whole_bytes += scoring_nbytes
+        self._scoring_bytes += scoring_nbytes
         if slots is None:
             self._dense_steps[layer_idx] += new
             self._whole_pages += pages
             self._whole_bytes += pages * page_nbytes
             return
         self._sparse_steps[layer_idx] += new
+        self._chosen_from_bytes += pages * page_nbytes
         self._page_nbytes[layer_idx] = page_nbytes
         # Summed on the device and read when asked for: a decode step never waits for it.
         listed = (slots >= 0).sum()
@@ -89,17 +92,32 @@ class DecodeStats:
     @property
     def bytes_read(self) -> int:
         """Bytes read, those read to choose included."""
-        return self._whole_bytes + sum(int(n) * self._page_nbytes[layer] for layer, n in self._listed.items())
+        return self._whole_bytes + self._chosen_bytes
 
     @property
     def share(self) -> float:
         """Bytes read over the bytes dense decoding would have read; 0 before the first step."""
         return self.bytes_read / self.bytes_total if self.bytes_total else 0.0
 
+    @property
+    def sparse_share(self) -> float:
+        """The same in the layers and steps that chose their pages only; 0 if none did."""
+        return self._chosen_bytes / self._chosen_from_bytes if self._chosen_from_bytes else 0.0
+
+    @property
+    def _chosen_bytes(self) -> int:
+        listed = sum(int(n) * self._page_nbytes[layer] for layer, n in self._listed.items())
+        return listed + self._scoring_bytes
+
     def as_dict(self) -> dict[str, float]:
         """All counters, for a report."""
         names = ("sparse_steps", "dense_steps", "dense_passes", "pages_read", "pages_total", "bytes_read")
-        return {**{n: getattr(self, n) for n in names}, "bytes_total": self.bytes_total, "share": self.share}
+        return {
+            **{n: getattr(self, n) for n in names},
+            "bytes_total": self.bytes_total,
+            "share": self.share,
+            "sparse_share": self.sparse_share,
+        }
 
     def __repr__(self) -> str:
         return (

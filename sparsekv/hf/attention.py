@@ -24,15 +24,18 @@ _SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indic
 
 
 class AttentionName(str):
-    """The registered name, which also remembers what the model used before.
+    """The name transformers finds our functions by, which also remembers what the model used before.
 
-    It takes the place of the plain string in the config (which transformers never saves), so no attribute is added
-    that could leak into a `config.json`, and a deep copy of a patched model works.
+    Making one registers the functions; models whose config does not name them are not affected. It takes the place
+    of the plain string in the config (which transformers never saves), so no attribute is added that could leak into
+    a `config.json`, and a deep copy of a patched model works.
     """
 
     original: str | None
 
     def __new__(cls, original: str | None) -> AttentionName:
+        AttentionInterface.register(NAME, sparsekv_attention)
+        AttentionMaskInterface.register(NAME, sparsekv_mask)
         name = super().__new__(cls, NAME)
         name.original = original
         return name
@@ -44,10 +47,9 @@ class AttentionName(str):
         return self
 
 
-def register() -> None:
-    """Makes the name known to transformers; models that do not use it are not affected."""
-    AttentionInterface.register(NAME, sparsekv_attention)
-    AttentionMaskInterface.register(NAME, sparsekv_mask)
+def is_patched(config: Any) -> bool:
+    """Whether the config names our functions."""
+    return isinstance(config._attn_implementation, AttentionName)
 
 
 def original_implementation(config: Any) -> str:
@@ -67,16 +69,9 @@ def sparsekv_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query `[b, hq, t, d]`, key and value `[b, hkv, n, d]` -> `[b, t, hq, d]`."""
     layer = tagged_layer(key, value)
-    if layer is not None:
-        special = [name for name in _SPECIAL_ARGUMENTS if kwargs.get(name) is not None]
-        if special:
-            layer.refuse(f"its attention uses {', '.join(special)}")
-        layer.commit(visible_columns(attention_mask))
-        if layer.is_paged and query.shape[2] == 1:
-            return _sparse(module, layer, query, **kwargs), None
-        if layer.is_paged:
-            layer.record_pass()
-    return _dense(module, query, key, value, attention_mask, **kwargs)
+    if layer is None:
+        return _dense(module, query, key, value, attention_mask, **kwargs)
+    return _paged(layer, module, query, key, value, attention_mask, **kwargs)
 
 
 def sparsekv_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -90,6 +85,27 @@ def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
         return None
     row = attention_mask[:, 0, -1] if attention_mask.ndim == 4 else attention_mask
     return row > -1 if row.is_floating_point() else row.bool()
+
+
+@torch.compiler.disable  # it moves page tables, which no graph can hold
+def _paged(
+    layer: PagedLayer,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    special = [name for name in _SPECIAL_ARGUMENTS if kwargs.get(name) is not None]
+    if special:
+        layer.refuse(f"its attention uses {', '.join(special)}")
+    layer.commit(visible_columns(attention_mask))
+    if layer.is_paged and query.shape[2] == 1:
+        return _sparse(module, layer, query, **kwargs), None
+    if layer.is_paged:
+        layer.record_pass()
+    return _dense(module, query, key, value, attention_mask, **kwargs)
 
 
 def _sparse(

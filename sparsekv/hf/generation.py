@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,36 +17,33 @@ _DYNAMIC = (None, "dynamic")
 _STATIC = ("static",)
 
 
-def prepare_cache(make_cache: MakeCache) -> Callable[..., Any]:
-    """A `_prepare_cache_for_generation` that makes a PagedCache where generate would make its default or static one.
+def prepare_cache(
+    model: PreTrainedModel,
+    make_cache: MakeCache,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The model's `_prepare_cache_for_generation`: a PagedCache where generate would make its default or static one.
 
     A cache given by the user, `use_cache=False`, training mode and other cache implementations go to the model's own.
     """
-
-    def prepare(
-        self: PreTrainedModel,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        wanted = generation_config.cache_implementation
-        if _wants_own_cache(self, generation_config, model_kwargs):
-            model_class: Any = type(self)
-            return model_class._prepare_cache_for_generation(
-                self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
-            )
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        cache = make_cache(rows * max_cache_length if wanted in _STATIC else 0)
-        if getattr(generation_config, "is_assistant", False):
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
-        return None
-
-    return prepare
+    wanted = generation_config.cache_implementation
+    if _wants_own_cache(model, generation_config, model_kwargs):
+        model_class: Any = type(model)
+        return model_class._prepare_cache_for_generation(
+            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+        )
+    rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    cache = make_cache(rows * max_cache_length if wanted in _STATIC else 0)
+    if getattr(generation_config, "is_assistant", False):
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+    return None
 
 
 def _wants_own_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
@@ -64,19 +60,24 @@ def _wants_own_cache(model: PreTrainedModel, generation_config: Any, model_kwarg
     return True
 
 
-def default_cache_hook(decoder: PreTrainedModel, make_cache: MakeCache) -> Callable[..., Any]:
-    """A forward pre-hook that fills in `past_key_values` for a plain forward, and refuses what would not fit."""
-    parameters = list(inspect.signature(decoder.forward).parameters)
+def fill_in_cache(
+    make_cache: MakeCache,
+    parameters: tuple[str, ...],
+    module: PreTrainedModel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The decoder's forward pre-hook: gives a plain forward a PagedCache, and refuses what would not fit in one.
 
-    def hook(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = dict(zip(parameters, args, strict=False)) | kwargs
-        if named.get("past_key_values") is None and not module.training and _uses_cache(module, named):
-            named["past_key_values"] = make_cache(0)
-        if isinstance(named.get("past_key_values"), PagedCache):
-            _check_input(module, named)
-        return args[len(parameters) :], named
-
-    return hook
+    Args:
+        parameters: names of the forward's parameters, in order.
+    """
+    named = dict(zip(parameters, args, strict=False)) | kwargs
+    if named.get("past_key_values") is None and not module.training and _uses_cache(module, named):
+        named["past_key_values"] = make_cache(0)
+    if isinstance(named.get("past_key_values"), PagedCache):
+        _check_input(module, named)
+    return args[len(parameters) :], named
 
 
 def _uses_cache(module: PreTrainedModel, arguments: dict[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import types
+import inspect
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -41,7 +42,7 @@ class Patch:
             self.config,
             stats=self.stats,
             reserve_tokens=reserve_tokens,
-            on_fallback=self._turn_dense,
+            on_fallback=partial(_turn_dense, self.layers),  # no reference to the model: caches are copied and pickled
         )
 
     def undo(self) -> None:
@@ -49,7 +50,7 @@ class Patch:
         if not self.is_active:
             return
         config = support.text_config(self.model)
-        if isinstance(config._attn_implementation, attention.AttentionName):  # else the user has set another since
+        if attention.is_patched(config):  # else the user has set another since
             config._attn_implementation_internal = config._attn_implementation.original
         delattr(self.model, _PREPARE)
         delattr(self.model, _ATTRIBUTE)
@@ -57,19 +58,15 @@ class Patch:
         self.is_active = False
 
     def _apply(self) -> None:
-        attention.register()
-        config = support.text_config(self.model)
+        # Partials of bound methods, not closures: a deep copy of the model gets its own, and they can be pickled.
+        config, decoder = support.text_config(self.model), support.decoder_of(self.model)
         config._attn_implementation_internal = attention.AttentionName(config._attn_implementation)
-        prepare = generation.prepare_cache(self.new_cache)
-        setattr(self.model, _PREPARE, types.MethodType(prepare, self.model))
-        decoder = support.decoder_of(self.model)
-        hook = generation.default_cache_hook(decoder, self.new_cache)
+        setattr(self.model, _PREPARE, partial(generation.prepare_cache, self.model, self.new_cache))
+        parameters = tuple(inspect.signature(decoder.forward).parameters)
+        hook = partial(generation.fill_in_cache, self.new_cache, parameters)
         self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
         setattr(self.model, _ATTRIBUTE, self)
         self.is_active = True
-
-    def _turn_dense(self, layer_idx: int, reason: str) -> None:
-        self.layers[layer_idx] = support.LayerStatus(layer_idx, False, reason)
 
     def __enter__(self) -> Patch:
         return self
@@ -110,6 +107,11 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
             f"{type(model).__name__} is patched already: undo that first (patch.undo() or sparsekv.unpatch(model)), "
             "then patch it with the new settings."
         )
+    if isinstance(model, PreTrainedModel) and attention.is_patched(support.text_config(model)):
+        raise PatchError(
+            f"{type(model).__name__} was made with the config of a patched model. Undo that patch before making "
+            "another model from its config, or make the second one with copy.deepcopy(model)."
+        )
     made = Patch(model, settled, support.examine(model, settled))
     made._apply()
     return made
@@ -125,6 +127,10 @@ def unpatch(model: PreTrainedModel) -> None:
     if made is None:
         raise PatchError(f"{type(model).__name__} is not patched: nothing to undo.")
     made.undo()
+
+
+def _turn_dense(layers: list[support.LayerStatus], layer_idx: int, reason: str) -> None:
+    layers[layer_idx] = support.LayerStatus(layer_idx, False, reason)
 
 
 def _layer_lines(layers: list[support.LayerStatus]) -> list[str]:

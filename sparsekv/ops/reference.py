@@ -213,7 +213,9 @@ def attend_pages(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     missing = ~valid[:, :, None]
-    sink = logits.new_full((), NEG_INF) if sinks is None else rearrange(sinks.float(), "(h g) -> h g 1", h=num_kv_heads)
+    sink = logits.new_full((num_kv_heads, 1, 1), NEG_INF)
+    if sinks is not None:
+        sink = rearrange(sinks.float(), "(h g) -> h g 1", h=num_kv_heads)
     logits = torch.cat([logits.masked_fill(missing, NEG_INF), sink.expand(*logits.shape[:-1], 1)], dim=-1)
     lse = logits.logsumexp(-1)
     weights = logits.softmax(-1)[..., :-1].masked_fill(missing, 0.0)  # else NaN for a sequence without tokens

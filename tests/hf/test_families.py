@@ -1,0 +1,158 @@
+"""Every family decodes as it does unpatched while the context fits the budget, sparsely beyond, or is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+import sparsekv
+from sparsekv import UnsupportedModelError
+
+SERVED = """
+    llama qwen2 qwen3 qwen3_moe mixtral mistral gemma2 gemma3_text phi3 gpt_oss glm4 olmo2 smollm3 starcoder2 gpt2 opt
+""".split()
+PADDED = (40, 33, 19)
+NEW_TOKENS = 8  # as many as `decode` generates
+
+
+def full_attention_layers(model: Any) -> list[int]:
+    """The layers that hold everything in an unpatched model's own cache."""
+    layers = DynamicCache(config=model.config).layers
+    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+def pages_of_decoding(model: Any, lengths: tuple[int, ...], page_size: int) -> int:
+    """Pages that dense decoding reads: no padding in them, one read per step, sequence, kv head and layer."""
+    per_head = sum(math.ceil((n + step) / page_size) for n in lengths for step in range(1, NEW_TOKENS))
+    return per_head * model.config.num_key_value_heads * len(full_attention_layers(model))
+
+
+@pytest.mark.parametrize("lengths", [(40,), PADDED], ids=["single", "padded"])
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("family", SERVED)
+def test_a_budget_beyond_the_context_changes_nothing(
+    family, page_size, lengths, tiny, prompt, decode, assert_same
+) -> None:
+    """Tokens and logits are the unpatched model's, and every decode step read exactly the pages there are."""
+    model, inputs = tiny(family), prompt(*lengths)
+    unpatched = decode(model, inputs)
+    assert unpatched.sequences[:, -NEW_TOKENS:].unique().numel() >= 3, "a model that repeats itself proves little"
+
+    with sparsekv.patch(model, budget=4096, page_size=page_size, dense_layers=1) as patch:
+        patched = decode(model, inputs)
+
+    assert_same(patched, unpatched)
+    assert [x.layer_idx for x in patched.past_key_values.paged_layers if x.is_paged] == full_attention_layers(model)
+    assert (patch.stats.dense_steps, patch.stats.sparse_steps) == (NEW_TOKENS - 1, 0)
+    assert patch.stats.dense_passes == 1
+    assert patch.stats.pages_read == patch.stats.pages_total == pages_of_decoding(model, lengths, page_size)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_a_small_budget_reads_the_pages_quest_would(
+    family, tiny, prompt, decode, distance, assert_same, naive_sparse
+) -> None:
+    """Every step of every full-attention layer chooses pages, and computes what masking all others computes."""
+    settings = {"budget": 16, "page_size": 4, "sinks": 2, "recent": 4}
+    model, naive, inputs = tiny(family), tiny(family), prompt(*PADDED)
+    unpatched = decode(model, inputs)
+    with sparsekv.patch(model, dense_layers=0, **settings) as patch:
+        patched = decode(model, inputs)
+
+    naive_sparse(naive, **settings)
+    assert_same(patched, decode(naive, inputs))
+    assert distance(patched, unpatched) > 0.1
+    assert torch.equal(patched.logits[0], unpatched.logits[0]), "prefill is the model's own"
+    assert [status.layer_idx for status in patch.layers if status.is_sparse] == full_attention_layers(model)
+    assert (patch.stats.sparse_steps, patch.stats.dense_steps) == (NEW_TOKENS - 1, 0)
+    assert patch.stats.pages_total == pages_of_decoding(model, PADDED, page_size=4)
+    steps = (NEW_TOKENS - 1) * len(full_attention_layers(model))
+    assert patch.stats.pages_read == 16 // 4 * steps * model.config.num_key_value_heads * len(PADDED)
+    assert patch.stats.share < 1
+
+
+@pytest.mark.parametrize("lengths", [(40,), PADDED], ids=["single", "padded"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "diffllama"])
+def test_layers_that_transform_their_keys_run_dense_and_say_so(
+    family, lengths, tiny, prompt, decode, assert_same
+) -> None:
+    """Latent or differential attention changes keys or values after the cache: noticed at the first use."""
+    model, inputs = tiny(family), prompt(*lengths)
+    unpatched = decode(model, inputs)
+    with sparsekv.patch(model, budget=16, page_size=4, sinks=2, recent=4, dense_layers=0) as patch:
+        assert "dense" not in str(patch)
+        assert_same(decode(model, inputs), unpatched)
+        assert_same(decode(model, inputs), unpatched)
+    assert not any(status.is_sparse for status in patch.layers)
+    assert "layers 0-3: dense (its keys or values are transformed between the cache and the attention" in str(patch)
+    assert patch.stats.sparse_steps == patch.stats.dense_steps == patch.stats.pages_total == 0
+
+
+REFUSED = {
+    "t5": "it is an encoder-decoder",
+    "bart": "it is an encoder-decoder",
+    "doge": "its attention reads the values again",
+    "bloom": "does not use transformers' attention interface",
+    "falcon": "does not use transformers' attention interface",
+    "gptj": "does not use transformers' attention interface",
+    "mamba": "no plain full-attention layer",
+    "bert": "cannot generate",
+}
+SMALL = {"vocab_size": 100, "num_hidden_layers": 2, "num_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+SMALL |= {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
+SMALL |= {"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "intermediate_size": 96, "rotary_dim": 16}
+
+
+@pytest.mark.parametrize(("family", "reason"), REFUSED.items(), ids=REFUSED)
+def test_refused_with_the_reason(family, reason, state_of) -> None:
+    """A model that cannot be served rightly raises, names itself, the reason and the way out, and is as it was."""
+    config = CONFIG_MAPPING[family](**SMALL)
+    auto = AutoModel if family in ("t5", "bart", "bert") else AutoModelForCausalLM
+    model = auto.from_config(config)
+    before = state_of(model)
+    with pytest.raises(UnsupportedModelError, match=reason) as error:
+        sparsekv.patch(model)
+    assert type(model).__name__ in str(error.value)
+    assert "Run it unpatched" in str(error.value)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "reason"),
+    [
+        ("mistral", {"sliding_window": 8}, "every layer attends to a sliding window only"),
+        ("llama", {"is_causal": False}, "its attention is not causal"),
+    ],
+)
+def test_a_served_family_may_have_a_config_that_is_refused(family, setting, reason, tiny, state_of) -> None:
+    model = tiny(family, **setting)
+    before = state_of(model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        sparsekv.patch(model)
+    assert state_of(model) == before
+
+
+def test_a_model_without_a_head_is_refused(tiny) -> None:
+    with pytest.raises(UnsupportedModelError, match="LlamaModel cannot decode sparsely: it cannot generate"):
+        sparsekv.patch(tiny("llama").model)
+
+
+@pytest.mark.parametrize(
+    "thing", [None, "meta-llama/Llama-3.1-8B", torch.nn.Linear(2, 2)], ids=lambda x: type(x).__name__
+)
+def test_what_is_no_model_is_refused(thing) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"is not a transformers PreTrainedModel. Pass the model itself"):
+        sparsekv.patch(thing)
+
+
+def test_a_wrapped_model_is_refused_and_the_model_inside_is_not(tiny) -> None:
+    """Wrappers delegate attributes, so a patch of one would half work: say what to patch instead."""
+    model = tiny("llama")
+    with pytest.raises(UnsupportedModelError, match="patch the model inside it"):
+        sparsekv.patch(torch.compile(model, backend="eager"))
+    sparsekv.patch(model).undo()
