@@ -25,7 +25,8 @@ class SparseConfig:
         policy: which pages a step reads (`sparsekv.policies`).
         dense_layers: the first so many layers read everything (two, as in Quest), or the indices of such layers.
         sinks: the first tokens of a sequence, always read (StreamingLLM's attention sinks).
-        recent: the last tokens of a sequence, always read; the current page always is.
+        recent: the last tokens of a sequence, always read; the current page always is. Enough for a question:
+            a model that loses sight of what it was asked answers something else.
         group_pooling: how the scores of the query heads that share a kv head become one: `max`, `sum`, or
             `mean_softmax` (mean over heads of the softmax over pages).
         backend: `auto` (kernels where there are any) or `reference` (plain torch on any device).
@@ -42,7 +43,7 @@ class SparseConfig:
     policy: str = "top_k"
     dense_layers: int | tuple[int, ...] = 2
     sinks: int = 4
-    recent: int = 16
+    recent: int = 64
     group_pooling: str = "max"
     backend: str = "auto"
     max_tokens: int | None = None

@@ -86,7 +86,7 @@ class BlockTable:
         self.check_batch(batch_size)
         lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
         new = np.full(batch_size, num_new) if valid is None else valid.sum(1).numpy()
-        self.pool.check_room(self._missing_pages(lengths, new))
+        self._check_room(lengths, new)
         copies = self._writable(lengths, new)
         self._extend(lengths, lengths + new)
         self._append_valid(batch_size, num_new, valid)
@@ -105,7 +105,7 @@ class BlockTable:
         """Raises what `append` would, for `num_new` tokens more per sequence of which none is padding."""
         self.check_batch(batch_size)
         lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
-        self.pool.check_room(self._missing_pages(lengths, np.full(batch_size, num_new)))
+        self._check_room(lengths, np.full(batch_size, num_new))
 
     def crop(self, num_tokens: int) -> PageCopies:
         """Drops the last `num_tokens` columns. A page that becomes partly filled is made this table's own, since its
@@ -176,10 +176,12 @@ class BlockTable:
         must_copy = earlier_writers < self.pool.references(tails) - 1
         return rows[must_copy], tails[must_copy]
 
-    def _missing_pages(self, lengths: NDArray[np.int64], new: NDArray[np.int64]) -> int:
+    def _check_room(self, lengths: NDArray[np.int64], new: NDArray[np.int64]) -> None:
+        if self.pool.max_pages is None:
+            return
         page_size = self.pool.page_size
         grown = -(-(lengths + new) // page_size) - -(-lengths // page_size)
-        return int(grown.sum()) + len(self._shared_tails(lengths, new)[0])
+        self.pool.check_room(int(grown.sum()) + len(self._shared_tails(lengths, new)[0]))
 
     def _writable(self, lengths: NDArray[np.int64], writes: NDArray[np.int64]) -> PageCopies:
         """Gives each row that will write its own copy of a shared, partly filled last page."""

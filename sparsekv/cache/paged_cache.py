@@ -125,12 +125,12 @@ class PagedCache(DynamicCache):
         if count < 0:
             raise ConfigError(f"crop({-count}): give the number of tokens to remove as a negative number.")
         self._settle()
+        stored = min(count, self._store.table.num_tokens)
+        if stored:
+            self._store.crop(stored)
+            self._sync_lengths()
         for layer in self._dense_layers():
             layer.crop(-count)
-        count = min(count, self._store.table.num_tokens)
-        if count:
-            self._store.crop(count)
-            self._sync_lengths()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row i what row `beam_idx[i]` was."""

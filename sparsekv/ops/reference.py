@@ -18,6 +18,11 @@ from sparsekv.ops.formulas import formula
 
 NEG_INF = float("-inf")
 NO_RANK = torch.iinfo(torch.int64).min
+LOWEST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
+
+# Pages are attended to in chunks of about this many key elements, which stay in a CPU's cache: the whole context is
+# never copied, and dense decoding runs at the speed of one read.
+CHUNK_ELEMENTS = 1 << 20
 
 
 def append_kv(
@@ -117,7 +122,7 @@ def score_pages(
     """
     num_kv_heads = summary[0].shape[1]
     grouped = rearrange(query.float(), "b (h g) d -> b h g d", h=num_kv_heads)
-    scores = formula(digest).score(grouped, [field[block_table] for field in summary], state)
+    scores = formula(digest).score(grouped, [_take_rows(field, block_table) for field in summary], state)
     return pool_group(scores, seq_lens, page_size, group_pooling, scaling)
 
 
@@ -207,33 +212,64 @@ def attend_pages(
     if slots is None:
         every = torch.arange(block_table.shape[1], dtype=torch.int32, device=query.device)
         slots = every.expand(query.shape[0], num_kv_heads, -1)
-    keys, values, valid = _gather_pages(kv_pool, block_table, seq_lens, slots)
     grouped = rearrange(query.float(), "b (h g) d -> b h g d", h=num_kv_heads)
-    logits = grouped @ keys.transpose(-1, -2) * scaling  # [b, hkv, g, k * p]
+    chunk = max(1, CHUNK_ELEMENTS // (slots.shape[0] * kv_pool[0, 0].numel()))
+    parts = [
+        _attend_chunk(grouped, *_gather_pages(kv_pool, block_table, seq_lens, some), scaling, softcap)
+        for some in slots.split(chunk, dim=-1)
+    ]
+    sink = None if sinks is None else rearrange(sinks.float(), "(h g) -> h g", h=num_kv_heads)
+    out, lse = _merge(parts, sink)
+    return out.flatten(1, 2).to(query.dtype), lse.flatten(1)
+
+
+def _attend_chunk(
+    grouped: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit and sum of weights `[b, hkv, g]`, weighted values `[b, hkv, g, d]`; weights relative to that
+    logit."""
+    logits = grouped @ keys.transpose(-1, -2) * scaling  # [b, hkv, g, tokens]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    missing = ~valid[:, :, None]
-    sink = logits.new_full((num_kv_heads, 1, 1), NEG_INF)
-    if sinks is not None:
-        sink = rearrange(sinks.float(), "(h g) -> h g 1", h=num_kv_heads)
-    logits = torch.cat([logits.masked_fill(missing, NEG_INF), sink.expand(*logits.shape[:-1], 1)], dim=-1)
-    lse = logits.logsumexp(-1)
-    weights = logits.softmax(-1)[..., :-1].masked_fill(missing, 0.0)  # else NaN for a sequence without tokens
-    out = rearrange(weights @ values, "b h g d -> b (h g) d")
-    return out.to(query.dtype), lse.flatten(1)
+    logits = logits.masked_fill(~valid[:, :, None], NEG_INF)
+    peak = logits.amax(-1).clamp_min(LOWEST)  # finite also for a sequence without tokens here
+    weights = (logits - peak[..., None]).exp()
+    return peak, weights.sum(-1), weights @ values
+
+
+def _merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output `[b, hkv, g, d]` and log-sum-exp `[b, hkv, g]` of the chunks and the sink logits `[hkv, g]` together."""
+    peaks, masses, weighted = (torch.stack(column) for column in zip(*parts, strict=True))
+    peak = peaks.amax(0)
+    if sink is not None:
+        peak = torch.maximum(peak, sink)
+    scale = (peaks - peak).exp()
+    mass = (masses * scale).sum(0)
+    if sink is not None:
+        mass = mass + (sink - peak).exp()
+    out = (weighted * scale[..., None]).sum(0) / mass.clamp_min(TINY)[..., None]
+    return out, peak + mass.log()
 
 
 def _gather_pages(
     kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of the listed pages `[b, hkv, k * p, d]` float32 and which tokens of them exist."""
-    page_size = kv_pool.shape[3]
-    heads = torch.arange(kv_pool.shape[2], device=slots.device)[None, :, None]
-    table = block_table[:, None].expand(-1, slots.shape[1], -1)
+    num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
+    heads = torch.arange(num_kv_heads, device=slots.device)[None, :, None]
+    table = block_table[:, None].expand(-1, num_kv_heads, -1)
     pages = table.gather(2, slots.clamp_min(0).long())
     position = slots[..., None] * page_size + torch.arange(page_size, device=slots.device)
     valid = ((slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])).flatten(2)
-    keys = kv_pool[:, 0][pages, heads].flatten(2, 3).float()
-    # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
-    values = kv_pool[:, 1][pages, heads].flatten(2, 3).float().masked_fill_(~valid[..., None], 0.0)
+    key_rows = pages * (2 * num_kv_heads) + heads  # a row: one head's keys, or values, of one page
+    keys = _take_rows(kv_pool.flatten(0, 2), key_rows).flatten(2, 3).float()
+    values = _take_rows(kv_pool.flatten(0, 2), key_rows + num_kv_heads).flatten(2, 3).float()
+    if valid.is_cuda or not valid.all():
+        # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
+        values = values.masked_fill(~valid[..., None], 0.0)
     return keys, values, valid
+
+
+def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """`source[rows]`, by the operator that copies whole rows."""
+    return source.index_select(0, rows.flatten()).unflatten(0, rows.shape)

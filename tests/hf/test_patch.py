@@ -98,7 +98,7 @@ def test_unpatching_an_unpatched_model(tiny) -> None:
 
 def test_patching_twice_names_the_way_out(tiny, state_of) -> None:
     model = tiny("llama")
-    patch = sparsekv.patch(model, budget=64)
+    patch = sparsekv.patch(model, budget=96)
     before = state_of(model)
     with pytest.raises(PatchError, match=r"is patched already: undo that first \(patch.undo\(\) or sparsekv.unpatch"):
         sparsekv.patch(model, budget=128)

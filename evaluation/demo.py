@@ -1,0 +1,200 @@
+"""The demo: a small language model answers questions about a long story, densely and sparsely, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers.cache_utils import Cache
+
+import sparsekv
+from sparsekv import DecodeStats, PagedCache
+from sparsekv.errors import ConfigError
+
+from . import testbed
+from .answers import Answer, ask, encode, prefill
+from .pages_plot import PageTrace, save_pages_plot
+from .report import choose_device, new_console, save_json
+from .testbed.stories import Question, Story, make_story
+
+TASKS = ("needle", "many_keys")
+BUDGET_SHARES = (32, 16, 8)  # the budgets shown: the context divided by these
+_CAPTION = (
+    "The story is prefilled once, densely; questions and answers are decoded token by token.\n"
+    "Budgets are tokens per kv head; the first two of the six layers always read everything. Shares count digests."
+)
+
+
+@dataclass
+class Method:
+    """A way to decode: its cache, and the answers it gave."""
+
+    name: str
+    cache: Cache
+    stats: DecodeStats | None
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Part of the cache read per token; dense reads it all."""
+        return self.stats.share if self.stats is not None else 1.0
+
+    @property
+    def sparse_share(self) -> float:
+        """The same in the layers that choose their pages."""
+        return self.stats.sparse_share if self.stats is not None else 1.0
+
+    @property
+    def ms_per_token(self) -> float:
+        tokens = sum(a.num_tokens for a in self.answers)
+        return sum(a.ms_per_token * a.num_tokens for a in self.answers) / max(tokens, 1)
+
+    @property
+    def num_right(self) -> int:
+        return sum(a.is_right for a in self.answers)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sparsekv demo`."""
+    parser.add_argument("--context", type=int, default=16384, help="tokens of the story (default %(default)s)")
+    parser.add_argument("--questions", type=int, default=8, help="questions about it (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another number tells another story")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
+    parser.add_argument("--out", default="sparsekv_demo.png", metavar="PNG", help="where the picture goes")
+    parser.add_argument("--json", metavar="DIR", help="also write DIR/demo.json with everything that was measured")
+    parser.add_argument("--quick", action="store_true", help="a 4k story and 4 questions: a few seconds")
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Tells a story, asks the questions with every method, prints the table and saves the picture."""
+    context, num_questions = (4096, 4) if args.quick else (args.context, args.questions)
+    if context < 2048:
+        raise ConfigError(f"--context={context} is too short to show anything: at least 2048.")
+    console = new_console()
+    device = choose_device(args.device)
+    model, tokenizer = testbed.load(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    story = make_story(context, TASKS, num_questions, args.seed)
+    with _progress(console) as progress:
+        methods, trace = _compare(model, tokenizer, story, progress)
+    console.print(_table(story, methods))
+    save_pages_plot(Path(args.out), trace, context)
+    console.print(f"Which pages were read, and where the answer lies: [bold]{args.out}[/bold]")
+    if args.json:
+        path = save_json(args.json, "demo", command, {"context": context, "seed": args.seed}, _rows(methods))
+        console.print(f"Written: {path}")
+    return 0
+
+
+def _compare(model: Any, tokenizer: Any, story: Story, progress: Progress) -> tuple[list[Method], PageTrace]:
+    """Reads the story once; every method then decodes from the same keys and values."""
+    ids = encode(tokenizer, story.text, model.device)
+    config = sparsekv.SparseConfig(budget=_budgets(story.num_tokens)[0])
+    reading = progress.add_task(f"reading {story.num_tokens:,} tokens (dense prefill)", total=1)
+    with sparsekv.patch(model, config) as patch:
+        cache = patch.new_cache()
+        prefill(model, ids, cache)
+        progress.advance(reading)
+        plain = Method("dense", cache.to_dynamic(), None)
+        sparse = _sparse_methods(cache, story.num_tokens)
+        for method in sparse:
+            _ask_all(model, tokenizer, method, story, progress)
+        trace = _trace(model, tokenizer, cache, _shown(story, sparse[0]))
+    _ask_all(model, tokenizer, plain, story, progress)  # the model as it is without sparsekv
+    return [plain, *sparse], trace
+
+
+def _budgets(context: int) -> list[int]:
+    return [context // share for share in BUDGET_SHARES]
+
+
+def _sparse_methods(cache: PagedCache, context: int) -> list[Method]:
+    budgets = _budgets(context)
+    forks = [(f"top_k {budget}", cache.fork(budget=budget)) for budget in budgets]
+    forks.append((f"recent {budgets[-1]}", cache.fork(budget=budgets[-1], policy="recent")))
+    return [Method(name, fork, fork.stats) for name, fork in forks]
+
+
+def _ask_all(model: Any, tokenizer: Any, method: Method, story: Story, progress: Progress) -> None:
+    task = progress.add_task(method.name, total=len(story.questions))
+    for question in story.questions:
+        method.answers.append(ask(model, tokenizer, method.cache, question.prompt, question.answer))
+        progress.advance(task)
+
+
+def _shown(story: Story, method: Method) -> Question:
+    """The first question that the method got right, to be drawn; if there is none, the first."""
+    right = [q for q, answer in zip(story.questions, method.answers, strict=True) if answer.is_right]
+    return (right or list(story.questions))[0]
+
+
+def _trace(model: Any, tokenizer: Any, cache: PagedCache, question: Question) -> PageTrace:
+    """Asks one question again, at the smallest budget, and notes every page read."""
+    fork = cache.fork(budget=_budgets(cache.get_seq_length())[0])
+    trace = PageTrace(question, page_size=fork.config.page_size, budget=int(fork.config.budget))
+    fork.observers.append(trace.observe)
+    answer = ask(model, tokenizer, fork, question.prompt, question.answer)
+    trace.words = f"{question.prompt} {answer.text}".split()
+    return trace
+
+
+def _table(story: Story, methods: list[Method]) -> Table:
+    table = Table(title=f"Questions about a story of {story.num_tokens:,} tokens", caption=_CAPTION)
+    table.add_column("question")
+    table.add_column("answer", justify="right")
+    for method in methods:
+        table.add_column(method.name, justify="right")
+    for i, question in enumerate(story.questions):
+        cells = [_cell(method.answers[i]) for method in methods]
+        table.add_row(_short(question.prompt), _compact(question.answer), *cells)
+    table.add_section()
+    total = len(story.questions)
+    table.add_row("[bold]right[/bold]", "", *(f"[bold]{m.num_right} of {total}[/bold]" for m in methods))
+    table.add_row("share of the cache read per token", "", *(f"{m.share:.1%}" for m in methods))
+    table.add_row("... in the sparse layers alone", "", *(f"{m.sparse_share:.1%}" for m in methods))
+    table.add_row("ms per token", "", *(f"{m.ms_per_token:.1f}" for m in methods))
+    return table
+
+
+def _cell(answer: Answer) -> str:
+    said = _compact(answer.text) or "(nothing)"
+    return f"[green]{said} ✓[/green]" if answer.is_right else f"[red]{said} ✗[/red]"
+
+
+def _short(prompt: str) -> str:
+    return prompt.removeprefix("Question : ").removeprefix("what is the ").removesuffix(" ? Answer :")
+
+
+def _compact(answer: str) -> str:
+    """Digits are words to the model; a reader takes them as one number. Long wrong answers are cut."""
+    text = answer.replace(" ", "") if answer.replace(" ", "").isdigit() else answer
+    return text if len(text) <= 12 else text[:11] + "…"
+
+
+def _rows(methods: list[Method]) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": m.name,
+            "right": m.num_right,
+            "share": m.share,
+            "sparse_share": m.sparse_share,
+            "ms_per_token": m.ms_per_token,
+            "stats": m.stats.as_dict() if m.stats is not None else None,
+            "answers": [asdict(a) for a in m.answers],
+        }
+        for m in methods
+    ]
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=False) as progress:
+        yield progress

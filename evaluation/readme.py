@@ -1,0 +1,94 @@
+"""Puts the committed figures into README.md, so that every number there has a file behind it.
+
+python -m evaluation.readme          # writes them
+python -m evaluation.readme --check  # fails if they differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+_SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
+
+
+def render(markdown: str) -> str:
+    """The text with every `<!-- figures: NAME -->` section filled from its result file."""
+    return _SECTION.sub(lambda found: found[1] + "\n" + _TABLES[found["name"]]() + "\n" + found[3], markdown)
+
+
+def _load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _source(name: str, result: dict[str, Any]) -> str:
+    where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
+    how = f"`{result['command']}`, {where}, torch {result['versions']['torch']}, {result['date']}"
+    return f"\n{how}: [all figures](evaluation/results/{name}.json)\n"
+
+
+def _demo() -> str:
+    result = _load("demo")
+    rows = [
+        [
+            row["method"],
+            f"{row['right']} of {len(row['answers'])}",
+            f"{row['share']:.1%}",
+            f"{row['sparse_share']:.1%}",
+            f"{row['ms_per_token']:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["method, budget", "right answers", "cache read per token", "in the sparse layers", "ms per token"]
+    return _table(header, rows) + _source("demo", result)
+
+
+def _attention_cpu() -> str:
+    result = _load("attention_cpu")
+    rows = [
+        [
+            f"{row['context']:,}",
+            f"{row['dense_ms']:.2f}",
+            f"{row['sparse_ms']:.2f}",
+            f"{row['speedup']:.1f}x",
+            f"{row['share']:.1%}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["context", "dense (SDPA), ms", "sparsekv, ms", "faster", "cache read"]
+    return _table(header, rows) + _source("attention_cpu", result)
+
+
+_TABLES: dict[str, Callable[[], str]] = {"demo": _demo, "attention_cpu": _attention_cpu}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes or checks README.md; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a figure differs")
+    args = parser.parse_args(argv)
+    old = README.read_text()
+    new = render(old)
+    if args.check and new != old:
+        print("README.md differs from the committed results: run python -m evaluation.readme", file=sys.stderr)
+        return 1
+    if not args.check:
+        README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

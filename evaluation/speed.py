@@ -1,0 +1,205 @@
+"""How long one layer's decode step takes, sparse beside dense, on the same keys and values in the same run.
+
+    python -m evaluation.speed attention --device cpu --contexts 65536 262144 --budget 1024
+
+The competitor is PyTorch's scaled_dot_product_attention over the same cache, contiguous and without its append, which
+favours it. Before anything is timed the step is compared with it; no speed is printed if that fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from sparsekv import DecodeStats, DecodeStep, SparseConfig
+from sparsekv.cache import PagedLayer
+from sparsekv.cache.page_store import PageStore
+from sparsekv.errors import SparseKVError
+from sparsekv.testing.timing import median_ms
+
+from .report import choose_device, new_console, save_json, save_speed_plot
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer: batch, query heads, kv heads, head size."""
+
+    batch: int = 1
+    num_q_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+
+    @property
+    def scaling(self) -> float:
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one decode step at one context length; the parts add up to about `sparse_ms`."""
+
+    context: int
+    dense_ms: float
+    sparse_ms: float
+    append_ms: float
+    score_ms: float
+    select_ms: float
+    attend_ms: float
+    share: float  # of the cache's bytes that the sparse step reads
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_ms / self.sparse_ms
+
+
+class Bench:
+    """One layer with a cache of random keys and values, and one decode step of it, sparse and dense.
+
+    Raises:
+        SparseKVError: the step disagrees with the dense competitor where both read everything.
+    """
+
+    def __init__(self, shape: Shape, context: int, config: SparseConfig, device: torch.device, dtype: torch.dtype):
+        self.shape, self.context, self.device = shape, context, device
+        generator = torch.Generator(device).manual_seed(context)
+
+        def random(heads: int, tokens: int) -> Tensor:
+            size = (shape.batch, heads, tokens, shape.head_dim)
+            return torch.randn(size, device=device, generator=generator).to(dtype)
+
+        self.query = random(shape.num_q_heads, 1)
+        self.new = random(shape.num_kv_heads, 1), random(shape.num_kv_heads, 1)
+        self.past = random(shape.num_kv_heads, context), random(shape.num_kv_heads, context)
+        self.steps: list[DecodeStep] = []
+        self.stats = DecodeStats()
+        observers = [lambda step, slots: self.steps.append(step)]
+        self.layer = PagedLayer(PageStore(config), 0, config.with_(dense_layers=0), self.stats, observers)
+        self.layer.update(*self.past)
+        self.layer.commit(None)
+
+    def append(self) -> None:
+        """The new token into its page."""
+        self.layer.update(*self.new)
+        self.layer.commit(None)
+
+    def sparse(self) -> Tensor:
+        """A whole sparse step, bookkeeping included."""
+        self.append()
+        return self.layer.decode(self.query, self.shape.scaling, 0.0, None)
+
+    def dense(self) -> Tensor:
+        """The competitor's attention over the past tokens."""
+        return F.scaled_dot_product_attention(self.query, *self.past, enable_gqa=True)
+
+    def check(self) -> None:
+        """All pages read must give the competitor's result over the same tokens."""
+        self.sparse()
+        step = self.steps[-1]
+        out, _ = step.ops.attend_pages(
+            step.query, step.kv_pool, step.block_table, step.seq_lens, None, step.scaling, 0.0, None
+        )
+        keys, values = (torch.cat(pair, 2) for pair in zip(self.past, self.new, strict=True))
+        expected = F.scaled_dot_product_attention(self.query, keys, values, enable_gqa=True).squeeze(2)
+        error = ((out - expected).float().norm() / expected.float().norm()).item()
+        allowed = 1e-4 if out.dtype == torch.float32 else 1e-2
+        if not error < allowed:
+            raise SparseKVError(f"Reading every page is {error:.1e} off dense attention; allowed is {allowed}.")
+
+    def measure(self, repeats: int) -> Timing:
+        """Times the step and its parts."""
+        self.check()
+        step = self.steps[-1]
+        scores = step.digest_scores()
+        slots = step.select(scores)
+        self.stats.reset()
+        sparse_ms = median_ms(self.sparse, self.device, repeats)
+        share = self.stats.share
+        return Timing(
+            context=self.context,
+            dense_ms=median_ms(self.dense, self.device, repeats),
+            sparse_ms=sparse_ms,
+            append_ms=median_ms(self.append, self.device, repeats),
+            score_ms=median_ms(step.digest_scores, self.device, repeats),
+            select_ms=median_ms(lambda: step.select(scores), self.device, repeats),
+            attend_ms=median_ms(lambda: self._attend(step, slots), self.device, repeats),
+            share=share,
+        )
+
+    @staticmethod
+    def _attend(step: DecodeStep, slots: Tensor) -> None:
+        step.ops.attend_pages(
+            step.query, step.kv_pool, step.block_table, step.seq_lens, slots, step.scaling, 0.0, None
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sparsekv bench` and `python -m evaluation.speed attention`."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 65536, 262144], metavar="TOKENS")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens read per kv head (default %(default)s)")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens per page (default %(default)s)")
+    parser.add_argument("--digest", default="minmax", help="page digest (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--q-heads", type=int, default=8, help="query heads (default %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="kv heads (default %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=64, help="channels per head (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls, of which the median counts")
+    parser.add_argument("--out", metavar="DIR", help="write DIR/attention_DEVICE.json and .png")
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Measures, prints the table and writes the files asked for."""
+    console = new_console()
+    device = choose_device(args.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    shape = Shape(args.batch, args.q_heads, args.kv_heads, args.head_dim)
+    config = SparseConfig(budget=args.budget, page_size=args.page_size, digest=args.digest)
+    timings = []
+    with torch.inference_mode():
+        for context in track(args.contexts, "Measuring", console=console, transient=True):
+            timings.append(Bench(shape, context, config, device, dtype).measure(args.repeats))
+    console.print(_table(timings, shape, config, device, dtype))
+    if args.out:
+        settings = {"shape": asdict(shape), "config": asdict(config), "dtype": str(dtype), "device": str(device)}
+        rows = [{**asdict(t), "speedup": t.speedup} for t in timings]
+        path = save_json(args.out, f"attention_{device.type}", command, settings, rows)
+        save_speed_plot(path.with_suffix(".png"), rows, f"{config.budget} tokens read of each head")
+        console.print(f"Written: {path} and .png")
+    return 0
+
+
+def _table(
+    timings: list[Timing], shape: Shape, config: SparseConfig, device: torch.device, dtype: torch.dtype
+) -> Table:
+    title = (
+        f"One layer's decode step on {device.type}: batch {shape.batch}, {shape.num_q_heads} query and "
+        f"{shape.num_kv_heads} kv heads of {shape.head_dim}, {str(dtype).removeprefix('torch.')}, "
+        f"budget {config.budget}"
+    )
+    table = Table(title=title, caption="Milliseconds, medians. Dense: PyTorch SDPA over the same cache.")
+    for name in ("context", "dense", "sparse", "append", "score", "select", "attend", "cache read", "faster"):
+        table.add_column(name, justify="right")
+    for t in timings:
+        parts = (t.dense_ms, t.sparse_ms, t.append_ms, t.score_ms, t.select_ms, t.attend_ms)
+        table.add_row(f"{t.context:,}", *(f"{ms:.3f}" for ms in parts), f"{t.share:.1%}", f"{t.speedup:.1f}x")
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `python -m evaluation.speed`."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.speed", description=__doc__)
+    commands = parser.add_subparsers(dest="what", required=True)
+    add_arguments(commands.add_parser("attention", help="one layer's decode step"))
+    args = parser.parse_args(argv)
+    return run(args, "python -m evaluation.speed " + " ".join(argv if argv is not None else sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

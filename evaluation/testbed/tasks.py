@@ -1,0 +1,217 @@
+"""The six task families, after RULER (Hsieh et al. 2024): which facts each hides and what it asks.
+
+A builder gets the words that are still free in the story (`Pools`) and the number of questions, and returns
+a `Plan`: facts to hide and questions about them. It knows nothing of prose, order of threads, or positions.
+Adding a task is one builder and one row in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sparsekv.errors import ConfigError
+
+from . import vocabulary as vocab
+
+MIN_KEYS = 4  # the fewest keys of which each can share both its words with others
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """One sentence of a story that a question may need; compared by identity."""
+
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question before its facts have a place in the story."""
+
+    prompt: str
+    answer: str
+    needs: tuple[Fact, ...]
+
+
+@dataclass
+class Plan:
+    """What a task adds to a story: threads of facts, each told in its own order, and questions."""
+
+    threads: list[list[Fact]] = field(default_factory=list)
+    asks: list[Ask] = field(default_factory=list)
+
+
+class Pools:
+    """Words not used by any task yet. Tasks share no key, so no question has two answers."""
+
+    def __init__(self, rng: random.Random, num_tokens: int) -> None:
+        self.rng = rng
+        self.num_tokens = num_tokens
+        lists = {
+            "adjectives": vocab.ADJECTIVES,
+            "animals": vocab.ANIMALS,
+            "names": vocab.NAMES,
+            "towns": vocab.TOWNS,
+            "numbers": vocab.NUMBERS,
+            "categories": tuple(vocab.CATEGORIES),
+        }
+        self._free = {what: list(words) for what, words in lists.items()}
+
+    def take(self, what: str, count: int) -> list[str]:
+        """Returns `count` words of a kind that nobody else in the story will get."""
+        free = self._free[what]
+        if count > len(free):
+            raise ConfigError(
+                f"the story needs {count} more {what}, but only {len(free)} are left: "
+                "ask fewer questions per story, or fewer tasks"
+            )
+        return [_pop_any(self.rng, free) for _ in range(count)]
+
+    def fill(self, templates: tuple[str, ...], **slots: str) -> Fact:
+        """Writes one of the templates; slots not given are filled with any word of their list."""
+        template = self.rng.choice(templates)
+        for slot in ("name", "town", "when", "land"):
+            if "{" + slot + "}" in template:
+                slots[slot] = self.rng.choice(vocab.SLOTS[slot])
+        return Fact(tuple(template.format(**slots).split()))
+
+    def code(self) -> str:
+        """Five random digits, separated by spaces."""
+        return " ".join(self.rng.choices(vocab.DIGITS, k=5))
+
+    def look_alike_keys(self, count: int) -> list[str]:
+        """At least `count` different keys such as "amber falcon", in random order.
+
+        Each shares its adjective with another one and its animal with a third: the keys are the cells of
+        `width` >= 2 diagonals of an adjective x animal square.
+        """
+        width = max(2, math.isqrt(count // 2))
+        side = max(width, -(-count // width))
+        adjectives, animals = self.take("adjectives", side), self.take("animals", side)
+        keys = [
+            f"{adjectives[row]} {animals[(row + diagonal) % side]}"
+            for row in range(side)
+            for diagonal in range(width)
+        ]
+        self.rng.shuffle(keys)
+        return keys
+
+
+def _pop_any(rng: random.Random, words: list[str]) -> str:
+    """Removes a random word, without shuffling the rest: training writes thousands of stories a second."""
+    index = int(rng.random() * len(words))
+    words[index], words[-1] = words[-1], words[index]
+    return words.pop()
+
+
+TaskBuilder = Callable[[Pools, int], Plan]
+
+
+def needle(pools: Pools, num_questions: int) -> Plan:
+    """One code per question; no two of its keys share a word."""
+    adjectives = pools.take("adjectives", num_questions)
+    animals = pools.take("animals", num_questions)
+    return _code_plan(pools, [f"{a} {b}" for a, b in zip(adjectives, animals, strict=True)], num_questions)
+
+
+def many_keys(pools: Pools, num_questions: int) -> Plan:
+    """Codes of look-alike keys, one key for every 64 tokens of story; some of them are asked for."""
+    keys = pools.look_alike_keys(max(num_questions, MIN_KEYS, pools.num_tokens // 64))
+    return _code_plan(pools, keys, num_questions)
+
+
+def _code_plan(pools: Pools, keys: list[str], num_questions: int) -> Plan:
+    """Hides a code for every key and asks for the first `num_questions` of them."""
+    plan = Plan()
+    for key in keys:
+        code = pools.code()
+        fact = pools.fill(vocab.CODE_FACTS, key=key, code=code)
+        plan.threads.append([fact])
+        if len(plan.asks) < num_questions:
+            plan.asks.append(Ask(vocab.CODE_QUESTION.format(key=key), code, (fact,)))
+    return plan
+
+
+def multi_query(pools: Pools, num_questions: int) -> Plan:
+    """Asks for two to four codes at once; the prompt ends with the first key, the answer repeats the others."""
+    sizes = [pools.rng.randint(2, 4) for _ in range(num_questions)]
+    keys = pools.look_alike_keys(max(sum(sizes), MIN_KEYS, pools.num_tokens // 128))
+    plan = Plan()
+    for size in sizes:
+        asked, keys = keys[:size], keys[size:]
+        plan.asks.append(_ask_codes(pools, plan, asked))
+    for key in keys:
+        plan.threads.append([pools.fill(vocab.CODE_FACTS, key=key, code=pools.code())])
+    return plan
+
+
+def _ask_codes(pools: Pools, plan: Plan, keys: list[str]) -> Ask:
+    codes = [pools.code() for _ in keys]
+    facts = [pools.fill(vocab.CODE_FACTS, key=key, code=code) for key, code in zip(keys, codes, strict=True)]
+    plan.threads += [[fact] for fact in facts]
+    listed = " , ".join(f"the {key}" for key in keys[:-1]) + f" and the {keys[-1]}"
+    answer = " , ".join(f"{key} {code}" for key, code in zip(keys, codes, strict=True))
+    prompt = f"{vocab.CODES_QUESTION.format(keys=listed)} {keys[0]}"
+    return Ask(prompt, answer.removeprefix(f"{keys[0]} "), tuple(facts))
+
+
+def multi_value(pools: Pools, num_questions: int) -> Plan:
+    """Travellers with look-alike names and two to four journeys each; all are asked for, in story order."""
+    num_travellers = max(num_questions, MIN_KEYS, pools.num_tokens // 512)
+    plan = Plan()
+    for traveller in pools.look_alike_keys(num_travellers)[:num_travellers]:
+        towns = pools.take("towns", pools.rng.randint(2, 4))
+        facts = [pools.fill(vocab.JOURNEY_FACTS, key=traveller, value=town) for town in towns]
+        plan.threads.append(facts)
+        if len(plan.asks) < num_questions:
+            prompt = vocab.JOURNEY_QUESTION.format(key=traveller)
+            plan.asks.append(Ask(prompt, " ".join(towns), tuple(facts)))
+    return plan
+
+
+def variable_tracking(pools: Pools, num_questions: int) -> Plan:
+    """Chains of two to four hops: one person keeps a number, each next one "the same number as" the last."""
+    num_chains = num_questions + max(1, pools.num_tokens // 1024)
+    plan = Plan()
+    for number in pools.take("numbers", num_chains):
+        people = pools.take("names", 1 + pools.rng.randint(2, 4))
+        facts = [pools.fill(vocab.ROOT_FACTS, owner=people[0], number=number)]
+        for source, owner in itertools.pairwise(people):
+            facts.append(pools.fill(vocab.COPY_FACTS, owner=owner, source=source))
+        plan.threads.append(facts)
+        if len(plan.asks) < num_questions:
+            prompt = vocab.CHAIN_QUESTION.format(number=number)
+            plan.asks.append(Ask(prompt, " ".join(people), tuple(facts)))
+    return plan
+
+
+def frequent_word(pools: Pools, num_questions: int) -> Plan:
+    """Asks for the most frequent member of a category; no other member occurs more than half as often."""
+    top = 4 if pools.num_tokens < 1024 else 6 if pools.num_tokens < 4096 else 8
+    plan = Plan()
+    for category in pools.take("categories", num_questions):
+        verb, members = vocab.CATEGORIES[category]
+        answer, *others = pools.rng.sample(members, 4)
+        counts = {answer: top, **{other: pools.rng.randint(1, top // 2) for other in others}}
+        facts = {member: _count_facts(pools, verb, member, count) for member, count in counts.items()}
+        plan.threads += [[fact] for told in facts.values() for fact in told]
+        prompt = vocab.COUNT_QUESTION.format(category=category, verb=verb)
+        plan.asks.append(Ask(prompt, answer, tuple(facts[answer])))
+    return plan
+
+
+def _count_facts(pools: Pools, verb: str, member: str, count: int) -> list[Fact]:
+    return [pools.fill(vocab.COUNT_FACTS, verb=verb, member=member) for _ in range(count)]
+
+
+TASKS: dict[str, TaskBuilder] = {
+    "needle": needle,
+    "many_keys": many_keys,
+    "multi_value": multi_value,
+    "multi_query": multi_query,
+    "variable_tracking": variable_tracking,
+    "frequent_word": frequent_word,
+}

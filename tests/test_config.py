@@ -1,0 +1,173 @@
+"""Every setting is checked where it is set, and every message names the field, the value and what is allowed."""
+
+import dataclasses
+import math
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsekv.config import BACKENDS, GROUP_POOLINGS, SparseConfig
+from sparsekv.errors import ConfigError, UnknownNameError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "parts"),
+    [
+        ("page_size", 0, ["page_size=0", "1 to 1024"]),
+        ("page_size", 1025, ["page_size=1025", "1 to 1024"]),
+        ("page_size", 16.0, ["page_size=16.0", "whole number", "1 to 1024"]),
+        ("page_size", True, ["page_size=True", "whole number"]),
+        ("page_size", "16", ["page_size='16'", "whole number"]),
+        ("sinks", -1, ["sinks=-1", "at least 0"]),
+        ("sinks", None, ["sinks=None", "whole number"]),
+        ("recent", -1, ["recent=-1", "at least 0"]),
+        ("recent", 0.5, ["recent=0.5", "whole number"]),
+        ("max_tokens", 15, ["max_tokens=15", "at least 16"]),
+        ("max_tokens", 1e6, ["max_tokens=1000000.0", "whole number"]),
+        (
+            "group_pooling",
+            "mean",
+            ["group_pooling='mean'", "Did you mean 'max' or 'mean_softmax'?", "max, mean_softmax, sum"],
+        ),
+        ("group_pooling", None, ["group_pooling=None", "max, mean_softmax, sum"]),
+        ("backend", "cuda", ["backend='cuda'", "auto, reference"]),
+        ("backend", "refrence", ["Did you mean 'reference'?"]),
+        ("dense_layers", -1, ["dense_layers=-1", "at least 0"]),
+        ("dense_layers", (0, -2), ["dense_layers=-2", "at least 0"]),
+        ("dense_layers", (0, "1"), ["dense_layers='1'", "whole number"]),
+        ("dense_layers", [0, 1], ["dense_layers=[0, 1]", "whole number", "tuple"]),
+        ("dense_layers", True, ["dense_layers=True", "whole number"]),
+        ("budget", "2048", ["budget='2048'", "int", "(0, 1]"]),
+        ("budget", True, ["budget=True", "int"]),
+        ("budget", None, ["budget=None", "int"]),
+        ("budget", 0.0, ["budget=0.0", "(0, 1]"]),
+        ("budget", 1.5, ["budget=1.5", "(0, 1]", "pass an int"]),
+        ("budget", 2048.0, ["budget=2048.0", "pass an int"]),
+        ("budget", math.nan, ["budget=nan", "(0, 1]"]),
+        ("budget", math.inf, ["budget=inf", "(0, 1]"]),
+        ("budget", -0.1, ["budget=-0.1", "(0, 1]"]),
+        ("budget", 0, ["budget=0", "96 tokens (6 pages of 16)", "sinks=4", "recent=64", "at least 96"]),
+        ("budget", 95, ["budget=95", "Raise budget to at least 96"]),
+    ],
+)
+def test_what_is_not_allowed(field: str, value: object, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        SparseConfig(**{field: value})
+    for part in parts:
+        assert part in str(raised.value)
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"budget": 96},
+        {"budget": 1.0},
+        {"budget": 1e-9},
+        {"page_size": 1, "budget": 20, "sinks": 4, "recent": 16},
+        {"page_size": 1024, "budget": 3072},
+        {"sinks": 0, "recent": 0, "budget": 16},
+        {"dense_layers": 0},
+        {"dense_layers": ()},
+        {"dense_layers": (0, 5)},
+        {"max_tokens": 16},
+        *({"group_pooling": name} for name in GROUP_POOLINGS),
+        *({"backend": name} for name in BACKENDS),
+        {"digest": "of my own", "policy": "of my own"},  # resolved when a cache is made
+    ],
+)
+def test_what_is_allowed(settings: dict[str, object]) -> None:
+    config = SparseConfig.of(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+def test_of_and_with() -> None:
+    base = SparseConfig(budget=1024, sinks=8)
+    assert SparseConfig.of() == SparseConfig()
+    assert SparseConfig.of(base) == base
+    assert SparseConfig.of(base, budget=512) == SparseConfig(budget=512, sinks=8) == base.with_(budget=512)
+    assert SparseConfig.of(budget=512) == SparseConfig(budget=512)
+    assert base.budget == 1024  # immutable: the copy was changed
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        base.budget = 1  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="budget=16 is below"):
+        base.with_(budget=16)
+
+
+def test_an_unknown_setting_suggests_the_nearest() -> None:
+    for make in (SparseConfig.of, SparseConfig().with_):
+        with pytest.raises(UnknownNameError) as raised:
+            make(bugdet=512)
+        message = str(raised.value)
+        assert "setting='bugdet' is not known. Did you mean 'budget' or" in message
+        assert all(field.name in message for field in dataclasses.fields(SparseConfig))
+
+
+@pytest.mark.parametrize("wrong", [{"budget": 512}, 512, "top_k"])
+def test_of_wants_a_config(wrong: object) -> None:
+    with pytest.raises(ConfigError, match=r"is not a SparseConfig. Pass patch\(model, SparseConfig\(budget=...\)\)"):
+        SparseConfig.of(wrong)  # type: ignore[arg-type]
+
+
+def test_is_a_value() -> None:
+    config = SparseConfig(dense_layers=(0, 3))
+    assert hash(config) == hash(SparseConfig(dense_layers=(0, 3)))
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_pages_for(tokens: int, pages: int) -> None:
+    assert SparseConfig().pages_for(tokens) == pages
+
+
+@given(page_size=st.integers(1, 40), sinks=st.integers(0, 90), recent=st.integers(0, 90), length=st.integers(1, 400))
+def test_forced_pages_are_enough_and_no_more(page_size: int, sinks: int, recent: int, length: int) -> None:
+    """An upper bound for every length, and reached by some: the budget's floor is neither unsafe nor wasteful."""
+    config = SparseConfig(page_size=page_size, sinks=sinks, recent=recent, budget=1.0)
+
+    def forced(n: int) -> int:
+        return len({i // page_size for i in range(n) if i < sinks or i >= n - max(recent, 1)})
+
+    assert forced(length) <= config.forced_pages
+    far = sinks + recent + 2 * page_size  # long enough that sinks and window do not meet
+    assert max(forced(n) for n in range(far, far + page_size)) == config.forced_pages
+
+
+@pytest.mark.parametrize(("budget", "pages"), [(96, 6), (111, 6), (112, 7), (2048, 128)])
+def test_a_budget_in_tokens_is_rounded_down(budget: int, pages: int) -> None:
+    config = SparseConfig(budget=budget)
+    assert not config.is_fraction
+    assert {config.budget_pages(n) for n in (0, 1, 10**6)} == {pages}
+
+
+@given(budget=st.floats(1e-3, 1.0), tokens=st.integers(0, 10**6), page_size=st.sampled_from([1, 16, 64]))
+def test_a_fraction_is_rounded_up(budget: float, tokens: int, page_size: int) -> None:
+    config = SparseConfig(budget=budget, page_size=page_size)
+    assert config.is_fraction
+    pages = config.budget_pages(tokens)
+    assert pages >= config.forced_pages
+    assert pages * page_size >= budget * tokens * (1 - 1e-12)
+    assert pages == config.forced_pages or (pages - 1) * page_size < budget * tokens
+
+
+def test_the_whole_context_as_a_fraction() -> None:
+    config = SparseConfig(budget=1.0)
+    assert all(config.budget_pages(n) >= config.pages_for(n) for n in range(500))
+
+
+@pytest.mark.parametrize(
+    ("dense_layers", "dense"), [(0, set()), (2, {0, 1}), (99, set(range(6))), ((), set()), ((0, 4), {0, 4})]
+)
+def test_dense_layers(dense_layers: int | tuple[int, ...], dense: set[int]) -> None:
+    config = SparseConfig(dense_layers=dense_layers)
+    assert {layer for layer in range(6) if config.is_dense_layer(layer)} == dense
+
+
+def test_numpy_numbers_are_told_what_is_wanted() -> None:
+    """They are not silently kept: a config is a plain value that prints and saves as one."""
+    with pytest.raises(ConfigError, match="page_size="):
+        SparseConfig(page_size=np.int64(16))  # type: ignore[arg-type]
