@@ -13,6 +13,7 @@ from typing import Any
 
 from sparsekv.errors import ConfigError, SparseKVError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130  # argparse itself exits with 2 for unknown options
 
 
@@ -94,7 +95,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="at most so many (default %(default)s)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the model's)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: the model's own)")
     parser.set_defaults(run=_generate)
 
 

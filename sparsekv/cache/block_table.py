@@ -83,10 +83,8 @@ class BlockTable:
             CacheStateError: the batch has another size.
             CacheFullError: the pool's limit is reached. In both cases nothing has changed.
         """
-        self.check_batch(batch_size)
-        lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
-        new = np.full(batch_size, num_new) if valid is None else valid.sum(1).numpy()
-        self._check_room(lengths, new)
+        self.check_room(batch_size, num_new, valid)
+        lengths, new = self._lengths_and_new(batch_size, num_new, valid)
         copies = self._writable(lengths, new)
         self._extend(lengths, lengths + new)
         self._append_valid(batch_size, num_new, valid)
@@ -101,11 +99,15 @@ class BlockTable:
                 "batch_select_indices / batch_repeat_interleave to fit this one."
             )
 
-    def check_room(self, batch_size: int, num_new: int) -> None:
-        """Raises what `append` would, for `num_new` tokens more per sequence of which none is padding."""
+    def check_room(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> None:
+        """Raises what `append` would, and changes nothing."""
         self.check_batch(batch_size)
-        lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
-        self._check_room(lengths, np.full(batch_size, num_new))
+        if self.pool.max_pages is None:
+            return
+        lengths, new = self._lengths_and_new(batch_size, num_new, valid)
+        page_size = self.pool.page_size
+        grown = -(-(lengths + new) // page_size) - -(-lengths // page_size)
+        self.pool.check_room(int(grown.sum()) + len(self._shared_tails(lengths, new)[0]))
 
     def crop(self, num_tokens: int) -> PageCopies:
         """Drops the last `num_tokens` columns. A page that becomes partly filled is made this table's own, since its
@@ -155,6 +157,13 @@ class BlockTable:
         pool.share(self._all_pages())
         return twin
 
+    def _lengths_and_new(
+        self, batch_size: int, num_new: int, valid: Tensor | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens every sequence holds, and tokens it is about to get."""
+        lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
+        return lengths, np.full(batch_size, num_new) if valid is None else valid.sum(1).cpu().numpy()
+
     def _all_pages(self) -> PageIds:
         used = np.arange(self._pages.shape[1]) < self.num_pages[:, None]
         pages: PageIds = self._pages[used]
@@ -175,13 +184,6 @@ class BlockTable:
         earlier_writers = np.tril(tails[:, None] == tails, k=-1).sum(1)
         must_copy = earlier_writers < self.pool.references(tails) - 1
         return rows[must_copy], tails[must_copy]
-
-    def _check_room(self, lengths: NDArray[np.int64], new: NDArray[np.int64]) -> None:
-        if self.pool.max_pages is None:
-            return
-        page_size = self.pool.page_size
-        grown = -(-(lengths + new) // page_size) - -(-lengths // page_size)
-        self.pool.check_room(int(grown.sum()) + len(self._shared_tails(lengths, new)[0]))
 
     def _writable(self, lengths: NDArray[np.int64], writes: NDArray[np.int64]) -> PageCopies:
         """Gives each row that will write its own copy of a shared, partly filled last page."""

@@ -74,9 +74,10 @@ class PagedCache(DynamicCache):
         """The layers that live, or may come to live, in pages."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
-    def check_room(self, batch_size: int, num_new: int) -> None:
-        """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`."""
-        self._store.table.check_room(batch_size, num_new)
+    def check_room(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> None:
+        """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, and
+        CacheStateError if the batch does not continue this one. `valid [b, num_new]`: which are no padding."""
+        self._store.table.check_room(batch_size, num_new, valid)
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv.cache import PagedCache
@@ -91,5 +92,8 @@ def _check_input(module: PreTrainedModel, arguments: dict[str, Any]) -> None:
         raise CacheStateError("A PagedCache carries no gradients: call model.eval(), or train without a cache.")
     embeds = arguments.get("inputs_embeds")
     inputs = embeds if embeds is not None else arguments.get("input_ids")
+    mask = arguments.get("attention_mask")
     if inputs is not None:
-        arguments["past_key_values"].check_room(inputs.shape[0], inputs.shape[1])
+        batch_size, num_new = inputs.shape[:2]
+        valid = mask[:, -num_new:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        arguments["past_key_values"].check_room(batch_size, num_new, valid)

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
+from sparsekv.policies import POLICIES, Reads
 
 # Families that came out wrong although everything the checks below look at is in order.
 _REFUSED_FAMILIES = {
@@ -92,4 +93,7 @@ def _status(layer_idx: int, layer: Any, config: SparseConfig) -> LayerStatus:
         return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages")
     if config.policy == "all":
         return LayerStatus(layer_idx, False, "policy 'all', in pages")
-    return LayerStatus(layer_idx, True, f"{config.policy} over {config.digest} digests")
+    by_digests = POLICIES.get(config.policy).reads is Reads.DIGESTS
+    return LayerStatus(
+        layer_idx, True, f"{config.policy} over {config.digest} digests" if by_digests else config.policy
+    )

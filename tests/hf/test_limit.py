@@ -67,3 +67,13 @@ def test_the_limit_counts_all_sequences(tiny, prompt, decode) -> None:
         with pytest.raises(CacheFullError):
             decode(patch.model, prompt(40, 40, 40))
         decode(patch.model, prompt(40, 40))
+
+
+def test_the_limit_does_not_count_padding(tiny, prompt, decode, assert_same) -> None:
+    """Rows of 40, 5 and 3 tokens and 7 decoded ones need 12 + 3 + 3 pages of 4, not three times 12."""
+    model, inputs = tiny("llama"), prompt(40, 5, 3)
+    theirs = decode(model, inputs)
+    with sparsekv.patch(model, budget=4096, page_size=4, max_tokens=18 * 4):
+        assert_same(decode(model, inputs), theirs)
+    with sparsekv.patch(model, budget=4096, page_size=4, max_tokens=17 * 4), pytest.raises(CacheFullError):
+        decode(model, inputs)
