@@ -93,7 +93,7 @@ def test_of_and_with() -> None:
     assert SparseConfig.of(budget=512) == SparseConfig(budget=512)
     assert base.budget == 1024  # immutable: the copy was changed
     with pytest.raises(dataclasses.FrozenInstanceError):
-        base.budget = 1  # type: ignore[misc]
+        base.budget = 1
     with pytest.raises(ConfigError, match="budget=16 is below"):
         base.with_(budget=16)
 
@@ -110,7 +110,7 @@ def test_an_unknown_setting_suggests_the_nearest() -> None:
 @pytest.mark.parametrize("wrong", [{"budget": 512}, 512, "top_k"])
 def test_of_wants_a_config(wrong: object) -> None:
     with pytest.raises(ConfigError, match=r"is not a SparseConfig. Pass patch\(model, SparseConfig\(budget=...\)\)"):
-        SparseConfig.of(wrong)  # type: ignore[arg-type]
+        SparseConfig.of(wrong)
 
 
 def test_is_a_value() -> None:
@@ -170,4 +170,4 @@ def test_dense_layers(dense_layers: int | tuple[int, ...], dense: set[int]) -> N
 def test_numpy_numbers_are_told_what_is_wanted() -> None:
     """They are not silently kept: a config is a plain value that prints and saves as one."""
     with pytest.raises(ConfigError, match="page_size="):
-        SparseConfig(page_size=np.int64(16))  # type: ignore[arg-type]
+        SparseConfig(page_size=np.int64(16))

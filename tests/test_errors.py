@@ -93,4 +93,4 @@ def test_a_name_cannot_be_taken_twice() -> None:
 def test_a_name_of_the_wrong_type_is_an_unknown_name(name: object) -> None:
     colours: Registry[object] = Registry("colour")
     with pytest.raises(UnknownNameError, match="colour="):
-        colours.get(name)  # type: ignore[arg-type]
+        colours.get(name)

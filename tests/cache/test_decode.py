@@ -34,7 +34,7 @@ def decoded(
     steps: int = 1, valid: Tensor | None = None, t: int = 40, **options: object
 ) -> tuple[CachePair, Recorder]:
     """A prefilled pair after some decode steps, every step's output checked against float64."""
-    pair = CachePair(**{**SMALL, **options})  # type: ignore[arg-type]
+    pair = CachePair(**{**SMALL, **options})
     pair.forward(t if valid is None else valid.shape[1], 2 if valid is None else len(valid), valid)
     recorder = Recorder(pair)
     for _ in range(steps):
@@ -63,7 +63,7 @@ def test_top_k_selects_by_the_bound(budget: int | float) -> None:
         scores = naive.pool_group(naive.page_bounds(pair.queries[i][:, :, 0], pages), 2, "max", step.scaling)
         limits = torch.tensor([step.config.budget_pages(n) for n in pages.lengths])
         expected = naive.select_pages(scores, step.seq_lens, 4, step.k, 1, 4, limits)
-        assert torch.equal(recorder.slots[i], expected)  # type: ignore[arg-type]
+        assert torch.equal(recorder.slots[i], expected)
 
 
 def test_observers_see_the_step_as_it_is() -> None:

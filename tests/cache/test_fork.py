@@ -12,7 +12,7 @@ SMALL = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 
 
 
 def prefilled(t: int = 41, batch: int = 2, **options: object) -> CachePair:
-    pair = CachePair(**{**SMALL, **options})  # type: ignore[arg-type]
+    pair = CachePair(**{**SMALL, **options})
     pair.forward(t, batch)
     return pair
 

@@ -19,7 +19,7 @@ SETTINGS = {"page_size": P, "dense_layers": 0, "budget": 96}
 
 def grown(lengths: list[int], num_layers: int = 3, decode: int = 0, **settings: object) -> CachePair:
     """A pair after a left-padded prompt and some decode steps; its plain half is emptied to save time."""
-    pair = CachePair(num_layers, 4, HKV, D, torch.bfloat16, **{**SETTINGS, **settings})  # type: ignore[arg-type]
+    pair = CachePair(num_layers, 4, HKV, D, torch.bfloat16, **{**SETTINGS, **settings})
     n = max(lengths)
     pair.forward(n, len(lengths), torch.arange(n) >= n - torch.tensor(lengths)[:, None])
     for _ in range(decode):

@@ -139,7 +139,7 @@ class Forks(RuleBasedStateMachine):
         pool = self.all[0].store.table.pool
         before = pool.references(np.arange(pool.num_pages, dtype=np.int32)).tolist()
         try:
-            operation()  # type: ignore[operator]
+            operation()
         except CacheFullError:
             assert pool.max_pages is not None
             after = pool.references(np.arange(pool.num_pages, dtype=np.int32)).tolist()

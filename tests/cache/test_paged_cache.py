@@ -21,7 +21,7 @@ def left_padded(*lengths: int) -> Tensor:
 
 
 def prefilled(t: int = 11, batch: int = 3, valid: Tensor | None = None, **options: object) -> CachePair:
-    pair = CachePair(**{**SMALL, **options})  # type: ignore[arg-type]
+    pair = CachePair(**{**SMALL, **options})
     pair.forward(t if valid is None else valid.shape[1], batch if valid is None else len(valid), valid)
     return pair
 
@@ -239,6 +239,6 @@ def test_any_operations(lengths: list[int], operations: list[tuple[str, object]]
     for name, argument in operations:
         if name == "fork":
             forks.append(pair.fork())
-        elif pair.mask.shape[1] > (argument if name == "crop" else 0):  # type: ignore[operator]
+        elif pair.mask.shape[1] > (argument if name == "crop" else 0):
             getattr(pair, name)(argument)
     pair.check(*forks)

@@ -20,7 +20,7 @@ def kv(b: int = 1, t: int = 1, hkv: int = 2, d: int = 8) -> tuple[Tensor, Tensor
 
 
 def prefilled(t: int = 11, batch: int = 3, valid: Tensor | None = None, **options: object) -> CachePair:
-    pair = CachePair(**{**SMALL, **options})  # type: ignore[arg-type]
+    pair = CachePair(**{**SMALL, **options})
     pair.forward(t, batch, valid)
     return pair
 
@@ -164,7 +164,7 @@ def test_a_crop_that_is_too_short_does_not_hide_the_interruption() -> None:
 
 def test_layers_whose_attention_never_comes_run_dense() -> None:
     """Without the handshake at the first pass a layer is a plain dynamic one; a warning names it and the reason."""
-    cache = PagedCache(tiny_config(), **SMALL)  # type: ignore[arg-type]
+    cache = PagedCache(tiny_config(), **SMALL)
     first, second = kv(2, 5), kv(2, 1)
     cache.update(*first, 0)
     with pytest.warns(UserWarning, match=r"Layer 0 of this PagedCache runs dense: .*sparsekv.patch\(model\) first"):
@@ -233,7 +233,7 @@ def test_tokens_whose_attention_is_skipped_later_are_kept() -> None:
 
 
 def test_tags_need_both_tensors() -> None:
-    cache = PagedCache(tiny_config(), **SMALL)  # type: ignore[arg-type]
+    cache = PagedCache(tiny_config(), **SMALL)
     keys, values = cache.update(*kv(), 0)
     assert tagged_layer(keys, values) is cache.layers[0]
     assert tagged_layer(keys * 2, values) is None

@@ -195,7 +195,7 @@ def test_an_unknown_task_gets_a_suggestion() -> None:
 )
 def test_what_no_story_can_serve_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_story(**arguments)  # type: ignore[arg-type]
+        make_story(**arguments)
 
 
 # --- The model folder ---

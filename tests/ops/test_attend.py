@@ -31,8 +31,8 @@ def random_slots(pages: Pages, k: int, seed: int = 0) -> Tensor:
 
 def check(query: Tensor, pages: Pages, slots: Tensor | None, *options: object) -> None:
     out, lse = attend(query, pages, slots, *options)
-    exact_out, exact_lse = naive.attend_pages(query, pages, slots, *options)  # type: ignore[arg-type]
-    plain_out, plain_lse = plain_attention(query, pages, slots, *options)  # type: ignore[arg-type]
+    exact_out, exact_lse = naive.attend_pages(query, pages, slots, *options)
+    plain_out, plain_lse = plain_attention(query, pages, slots, *options)
     assert (out.dtype, lse.dtype) == (query.dtype, torch.float32)
     assert_as_good_as(out, plain_out, exact_out)
     assert_as_good_as(lse, plain_lse, exact_lse)

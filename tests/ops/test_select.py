@@ -40,7 +40,7 @@ def selections(draw: st.DrawFn) -> dict[str, object]:
 def test_equals_a_sort(arguments: dict[str, object]) -> None:
     slots = SELECT(**arguments)
     assert slots.dtype == torch.int32
-    assert torch.equal(slots, naive.select_pages(**arguments))  # type: ignore[arg-type]
+    assert torch.equal(slots, naive.select_pages(**arguments))
 
 
 @given(selections())
@@ -54,7 +54,7 @@ def test_shape_of_the_answer(arguments: dict[str, object]) -> None:
         pages = -(-int(lens[row]) // arguments["page_size"])  # type: ignore[index, operator]
         most = min(k, pages, pages if limits is None else int(limits[row]))  # type: ignore[type-var, index]
         for listed in heads:
-            assert listed[most:] == [-1] * (k - most)  # type: ignore[operator]
+            assert listed[most:] == [-1] * (k - most)
             assert listed[:most] == sorted(set(listed[:most]))
             assert all(0 <= slot < pages for slot in listed[:most])
 

@@ -111,4 +111,4 @@ def test_the_step_explains_every_attribute() -> None:
     documented = inspect.getdoc(DecodeStep) or ""
     assert all(f"{field.name}" in documented for field in dataclasses.fields(DecodeStep))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        step_of(random_pages([9], page_size=P), small("all")).k = 3  # type: ignore[misc]
+        step_of(random_pages([9], page_size=P), small("all")).k = 3
