@@ -176,7 +176,7 @@ def teacher_forced(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @pytest.mark.skipif(
     torch.version.cuda is not None and not torch.cuda.is_available(),
-    reason="a CUDA build of torch makes no offloading stream without a GPU: run it with a CPU build, or on a GPU machine",
+    reason="a CUDA build of torch makes no offloading stream without a GPU: use a CPU build or a GPU machine",
 )
 @pytest.mark.parametrize(("name", "expected"), [("offloaded", DynamicCache), ("offloaded_static", StaticCache)])
 def test_other_cache_implementations_are_transformers_own_and_warn(name, expected, tiny) -> None:
