@@ -69,8 +69,10 @@ class PageStore:
         valid = None if self._newest_valid is None else self._newest_valid.to(key.device)
         if layer_idx not in self.layers:
             digest = self.digest if scored else None
-            self.layers[layer_idx] = LayerPages(key, valid, self.config.page_size, digest)
-        self._write(layer_idx, key, value, valid)
+            wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
+            self.layers[layer_idx] = LayerPages(wide, valid, self.config.page_size, digest)
+        dtype = self.layers[layer_idx].kv.dtype
+        self._write(layer_idx, key.to(dtype), value.to(dtype), valid)
 
     def crop(self, num_tokens: int) -> None:
         """Drops the last columns in every layer; digests of pages that became partly filled are made anew."""

@@ -8,6 +8,7 @@ dynamic one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -34,6 +35,13 @@ class Mode(Enum):
     NEW = "new"
     PAGED = "paged"
     DENSE = "dense"
+
+
+def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Keeps autocast out of the ops, which say themselves what is float32."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def tagged_layer(key: Tensor, value: Tensor) -> PagedLayer | None:
@@ -146,7 +154,7 @@ class PagedLayer(DynamicLayer):
             self.refuse(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
             return
         self._pending = None  # also if the store refuses the tokens: they must not come back with the next ones
-        with torch.no_grad():
+        with torch.no_grad(), _own_precision(key.device):
             self.store.append(self.layer_idx, self.length, key, value, visible, self.policy.reads is Reads.DIGESTS)
         self.mode = Mode.PAGED
         self.length += key.shape[-2]
@@ -155,12 +163,13 @@ class PagedLayer(DynamicLayer):
     def decode(self, query: Tensor, scaling: float, softcap: float, sinks: Tensor | None) -> Tensor:
         """Attention of one new token over the pages the policy selects: query `[b, hq, 1, d]` -> the same shape."""
         step = self._step(query.squeeze(2), scaling)
-        slots = self._select(step)
-        for observe in self.observers:
-            observe(step, slots)
-        out, _ = step.ops.attend_pages(
-            step.query, step.kv_pool, step.block_table, step.seq_lens, slots, scaling, softcap, sinks
-        )
+        with _own_precision(query.device):
+            slots = self._select(step)
+            for observe in self.observers:
+                observe(step, slots)
+            out, _ = step.ops.attend_pages(
+                step.query, step.kv_pool, step.block_table, step.seq_lens, slots, scaling, softcap, sinks
+            )
         attended: Tensor = out.unsqueeze(2)
         return attended
 

@@ -165,6 +165,23 @@ def test_bfloat16(settings, tiny, prompt, naive_sparse) -> None:
     assert patch.stats.sparse_steps + patch.stats.dense_steps == NEW
 
 
+@pytest.mark.parametrize("settings", [FULL, SMALL], ids=["full", "small"])
+def test_autocast(settings, tiny, prompt, naive_sparse) -> None:
+    """Keys arrive in float32 (rotated) and values in bfloat16: pages hold both as they are, the ops stay float32."""
+    exact, plain, model = tiny("llama"), tiny("llama"), tiny("llama")
+    if settings is SMALL:
+        for reference in (exact, plain):
+            naive_sparse(reference, **SMALL)
+    ids = prompt(40 + NEW)["input_ids"]
+    truth = teacher_forced(exact, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = teacher_forced(plain, ids)
+        with sparsekv.patch(model, **settings) as patch:
+            ours = teacher_forced(model, ids)
+    assert float((ours.float() - truth).norm()) <= 2 * float((theirs.float() - truth).norm())
+    assert patch.stats.sparse_steps + patch.stats.dense_steps == NEW
+
+
 @torch.no_grad()
 def teacher_forced(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of the last tokens, decoded one by one with the given ids."""
