@@ -266,7 +266,7 @@ def _gather_pages(
     values = _take_rows(kv_pool.flatten(0, 2), key_rows + num_kv_heads).flatten(2, 3).float()
     if valid.is_cuda or not valid.all():
         # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
-        values = values.masked_fill(~valid[..., None], 0.0)
+        values.masked_fill_(~valid[..., None], 0.0)  # in place: it is the copy just taken
     return keys, values, valid
 
 

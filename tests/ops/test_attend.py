@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekv.ops import reference
 from sparsekv.testing import naive
 from sparsekv.testing.pages import NAN, Pages, edge_lengths, random_pages
 from sparsekv.testing.tolerance import assert_as_good_as, plain_attention
@@ -59,6 +60,22 @@ def test_softcap_and_sinks(dtype: torch.dtype, softcap: float, with_sinks: bool,
     query = (3 * torch.randn(len(pages.lengths), 4, 16)).to(dtype)
     sinks = torch.tensor([-1.0, 0.0, 2.0, 9.0], dtype=dtype) if with_sinks else None
     check(query, pages, None if k is None else random_slots(pages, k), 0.5, softcap, sinks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_elements", [1, 2000])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("scale", [0.5, 40.0])
+def test_many_chunks(
+    dtype: torch.dtype, chunk_elements: int, with_sinks: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page, or a few, at a time give the same; also where one chunk, or the sink, holds all of the mass."""
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk_elements)
+    pages = random_pages([0, 1, 7, 8, 9, 70, 150], page_size=8, dtype=dtype)
+    query = torch.randn(7, 4, 16).to(dtype)
+    sinks = torch.tensor([-90.0, 0.0, 2.0, 90.0], dtype=dtype) if with_sinks else None
+    check(query, pages, None, scale, 0.0, sinks)
+    check(query, pages, random_slots(pages, 5), scale, 0.0, sinks)
 
 
 def test_no_slots_means_all_slots() -> None:
