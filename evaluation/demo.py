@@ -22,10 +22,12 @@ from sparsekv.errors import ConfigError
 from . import testbed
 from .answers import Answer, ask, encode, prefill
 from .pages_plot import PageTrace, save_pages_plot
-from .report import choose_device, new_console, save_json
+from .report import choose_device, new_console, positive, save_json
 from .testbed.stories import Question, Story, make_story
 
 TASKS = ("needle", "many_keys")
+MIN_CONTEXT, MAX_CONTEXT = 4096, 32768  # below, the smallest budget is all sinks and recent; above, never trained
+PICTURES = (".png", ".pdf", ".svg")
 BUDGET_SHARES = (32, 16, 8)  # the budgets shown: the context divided by these
 _CAPTION = (
     "The story is prefilled once, densely; questions and answers are decoded token by token.\n"
@@ -64,8 +66,8 @@ class Method:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv demo`."""
-    parser.add_argument("--context", type=int, default=16384, help="tokens of the story (default %(default)s)")
-    parser.add_argument("--questions", type=int, default=8, help="questions about it (default %(default)s)")
+    parser.add_argument("--context", type=positive, default=16384, help="tokens of the story (default %(default)s)")
+    parser.add_argument("--questions", type=positive, default=8, help="questions about it (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number tells another story")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     parser.add_argument("--out", default="sparsekv_demo.png", metavar="PNG", help="where the picture goes")
@@ -75,9 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Tells a story, asks the questions with every method, prints the table and saves the picture."""
-    context, num_questions = (4096, 4) if args.quick else (args.context, args.questions)
-    if context < 2048:
-        raise ConfigError(f"--context={context} is too short to show anything: at least 2048.")
+    context, num_questions = (MIN_CONTEXT, 4) if args.quick else (args.context, args.questions)
+    _check(context, Path(args.out))
     console = new_console()
     device = choose_device(args.device)
     model, tokenizer = testbed.load(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -91,6 +92,16 @@ def run(args: argparse.Namespace, command: str) -> int:
         path = save_json(args.json, "demo", command, {"context": context, "seed": args.seed}, _rows(methods))
         console.print(f"Written: {path}")
     return 0
+
+
+def _check(context: int, picture: Path) -> None:
+    """Before anything is read or measured."""
+    if not MIN_CONTEXT <= context <= MAX_CONTEXT:
+        raise ConfigError(f"--context={context} is not allowed: {MIN_CONTEXT} to {MAX_CONTEXT}.")
+    if picture.suffix not in PICTURES:
+        raise ConfigError(f"--out={picture} is no picture: the name must end in {', '.join(PICTURES)}.")
+    if not picture.parent.is_dir():
+        raise ConfigError(f"--out={picture}: there is no folder {picture.parent}.")
 
 
 def _compare(model: Any, tokenizer: Any, story: Story, progress: Progress) -> tuple[list[Method], PageTrace]:

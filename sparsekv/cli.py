@@ -115,6 +115,7 @@ def _generate(args: argparse.Namespace, command: str) -> int:
     config = sparsekv.SparseConfig(
         budget=args.budget, policy=args.policy, digest=args.digest, page_size=args.page_size
     )
+    sparsekv.DIGESTS.get(config.digest), sparsekv.POLICIES.get(config.policy)  # before a large model is loaded
     device = choose_device(args.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device).eval()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsekv.cache import PagedLayer
 from sparsekv.cli import main
 from sparsekv.evaluation.testbed import MODEL_DIR
 
@@ -98,9 +99,45 @@ def test_generate_says_what_is_wrong(options: list[str], message: str, capsys: p
     assert "Traceback" not in error
 
 
-def test_demo_refuses_a_context_too_short_to_show_anything(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--context", "100"]) == 1
-    assert "--context=100" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "100"], "--context=100 is not allowed: 4096 to 32768"),
+        (["--context", "65536"], "--context=65536 is not allowed"),
+        (["--out", "picture.doc"], "must end in .png"),
+        (["--out", "no_such_folder/picture.png"], "there is no folder no_such_folder"),
+    ],
+)
+def test_demo_refuses_before_it_starts(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["demo", "--questions", "0"], ["bench", "--contexts", "0"], ["bench", "--repeats", "-1"]]
+)
+def test_a_count_is_at_least_one(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_bench_refuses_heads_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--q-heads", "6", "--kv-heads", "4"]) == 1
+    assert "q-heads=6" in capsys.readouterr().err
+
+
+def test_bench_prints_no_speed_if_the_step_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is wrong with it: here the output is a tenth too large."""
+    step = PagedLayer.decode
+    monkeypatch.setattr(PagedLayer, "decode", lambda layer, query, *rest: 1.1 * step(layer, query, *rest))
+    assert main(["bench", "--device", "cpu", "--contexts", "512", "--budget", "256"]) == 1
+    printed = capsys.readouterr()
+    assert "allowed is" in printed.err
+    assert "512" not in printed.out
 
 
 def test_a_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:

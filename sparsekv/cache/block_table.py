@@ -136,11 +136,6 @@ class BlockTable:
         """A second table over the same pages."""
         return self._twin(self.pool)
 
-    def clear(self) -> None:
-        """Gives every page back."""
-        self._replace(np.zeros(0, np.int64), np.zeros((0, 0), np.int32))
-        self.num_tokens, self.valid = 0, None
-
     def __del__(self) -> None:
         if getattr(self, "_pages", None) is not None and self._pages.size:
             self.pool.release(self._all_pages())
@@ -211,14 +206,10 @@ class BlockTable:
         self._device_pages.clear()
 
     def _replace(self, lengths: NDArray[np.int64], pages: PageIds) -> None:
-        """Refers to other pages that are in use already. New references first, or shared pages would become free."""
-        before = self._all_pages()
+        """Refers to other pages, all of them in use already."""
+        self.pool.release(self._all_pages())
         self.lengths, self._pages = lengths, pages
         self.pool.share(self._all_pages())
-        self.pool.release(before)
-        self._forget_copies()
-
-    def _forget_copies(self) -> None:
         self._device_pages.clear()
         self._device_lengths.clear()
 

@@ -60,8 +60,6 @@ class LayerPages:
 
     def copy_pages(self, copies: PageCopies) -> None:
         """Copies whole pages and their digests."""
-        if not len(copies.source):
-            return
         source = torch.from_numpy(copies.source).to(self.kv.device)
         target = torch.from_numpy(copies.target).to(self.kv.device)
         for tensor in (self.kv, *self.summary):

@@ -156,7 +156,8 @@ class PageStore:
         )
 
     def _copy(self, copies: PageCopies) -> None:
+        if not len(copies.source):
+            return
         for pages in self.layers.values():
-            if len(copies.source):
-                pages.ensure(self.table.pool.num_pages, self.table.pool.max_pages)
-                pages.copy_pages(copies)
+            pages.ensure(self.table.pool.num_pages, self.table.pool.max_pages)
+            pages.copy_pages(copies)

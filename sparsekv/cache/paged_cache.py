@@ -82,6 +82,8 @@ class PagedCache(DynamicCache):
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
 
+        It counts what it reads by itself and has no observers yet.
+
         Args:
             config, settings: what to change: budget, policy, sinks, recent, group_pooling, dense_layers.
 

@@ -77,7 +77,9 @@ class DecodeStats:
     @property
     def dense_steps(self) -> int:
         """Steps in which every layer read everything (short context, or the policy `all`)."""
-        return max(self._dense_steps.values(), default=0) if not self._sparse_steps else self._all_dense_steps()
+        # A layer that is sometimes sparse was dense exactly when the whole step was.
+        telling = self._sparse_steps or self._dense_steps
+        return max((self._dense_steps[layer] for layer in telling), default=0)
 
     @property
     def dense_passes(self) -> int:
@@ -111,13 +113,9 @@ class DecodeStats:
 
     def as_dict(self) -> dict[str, float]:
         """All counters, for a report."""
-        names = ("sparse_steps", "dense_steps", "dense_passes", "pages_read", "pages_total", "bytes_read")
-        return {
-            **{n: getattr(self, n) for n in names},
-            "bytes_total": self.bytes_total,
-            "share": self.share,
-            "sparse_share": self.sparse_share,
-        }
+        steps = ("sparse_steps", "dense_steps", "dense_passes")
+        reads = ("pages_read", "pages_total", "bytes_read", "bytes_total", "share", "sparse_share")
+        return {name: getattr(self, name) for name in steps + reads}
 
     def __repr__(self) -> str:
         return (
@@ -125,10 +123,6 @@ class DecodeStats:
             f"passes; read {self.pages_read:,} of {self.pages_total:,} pages, {self.bytes_read / 2**20:,.1f} of "
             f"{self.bytes_total / 2**20:,.1f} MiB ({self.share:.1%}))"
         )
-
-    def _all_dense_steps(self) -> int:
-        """A layer that is sometimes sparse was dense exactly when the whole step was."""
-        return max((self._dense_steps[layer] for layer in self._sparse_steps), default=0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> DecodeStats:
         """A copied cache goes on counting into the same counters."""

@@ -51,8 +51,8 @@ def test_shape_of_the_answer(arguments: dict[str, object]) -> None:
     slots = SELECT(**arguments)
     assert slots.shape == (*scores.shape[:2], k)
     for row, heads in enumerate(slots.tolist()):
-        pages = -(-int(lens[row]) // arguments["page_size"])  # type: ignore[index, operator]
-        most = min(k, pages, pages if limits is None else int(limits[row]))  # type: ignore[type-var, index]
+        pages = -(-int(lens[row]) // arguments["page_size"])
+        most = min(k, pages, pages if limits is None else int(limits[row]))
         for listed in heads:
             assert listed[most:] == [-1] * (k - most)
             assert listed[:most] == sorted(set(listed[:most]))
