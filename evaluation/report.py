@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
@@ -27,6 +28,23 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: at least 1")
     return number
+
+
+def tokens(text: str) -> int:
+    """The type of an option that counts tokens: `32768`, `32k` or `1M`, where k is 1024 and M is 1024 k."""
+    scale = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower())
+    try:
+        return positive(text) if scale is None else positive(text[:-1]) * scale
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: 32768, 32k or 1M") from error
+
+
+def short(num_tokens: int) -> str:
+    """`32k` for 32768, `1M` for 1048576; other numbers in full."""
+    for letter, scale in (("M", 1 << 20), ("k", 1 << 10)):
+        if num_tokens % scale == 0:
+            return f"{num_tokens // scale}{letter}"
+    return f"{num_tokens:,}"
 
 
 def new_console() -> Console:
@@ -55,6 +73,7 @@ def choose_device(name: str) -> torch.device:
 def circumstances(command: str) -> dict[str, Any]:
     """Where and when something was measured: command, date, versions, processor."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    flashinfer = _version("flashinfer-python")
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -65,8 +84,16 @@ def circumstances(command: str) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            **({"flashinfer": flashinfer} if flashinfer else {}),
         },
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def save_json(folder: str, name: str, command: str, settings: dict[str, Any], rows: Sequence[Any]) -> Path:
@@ -97,10 +124,70 @@ def save_speed_plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> N
     axes.plot(contexts, [row["sparse_ms"] for row in rows], "s-", color=BLUE, label="sparsekv")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(contexts, [f"{c // 1024}k" for c in contexts])
+    axes.set_xticks(contexts, [short(c) for c in contexts])
     axes.set_xlabel("context [tokens]")
     axes.set_ylabel("one layer's decode step [ms]")
     axes.set_title(title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path)
+
+
+# key of the rows, label, style
+_SPEED_LINES = (
+    ("sparse_us", "sparsekv", {"marker": "s", "color": BLUE, "linewidth": 2}),
+    ("flashinfer_us", "FlashInfer, dense", {"marker": "o", "color": ORANGE}),
+    ("sdpa_us", "PyTorch SDPA, dense", {"marker": "^", "color": GREEN}),
+    ("shelf_us", "parts off the shelf", {"marker": "D", "color": RED}),
+    ("dense_floor_us", "memory's speed, all keys and values", {"linestyle": "--", "color": GREY}),
+    ("floor_us", "memory's speed, digests and budget", {"linestyle": "--", "color": BLUE}),
+)
+
+
+def save_gpu_speed_plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Microseconds of a step against the context, and how much faster than dense it is at every batch and context.
+
+    Args:
+        rows: of `attention_cuda.json`. Shown are the first row's geometry and budget; on the left, its batch.
+    """
+    first = next((row for row in rows if "sparse_us" in row), None)
+    figure, (left, right) = new_figure(figsize=(11.5, 4.6), dpi=120, ncols=2)
+    if first is not None:
+        same = [row for row in rows if "sparse_us" in row]
+        same = [row for row in same if all(row[key] == first[key] for key in ("geometry", "budget"))]
+        _plot_latency(left, [row for row in same if row["batch"] == first["batch"]])
+        _plot_ratios(right, same)
+        figure.suptitle(f"One layer's decode step: {first['geometry']}, budget {first['budget']} tokens")
+    figure.savefig(path)
+
+
+def _plot_latency(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda row: row["context"])
+    for key, label, style in _SPEED_LINES:
+        known = [row for row in rows if row.get(key) is not None]
+        if known:
+            axes.plot([row["context"] for row in known], [row[key] for row in known], label=label, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([row["context"] for row in rows], [short(row["context"]) for row in rows])
+    axes.set_xlabel("context [tokens]")
+    axes.set_ylabel("one layer's decode step [us]")
+    axes.set_title(f"batch {rows[0]['batch']}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+
+
+def _plot_ratios(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Bars; an open mark where the memory's speed would put them."""
+    rows = sorted((row for row in rows if row.get("speedup")), key=lambda row: (row["batch"], row["context"]))
+    places = range(len(rows))
+    axes.bar(places, [row["speedup"] for row in rows], color=BLUE, label="sparsekv")
+    possible = [row["dense_floor_us"] / row["floor_us"] for row in rows]
+    axes.plot(places, possible, "_", color=GREY, markersize=14, markeredgewidth=2, label="at the memory's speed")
+    for place, row in zip(places, rows, strict=True):
+        axes.annotate(f"{row['speedup']:.1f}", (place, row["speedup"]), ha="center", va="bottom", fontsize=8)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set_xticks(places, [f"{row['batch']} x {short(row['context'])}" for row in rows], rotation=45, ha="right")
+    axes.set_xlabel("batch x context")
+    axes.set_ylabel("times faster than the faster dense competitor")
+    axes.legend(fontsize=8)

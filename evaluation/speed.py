@@ -1,232 +1,136 @@
 """How long one layer's decode step takes, sparse beside dense, on the same keys and values in the same run.
 
-    python -m evaluation.speed attention --device cpu --contexts 65536 262144 --budget 1024
+    python -m evaluation.speed attention --device cpu --contexts 64k 256k --budget 1024
+    python -m evaluation.speed attention --device cuda --preset full --out evaluation/results
 
-The competitor is PyTorch's scaled_dot_product_attention over the same cache, contiguous and without its append, which
-favours it. Before anything is timed, the sparse step is compared with it, masked to the tokens of the selected pages;
-no speed is printed if that fails.
+On a CPU a whole cache layer is timed beside PyTorch's scaled_dot_product_attention (SDPA); on a GPU the operators
+are, as CUDA graphs, beside FlashInfer, SDPA, what can be assembled from parts off the shelf, and the memory's speed.
+Every step is checked before it is timed: no speed is printed of one that computes something else.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor
+from sparsekv import SparseConfig
+from sparsekv.errors import ConfigError
 
-from sparsekv import DecodeStats, DecodeStep, SparseConfig
-from sparsekv.cache import PagedLayer
-from sparsekv.cache.page_store import PageStore
-from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.testing.timing import median_ms
+from . import cpu_speed, gpu_speed
+from .competitors import COMPETITORS
+from .gpu_points import GEOMETRIES, PRESETS, Point, grid, preset_points
+from .report import choose_device, positive, tokens
 
-from .report import choose_device, new_console, positive, save_json, save_speed_plot
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One attention layer: batch, query heads, kv heads, head size."""
-
-    batch: int = 1
-    num_q_heads: int = 8
-    num_kv_heads: int = 2
-    head_dim: int = 64
-
-    def __post_init__(self) -> None:
-        if self.num_q_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"--q-heads={self.num_q_heads} must be a multiple of --kv-heads={self.num_kv_heads}: every kv head "
-                "serves as many query heads."
-            )
-
-    @property
-    def scaling(self) -> float:
-        return self.head_dim**-0.5
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one decode step at one context length.
-
-    The parts are timed one by one, over and over, which keeps them in the processor's cache: together they are less
-    than `sparse_ms`.
-    """
-
-    context: int
-    dense_ms: float
-    sparse_ms: float
-    append_ms: float
-    score_ms: float
-    select_ms: float
-    attend_ms: float
-    share: float  # of the cache's bytes that the sparse step reads
-
-    @property
-    def speedup(self) -> float:
-        return self.dense_ms / self.sparse_ms
-
-
-class Bench:
-    """One layer with a cache of random keys and values, and one decode step of it, sparse and dense.
-
-    Raises:
-        SparseKVError: the step disagrees with the dense competitor over the same tokens.
-    """
-
-    def __init__(self, shape: Shape, context: int, config: SparseConfig, device: torch.device, dtype: torch.dtype):
-        self.shape, self.context, self.device = shape, context, device
-        generator = torch.Generator(device).manual_seed(context)
-
-        def random(heads: int, tokens: int) -> Tensor:
-            size = (shape.batch, heads, tokens, shape.head_dim)
-            return torch.randn(size, device=device, generator=generator).to(dtype)
-
-        self.query = random(shape.num_q_heads, 1)
-        self.new = random(shape.num_kv_heads, 1), random(shape.num_kv_heads, 1)
-        self.past = random(shape.num_kv_heads, context), random(shape.num_kv_heads, context)
-        self.stats = DecodeStats()
-        self.layer = PagedLayer(PageStore(config), 0, config.with_(dense_layers=0), self.stats, [self._observe])
-        self.layer.update(*self.past)
-        self.layer.commit(None)
-
-    def append(self) -> None:
-        """The new token into its page."""
-        self.layer.update(*self.new)
-        self.layer.commit(None)
-
-    def sparse(self) -> Tensor:
-        """A whole sparse step, bookkeeping included."""
-        self.append()
-        return self.layer.decode(self.query, self.shape.scaling, 0.0, None)
-
-    def dense(self) -> Tensor:
-        """The competitor's attention over the past tokens."""
-        return F.scaled_dot_product_attention(self.query, *self.past, enable_gqa=True)
-
-    def check(self) -> None:
-        """The step that will be timed must give what the competitor gives over the pages it selected."""
-        out = self.sparse()
-        keys, values = (torch.cat(pair, 2) for pair in zip(self.past, self.new, strict=True))
-        expected = F.scaled_dot_product_attention(
-            self.query, keys, values, attn_mask=self._selected_tokens(keys.shape[2]), enable_gqa=True
-        )
-        error = ((out - expected).float().norm() / expected.float().norm()).item()
-        allowed = 1e-4 if out.dtype == torch.float32 else 1e-2
-        if not error < allowed:
-            raise SparseKVError(
-                f"The sparse step is {error:.1e} off dense attention; allowed is {allowed}: no speed."
-            )
-
-    def measure(self, repeats: int) -> Timing:
-        """Times the step and its parts."""
-        self.check()
-        self.stats.reset()
-        sparse_ms = median_ms(self.sparse, self.device, repeats)
-        share = self.stats.share
-        step = self.step
-        scores = step.digest_scores()
-        slots = step.select(scores)
-        return Timing(
-            context=self.context,
-            dense_ms=median_ms(self.dense, self.device, repeats),
-            sparse_ms=sparse_ms,
-            append_ms=median_ms(self.append, self.device, repeats),
-            score_ms=median_ms(step.digest_scores, self.device, repeats),
-            select_ms=median_ms(lambda: step.select(scores), self.device, repeats),
-            attend_ms=median_ms(lambda: self._attend(step, slots), self.device, repeats),
-            share=share,
-        )
-
-    def _observe(self, step: DecodeStep, slots: Tensor | None) -> None:
-        self.step, self.slots = step, slots
-
-    def _selected_tokens(self, num_tokens: int) -> Tensor | None:
-        """Which tokens the last step read, `[b, hq, 1, n]` bool; None: all."""
-        if self.slots is None:
-            return None
-        page_size = self.step.config.page_size
-        num_pages = -(-num_tokens // page_size)
-        listed = torch.zeros(*self.slots.shape[:2], num_pages + 1, dtype=torch.bool, device=self.device)
-        listed.scatter_(2, self.slots.long() % (num_pages + 1), True)  # -1, no page, falls on the spare place
-        tokens = listed[..., :num_pages].repeat_interleave(page_size, 2)[..., :num_tokens]
-        return tokens.repeat_interleave(self.shape.num_q_heads // self.shape.num_kv_heads, 1)[:, :, None]
-
-    @staticmethod
-    def _attend(step: DecodeStep, slots: Tensor) -> None:
-        step.ops.attend_pages(
-            step.query, step.kv_pool, step.block_table, step.seq_lens, slots, step.scaling, 0.0, None
-        )
+_CPU_ONLY = ("q_heads", "kv_heads", "head_dim")
+_GPU_ONLY = ("preset", "geometry", "bandwidth", "against", "check_only")
+_SET_BY_PRESET = ("geometry", "contexts", "batches", "budgets")
+_QUICK_REPEATS, _REPEATS = 5, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv bench` and `python -m evaluation.speed attention`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
-    parser.add_argument(
-        "--contexts", type=positive, nargs="+", default=[4096, 16384, 65536, 262144], metavar="TOKENS"
-    )
-    parser.add_argument("--budget", type=positive, default=1024, help="tokens read per kv head (default %(default)s)")
+    _add_sizes(parser)
     parser.add_argument("--page-size", type=positive, default=16, help="tokens per page (default %(default)s)")
     parser.add_argument("--digest", default="minmax", help="page digest (default %(default)s)")
-    parser.add_argument("--batch", type=positive, default=1, help="sequences (default %(default)s)")
-    parser.add_argument("--q-heads", type=positive, default=8, help="query heads (default %(default)s)")
-    parser.add_argument("--kv-heads", type=positive, default=2, help="kv heads (default %(default)s)")
-    parser.add_argument("--head-dim", type=positive, default=64, help="channels per head (default %(default)s)")
-    parser.add_argument("--repeats", type=positive, default=20, help="timed calls, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=positive, help=f"timed calls, of which the median counts (default {_REPEATS})"
+    )
     parser.add_argument("--out", metavar="DIR", help="write DIR/attention_DEVICE.json and .png")
+    cpu = parser.add_argument_group("on a CPU")
+    cpu.add_argument("--q-heads", type=positive, help="query heads (default 8)")
+    cpu.add_argument("--kv-heads", type=positive, help="kv heads (default 2)")
+    cpu.add_argument("--head-dim", type=positive, help="channels per head (default 64)")
+    _add_gpu_options(parser.add_argument_group("on a GPU"))
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--contexts", type=tokens, nargs="+", metavar="TOKENS", help="32768, 32k or 1M (k: 1024 tokens)"
+    )
+    parser.add_argument(
+        "--budget", "--budgets", dest="budgets", type=tokens, nargs="+", metavar="TOKENS",
+        help="tokens read per kv head (default 1024 on a CPU, 2048 on a GPU); several on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", "--batches", dest="batches", type=positive, nargs="+", metavar="N",
+        help="sequences (default 1); several on a GPU",
+    )  # fmt: skip
+
+
+def _add_gpu_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--preset", choices=PRESETS, help="a fixed set of shapes instead of those named by options")
+    group.add_argument(
+        "--quick", dest="preset", action="store_const", const="quick", help="the same as --preset quick"
+    )
+    group.add_argument(
+        "--geometry", nargs="+", metavar="NAME", help=f"layers like those of {', '.join(GEOMETRIES)} (default: first)"
+    )
+    group.add_argument("--against", nargs="*", choices=list(COMPETITORS), help="competitors (default: all)")
+    group.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="TB/s",
+        help="of the memory, for the floors (default: 4.39 on an H200, else measured)",
+    )
+    group.add_argument("--check-only", action="store_true", default=None, help="check all shapes, time none")
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """Measures, prints the table and writes the files asked for."""
-    console = new_console()
+    """Measures, prints the tables and writes the files asked for."""
     device = choose_device(args.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    shape = Shape(args.batch, args.q_heads, args.kv_heads, args.head_dim)
-    config = SparseConfig(budget=args.budget, page_size=args.page_size, digest=args.digest)
-    timings = []
-    with torch.inference_mode():
-        for context in track(args.contexts, "Measuring", console=console, transient=True):
-            timings.append(Bench(shape, context, config, device, dtype).measure(args.repeats))
-    console.print(_table(timings, shape, config, device, dtype))
-    if args.out:
-        settings = {"shape": asdict(shape), "config": asdict(config), "dtype": str(dtype), "device": str(device)}
-        rows = [{**asdict(t), "speedup": t.speedup} for t in timings]
-        path = save_json(args.out, f"attention_{device.type}", command, settings, rows)
-        save_speed_plot(path.with_suffix(".png"), rows, f"{config.budget} tokens read of each head")
-        console.print(f"Written: {path} and .png")
-    return 0
+    if device.type == "cuda":
+        _refuse(args, _CPU_ONLY, "is for --device cpu; on a GPU --geometry names the heads")
+        repeats = args.repeats or (_QUICK_REPEATS if args.preset == "quick" else _REPEATS)
+        against = list(COMPETITORS) if args.against is None else args.against
+        options = gpu_speed.Options(repeats, against, args.bandwidth, bool(args.check_only), args.out)
+        return gpu_speed.run(gpu_points(args), options, device, command)
+    shape = cpu_speed.Shape(_single(args.batches, 1), args.q_heads or 8, args.kv_heads or 2, args.head_dim or 64)
+    _refuse(args, _GPU_ONLY, "is for --device cuda")
+    config = SparseConfig(budget=_single(args.budgets, 1024), page_size=args.page_size, digest=args.digest)
+    contexts = args.contexts or [4096, 16384, 65536, 262144]
+    return cpu_speed.run(shape, config, contexts, args.repeats or _REPEATS, device, command, args.out)
 
 
-def _table(
-    timings: list[Timing], shape: Shape, config: SparseConfig, device: torch.device, dtype: torch.dtype
-) -> Table:
-    title = (
-        f"One layer's decode step on {device.type}: batch {shape.batch}, {shape.num_q_heads} query and "
-        f"{shape.num_kv_heads} kv heads of {shape.head_dim}, {str(dtype).removeprefix('torch.')}, "
-        f"budget {config.budget}"
-    )
-    table = Table(
-        title=title, caption="Milliseconds, medians; parts timed alone. Dense: PyTorch SDPA over the same cache."
-    )
-    for name in ("context", "dense", "sparse", "append", "score", "select", "attend", "cache read", "faster"):
-        table.add_column(name, justify="right")
-    for t in timings:
-        parts = (t.dense_ms, t.sparse_ms, t.append_ms, t.score_ms, t.select_ms, t.attend_ms)
-        table.add_row(f"{t.context:,}", *(f"{ms:.3f}" for ms in parts), f"{t.share:.1%}", f"{t.speedup:.1f}x")
-    return table
+def gpu_points(args: argparse.Namespace) -> list[Point]:
+    """What the options ask to be measured on a GPU, checked before anything is."""
+    if args.digest != "minmax":
+        raise ConfigError(f"--digest={args.digest}: on a GPU, the speed of minmax alone is measured.")
+    if args.preset:
+        _refuse(args, _SET_BY_PRESET, f"is set by --preset {args.preset}: leave one of them out")
+        return preset_points(args.preset, args.page_size)
+    names = args.geometry or list(GEOMETRIES)[:1]
+    contexts = args.contexts or [8192, 32768, 131072]
+    return grid(names, args.batches or [1], contexts, args.budgets or [2048], args.page_size)
+
+
+def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
+    for name in options:
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} {why}.")
+
+
+def _single(values: Sequence[int] | None, default: int) -> int:
+    if values is None:
+        return default
+    if len(values) > 1:
+        raise ConfigError(
+            f"{' '.join(map(str, values))}: only --device cuda takes several budgets or batches at once."
+        )
+    return values[0]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m evaluation.speed`."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.speed", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="what", required=True)
     add_arguments(commands.add_parser("attention", help="one layer's decode step"))
-    args = parser.parse_args(argv)
-    return run(args, "python -m evaluation.speed " + " ".join(argv if argv is not None else sys.argv[1:]))
+    arguments = sys.argv[1:] if argv is None else argv
+    return run(parser.parse_args(arguments), shlex.join(["python", "-m", "evaluation.speed", *arguments]))
 
 
 if __name__ == "__main__":

@@ -100,8 +100,13 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
+    from sparsekv.evaluation.report import positive
+
     parser = commands.add_parser("doctor", help="versions, devices, and what would run where")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--compile", action="store_true", help="compile all kernels now rather than at first use")
+    parser.add_argument("--arch", nargs="+", metavar="SM", help="for these, as sm_90 (default: the GPUs present)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="at once (default %(default)s)")
     parser.set_defaults(run=_doctor)
 
 
@@ -161,12 +166,15 @@ def _doctor(args: argparse.Namespace, command: str) -> int:
 
     from sparsekv import doctor
 
-    report = doctor.report()
+    if args.arch and not args.compile:
+        raise ConfigError("--arch goes with --compile.")
+    compiled = {"compile": doctor.compile_kernels(args.arch, args.jobs)} if args.compile else {}
+    report = doctor.report() | compiled
     if args.json:
         print(json.dumps(report, indent=1))
     else:
         Console().print(doctor.render(report))
-    return EXIT_OK
+    return EXIT_ERROR if compiled and compiled["compile"]["failed"] else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`sparsekv doctor`: what is installed, which devices there are, what runs where, and how to get what is missing.
 
 `report()` gathers and returns plain data (it is what `--json` prints); `render()` turns that into something to read.
+`compile_kernels()` fills the disk cache ahead of use, for GPUs that need not be there.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from sparsekv.ops import schema
+from sparsekv.errors import ConfigError, KernelCompileError, UnknownNameError
+from sparsekv.ops import compiler, instances, schema
 
 DEVICE_KINDS = ("cpu", "cuda")
 
@@ -34,14 +39,45 @@ def report() -> Report:
 
     Returns:
         `versions` (name -> version, None if not installed), `devices` (one dict each), `ops` (device kind -> op ->
-        "kernel" or "reference") and `missing` (dicts with `what`, `why` and `remedy`).
+        "kernel" or "reference"), `kernels` (what compiles them, where they are kept) and `missing` (dicts with
+        `what`, `why` and `remedy`).
     """
     devices = [_cpu(), *_gpus()]
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in REQUIRED + OPTIONAL},
         "devices": devices,
         "ops": {kind: _implementations(kind) for kind in DEVICE_KINDS},
+        "kernels": _kernels(),
         "missing": _missing(devices),
+    }
+
+
+def compile_kernels(archs: list[str] | None, jobs: int) -> Report:
+    """Compile every kernel that is promised, for these architectures or for the GPUs present, into the disk cache.
+
+    Threads do: NVRTC compiles without holding Python's lock. A progress bar goes to stderr.
+
+    Returns:
+        `archs`, `kernels` (how many, over all of these), `seconds` and `failed` (dicts of `kernel`, `arch`, `error`).
+    Raises:
+        ConfigError: no architecture is named and there is no GPU, or one is named that NVRTC does not know.
+        KernelCompileError: nothing can be compiled here.
+    """
+    archs = _archs(archs)
+    specs = instances.promised()
+    start = time.perf_counter()
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = [pool.submit(_compile_error, spec, arch) for arch in archs for spec in specs]
+        done = track(as_completed(futures), "Compiling", len(futures), console=Console(stderr=True), transient=True)
+        failed = [failure for failure in (future.result() for future in done) if failure]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt need not wait for all that is queued
+    return {
+        "archs": archs,
+        "kernels": len(futures),
+        "seconds": round(time.perf_counter() - start, 1),
+        "failed": sorted(failed, key=lambda failure: (failure["kernel"], failure["arch"])),
     }
 
 
@@ -62,10 +98,38 @@ def render(report: Report) -> RenderableType:
 
     missing = _table("missing")
     for problem in report["missing"]:
-        missing.add_row(Text(problem["what"], style="bold red"), problem["why"], f"-> {problem['remedy']}")
+        # Text: in a plain string rich would take the brackets of 'sparsekv[cuda]' for markup.
+        missing.add_row(
+            Text(problem["what"], style="bold red"), Text(problem["why"]), Text(f"-> {problem['remedy']}")
+        )
     if not report["missing"]:
         missing.add_row(Text("nothing", style="green"))
-    return Group(*(part for table in (versions, devices, ops, missing) for part in (table, "")))
+    parts: list[RenderableType] = [versions, devices, ops, _render_kernels(report["kernels"]), missing]
+    if "compile" in report:
+        parts.append(_render_compile(report["compile"]))
+    return Group(*(piece for part in parts for piece in (part, "")))
+
+
+def _render_kernels(kernels: Report) -> Table:
+    table = _table("kernels")
+    table.add_row("state", Text(kernels["state"]))
+    table.add_row("NVRTC", kernels["nvrtc"] or Text("not found", style="dim"))
+    for label, state in kernels["gpus"].items():
+        table.add_row(label, Text(state))
+    cache = kernels["cache"]
+    size = f"{cache['entries']} kernels, {cache['bytes'] / 2**20:.1f} MiB"
+    table.add_row("cache", Text(f"{cache['directory'] or 'none, as there is no home directory'}: {size}"))
+    return table
+
+
+def _render_compile(result: Report) -> Text:
+    """No table: NVRTC's log keeps its lines."""
+    failed = len(result["failed"])
+    done = f"{result['kernels'] - failed} of {result['kernels']} kernels for {', '.join(result['archs'])}"
+    text = Text.assemble(("compiled", "bold italic"), f"\n{done} in {result['seconds']} s\n")
+    for failure in result["failed"]:
+        text.append(f"\n{failure['kernel']}, {failure['arch']}\n", style="bold red").append(failure["error"] + "\n")
+    return text
 
 
 def _table(title: str) -> Table:
@@ -132,34 +196,73 @@ def _implementations(kind: str) -> dict[str, str]:
     }
 
 
+def _kernels() -> Report:
+    """What compiles kernels, whether it can, and where they are kept."""
+    entries, size = compiler.cache_usage()
+    directory = compiler.cache_directory()
+    return {
+        "state": compiler.unavailable() or "available",
+        "nvrtc": compiler.nvrtc_version() if compiler.obstacle() is None else None,
+        "gpus": {f"cuda:{index}": _kernels_on(index) for index in range(torch.cuda.device_count())},
+        "cache": {"directory": str(directory) if directory else None, "entries": entries, "bytes": size},
+    }
+
+
+def _kernels_on(index: int) -> str:
+    return compiler.unavailable(index) or compiler.arch_of(index)
+
+
+def _archs(asked: list[str] | None) -> list[str]:
+    """The architectures to compile for, each once."""
+    reason = compiler.unavailable()
+    if reason is not None:
+        raise KernelCompileError(reason)
+    for arch in asked or ():
+        if arch not in compiler.supported_archs():
+            raise UnknownNameError("--arch", arch, compiler.supported_archs())
+    here = (index for index in range(torch.cuda.device_count()) if compiler.obstacle(index) is None)
+    archs = list(dict.fromkeys(asked or map(compiler.arch_of, here)))
+    if not archs:
+        raise ConfigError("No GPU here runs the kernels: name what to compile for, as in --arch sm_80 sm_90 sm_100.")
+    return archs
+
+
+def _compile_error(spec: compiler.KernelSpec, arch: str) -> dict[str, str] | None:
+    """Put the kernel into the disk cache; what went wrong, if anything did."""
+    try:
+        compiler.cached_cubin(spec, arch)
+    except KernelCompileError as error:
+        return {"kernel": str(spec), "arch": arch, "error": str(error)}
+    return None
+
+
 def _missing(devices: list[Report]) -> list[dict[str, str]]:
-    if not any(device["kind"] == "cuda" for device in devices):
-        return _unmet_requirements() + _unused_gpu()
-    return _unmet_requirements("cuda" if _kernel_sources() else "")
+    gpus = [device for device in devices if device["kind"] == "cuda"]
+    return _unmet_requirements() + (_missing_kernels(gpus) if gpus else _unused_gpu())
 
 
-def _unmet_requirements(extra: str = "") -> list[dict[str, str]]:
-    """What the package's own metadata asks for, with or without an extra, and the installation does not meet."""
+def _missing_kernels(gpus: list[Report]) -> list[dict[str, str]]:
+    """Why GPUs run the reference in plain torch, each reason once."""
+    found = dict.fromkeys(filter(None, (compiler.obstacle(gpu["index"]) for gpu in gpus)))
+    return [{"what": "the CUDA kernels", **obstacle._asdict()} for obstacle in found]
+
+
+def _unmet_requirements() -> list[dict[str, str]]:
+    """What the package's own metadata asks for, extras aside, and the installation does not meet."""
     problems = []
     for requirement in map(Requirement, metadata.requires("sparsekv") or ()):
         installed = _version(requirement.name)
         met = installed is not None and requirement.specifier.contains(installed, prereleases=True)
-        if met or not _applies(requirement, extra):
+        if met or not _applies(requirement):
             continue
         what = f"{requirement.name}{requirement.specifier}"
-        always = _applies(requirement, extra="")
-        problems.append(
-            {
-                "what": what,
-                "why": f"{installed} is installed" if installed else "not installed",
-                "remedy": f"pip install '{what}'" if always else f"pip install 'sparsekv[{extra}]'",
-            }
-        )
+        why = f"{installed} is installed" if installed else "not installed"
+        problems.append({"what": what, "why": why, "remedy": f"pip install '{what}'"})
     return problems
 
 
-def _applies(requirement: Requirement, extra: str) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+def _applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def _unused_gpu() -> list[dict[str, str]]:
@@ -172,9 +275,3 @@ def _unused_gpu() -> list[dict[str, str]]:
         why = f"torch is built for CUDA {torch.version.cuda} but sees no GPU"
         remedy = "check with nvidia-smi that the driver works and supports that CUDA version"
     return [{"what": "a GPU that torch can use", "why": why, "remedy": remedy}]
-
-
-def _kernel_sources() -> list[Path]:
-    """The CUDA sources: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    return sorted(path for folder in (package / "cuda", package.parent / "cuda") for path in folder.rglob("*.cu"))

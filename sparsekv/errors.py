@@ -44,3 +44,11 @@ class CacheFullError(SparseKVError, RuntimeError):
 
 class CacheStateError(SparseKVError, RuntimeError):
     """A cache is used in a way its content does not allow (another batch, an edited mask, a half-done step)."""
+
+
+class KernelCompileError(SparseKVError, RuntimeError):
+    """A CUDA kernel cannot be compiled: the message has NVRTC's log, or says what is missing and how to get it."""
+
+
+class KernelError(SparseKVError, RuntimeError):
+    """CUDA refuses to set up or launch a kernel."""

@@ -2,13 +2,33 @@ import json
 import shutil
 from importlib import metadata
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from sparsekv import doctor
-from sparsekv.ops import schema
+from sparsekv.cli import main
+from sparsekv.ops import compiler, instances, schema
+from sparsekv.ops.compiler import KernelSpec, Obstacle
+
+needs_nvrtc = pytest.mark.skipif(
+    compiler._no_compiler() is not None, reason="needs the cuda extra: pip install sparsekv[cuda]"
+)
+GOOD, BAD = KernelSpec("good.cu", "good<1>"), KernelSpec("bad.cu", "bad<1>")
+
+
+@pytest.fixture
+def promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
+    """A package that promises these kernels, of which GOOD compiles and BAD does not, and an empty cache."""
+    (tmp_path / "good.cu").write_text("template <int N> __global__ void good() {}")
+    (tmp_path / "bad.cu").write_text("template <int N> __global__ void bad() { nonsense[tag]; }")
+    specs = [GOOD]
+    monkeypatch.setattr(instances, "promised", lambda: specs)
+    monkeypatch.setattr(compiler, "sources_dir", lambda: tmp_path)
+    monkeypatch.setenv("SPARSEKV_CACHE_DIR", str(tmp_path / "cache"))
+    return specs
 
 
 def rendered(report: doctor.Report) -> str:
@@ -63,12 +83,23 @@ def test_a_package_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPa
     assert (problem["what"], problem["why"]) == ("no-such-package>=1.0", "not installed")
 
 
-def test_extras_are_missing_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["no-such-package>=1.0; extra == 'cuda'"])
-    assert doctor._unmet_requirements() == []
-    assert doctor._unmet_requirements("eval") == []
-    (problem,) = doctor._unmet_requirements("cuda")
-    assert problem["remedy"] == "pip install 'sparsekv[cuda]'"
+    assert doctor.report()["missing"] == []
+
+
+def test_a_gpu_without_kernels_is_told_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [
+        {"kind": "cuda", "index": index, "name": "GPU", "memory_gib": 1, "compute_capability": "9.0"}
+        for index in (0, 1)
+    ]
+    obstacle = Obstacle("cuda-core is not there", "pip install 'sparsekv[cuda]'")
+    monkeypatch.setattr(doctor, "_gpus", lambda: two)
+    monkeypatch.setattr(compiler, "obstacle", lambda device=None: obstacle)
+    report = doctor.report()
+    assert report["missing"] == [{"what": "the CUDA kernels", **obstacle._asdict()}]  # once, not for each GPU
+    assert report["kernels"]["state"] == "cuda-core is not there. Remedy: pip install 'sparsekv[cuda]'."
+    assert "-> pip install 'sparsekv[cuda]'" in rendered(report)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +115,77 @@ def test_a_gpu_that_torch_does_not_see(cuda: str | None, why: str, monkeypatch: 
 
 def test_rendered_report_says_it_all() -> None:
     text = rendered(doctor.report())
-    for word in ("transformers", "not installed", "cpu", "cuda", "attend_pages", "reference", "nothing"):
+    for word in ("transformers", "not installed", "cpu", "cuda", "attend_pages", "reference", "NVRTC", "nothing"):
         assert word in text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("json_option", [[], ["--json"]], ids=["tables", "json"])
+def test_compile_fills_the_cache(
+    json_option: list[str], promised: list[KernelSpec], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--compile", "--arch", "sm_80", "sm_90", "sm_80", *json_option]) == 0
+    assert compiler.cache_usage()[0] == 2
+    printed = capsys.readouterr().out
+    if not json_option:
+        assert "2 of 2 kernels for sm_80, sm_90" in printed
+        return
+    report = json.loads(printed)
+    assert report["compile"].pop("seconds") >= 0
+    assert report["compile"] == {"archs": ["sm_80", "sm_90"], "kernels": 2, "failed": []}
+    assert report["kernels"]["cache"]["entries"] == 2
+    assert report["kernels"]["cache"]["directory"] == str(compiler.cache_directory())
+
+
+@needs_nvrtc
+def test_compile_names_what_fails_and_does_the_rest(
+    promised: list[KernelSpec], capsys: pytest.CaptureFixture[str]
+) -> None:
+    promised.insert(0, BAD)
+    assert main(["doctor", "--compile", "--arch", "sm_90", "--jobs", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 kernels for sm_90" in printed
+    assert "bad<1> of bad.cu, sm_90" in printed
+    assert "nonsense[tag];" in printed  # the log, and none of it taken for markup
+    assert main(["doctor", "--compile", "--arch", "sm_90", "--json"]) == 1
+    (failure,) = json.loads(capsys.readouterr().out)["compile"]["failed"]
+    assert (failure["kernel"], failure["arch"]) == (str(BAD), "sm_90")
+    assert 'identifier "nonsense" is undefined' in failure["error"]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compile", "--arch", "sm_9"], "Did you mean 'sm_90'"),
+        (["--compile", "--arch", "sm_75"], "Known: sm_100"),
+        (["--compile"], "name what to compile for"),
+        (["--arch", "sm_90"], "--arch goes with --compile"),
+    ],
+)
+def test_compile_says_what_is_wrong(
+    options: list[str],
+    message: str,
+    promised: list[KernelSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["doctor", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_compile_without_a_compiler(
+    promised: list[KernelSpec], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiler, "obstacle", lambda device=None: Obstacle("no NVRTC", "pip install it"))
+    assert main(["doctor", "--compile", "--arch", "sm_90"]) == 1
+    assert "no NVRTC. Remedy: pip install it." in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_compile_is_for_the_gpus_present(promised: list[KernelSpec]) -> None:
+    assert doctor.compile_kernels(None, jobs=1)["archs"] == [compiler.arch_of(0)]
 
 
 @pytest.mark.gpu

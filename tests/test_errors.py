@@ -28,6 +28,7 @@ def test_one_family(cls: type[Exception]) -> None:
         ("PatchError", RuntimeError),
         ("CacheFullError", RuntimeError),
         ("CacheStateError", RuntimeError),
+        ("KernelCompileError", RuntimeError),
     ],
 )
 def test_each_is_also_the_builtin_one_would_expect(name: str, builtin: type[Exception]) -> None:

@@ -270,6 +270,40 @@ def _gather_pages(
     return keys, values, valid
 
 
+def sparse_decode(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_pool: Tensor,
+    summary: Sequence[Tensor],
+    state: Sequence[Tensor],
+    limits: Tensor | None,
+    digest: str,
+    group_pooling: str,
+    k: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    scaling: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole decode step by Quest's policy: append, score, select, attend, one after the other.
+
+    Args: those of the four ops; `key`, `value` `[b, hkv, 1, d]`, or None where the token is in its page already.
+
+    Returns:
+        output and log-sum-exp as `attend_pages` does, and the slots `[b, hkv, k]` that it read.
+    """
+    page_size = kv_pool.shape[3]
+    if key is not None and value is not None:
+        append_kv(key, value, None, block_table, seq_lens, kv_pool, summary, state, digest)
+    scores = score_pages(query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling)
+    slots = select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
+    return *attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks), slots
+
+
 def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
     """`source[rows]`, by the operator that copies whole rows."""
     return source.index_select(0, rows.flatten()).unflatten(0, rows.shape)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.ops import reference
+from sparsekv.ops import cuda, reference
 
 NAMESPACE = "sparsekv"
 
@@ -32,6 +32,12 @@ SCHEMAS = {
     "attend_pages": (
         "(Tensor query, Tensor kv_pool, Tensor block_table, Tensor seq_lens, Tensor? slots, "
         "float scaling, float softcap=0.0, Tensor? sinks=None) -> (Tensor, Tensor)"
+    ),
+    "sparse_decode": (
+        "(Tensor query, Tensor? key, Tensor? value, Tensor block_table, Tensor seq_lens, Tensor(a!) kv_pool, "
+        "Tensor(b!)[] summary, Tensor[] state, Tensor? limits, str digest, str group_pooling, int k, "
+        "int sink_tokens, int recent_tokens, float scaling, float softcap=0.0, Tensor? sinks=None) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -55,11 +61,31 @@ def _fake_attend_pages(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
+def _fake_sparse_decode(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_pool: Tensor,
+    summary: list[Tensor],
+    state: list[Tensor],
+    limits: Tensor | None,
+    digest: str,
+    group_pooling: str,
+    k: int,
+    *args: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = query.new_empty(query.shape[0], kv_pool.shape[2], k, dtype=torch.int32)
+    return *_fake_attend_pages(query), slots
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "append_kv": _fake_append_kv,
     "score_pages": _fake_score_pages,
     "select_pages": _fake_select_pages,
     "attend_pages": _fake_attend_pages,
+    "sparse_decode": _fake_sparse_decode,
 }
 
 
@@ -68,6 +94,7 @@ def _define_ops() -> None:
         qualified = f"{NAMESPACE}::{name}"
         torch.library.define(qualified, schema)
         torch.library.impl(qualified, "CompositeExplicitAutograd", getattr(reference, name))
+        torch.library.impl(qualified, "CUDA", getattr(cuda, name))
         torch.library.register_fake(qualified, _FAKES[name])
 
 

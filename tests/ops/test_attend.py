@@ -122,9 +122,10 @@ def test_log_sum_exps_merge_disjoint_pages() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_decode_is_as_good_as_torch_sdpa(dtype: torch.dtype) -> None:
-    pages = random_pages([70], page_size=16, dtype=dtype)
-    query = torch.randn(1, 4, 16).to(dtype)
-    keys, values = (x.transpose(0, 1)[None] for x in pages.tokens(0))
+    pages = random_pages([70] * 16, page_size=16, dtype=dtype)  # enough outputs for their largest error to say much
+    query = torch.randn(16, 4, 16).to(dtype)
+    tokens = [pages.tokens(row) for row in range(16)]
+    keys, values = (torch.stack([kv[i].transpose(0, 1) for kv in tokens]) for i in range(2))
     sdpa = F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True, scale=0.25)[:, :, 0]
     exact, _ = naive.attend_pages(query, pages, None, 0.25)
     assert_as_good_as(attend(query, pages, None, 0.25)[0], sdpa, exact)

@@ -1,0 +1,228 @@
+// Attention of the query heads of one kv head over listed tokens, sixteen tokens (a unit) to a warp at a time.
+//
+// Logits are the product Q [16 heads, d] K^T [d, 8 tokens], twice; what the tensor core leaves in a lane's registers
+// (a head's weights of tokens 2c, 2c + 1) is, rounded to 16 bits, just what it wants there for the second product,
+// V^T [d, 16 tokens] P [16 tokens, 8 heads]. So keys and values go from memory to registers, 16 bytes at a time, and
+// nothing passes through shared memory until the warps merge. As in score.cuh, channels may be called any column.
+// With up to 8 query heads the upper half of Q's rows is zero; with up to 16 there is a second tile of heads.
+#pragma once
+#include "common/pages.cuh"
+#include "common/score.cuh"
+
+constexpr int UNIT = 16;  // tokens
+
+// The logits' scale, softcap and the base 2 of the exponentials in one place.
+struct Logits {
+    float scaling, softcap;
+
+    __device__ float operator()(float dot) const {
+        const float logit = dot * scaling;
+        return (softcap > 0.f ? softcap * tanhf(logit / softcap) : logit) * LOG2_E;
+    }
+};
+
+template <int D, int HEAD_TILES>
+constexpr int QUERY_WORDS = HEAD_TILES * (D / 32) * WARP;  // 16 bytes each
+
+template <int D, int HEAD_TILES>
+__device__ void stage_query(uint4* staged, const u16* query /* [group, d] */, int group) {
+    for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x) {
+        const int lane = i % WARP, chunk = i / WARP % (D / 32), head = i / (WARP * (D / 32)) * MMA_HEADS + lane / 4;
+        staged[i] = head < group ? load16(query + head * D + chunk * 32 + lane % 4 * 8) : uint4{0, 0, 0, 0};
+    }
+}
+
+// Sixteen tokens of one page, and how many of them exist. `block` counts such pieces of keys and values through the
+// whole pool; a piece of values lies `values_after` blocks behind that of its keys.
+struct Unit {
+    int block, count;
+};
+
+struct UnitMap {
+    Pages pages;
+    int units;  // of a page
+
+    __device__ explicit UnitMap(const Pages& pages) : pages(pages), units(pages.page_size / UNIT) {}
+    __device__ int values_after() const { return pages.num_kv_heads * units; }
+    __device__ Unit locate(int slot, int unit) const {
+        const int page = pages.block_table[max(slot, 0)], missing = slot < 0 ? UNIT : 0;
+        return {(page * 2 * pages.num_kv_heads + pages.kv_head) * units + unit,
+                min(pages.length - slot * pages.page_size - unit * UNIT, UNIT) - missing};
+    }
+};
+
+// What a warp has gathered so far: of head lane / 4 of a tile the largest logit and this lane's share of the weights'
+// sum, and the weighted sum of the values as d [16 channels a time] x heads [8], not divided by the weights yet.
+template <typename T, int D, int HEAD_TILES>
+struct Attention {
+    // Head sizes above 128 go in steps of 128 channels, so that loads in flight fit the registers.
+    static constexpr int STEP = D <= 128 ? D : 128, STEPS = D / STEP;
+    static constexpr int BLOCKS = STEP / 64, TAIL = STEP % 64 / 32;  // channels in blocks of 64, and one of 32 for d 96
+    static constexpr int ROWS = D / 16, STEP_ROWS = STEP / 16;       // tiles of sixteen channels
+
+    float out[HEAD_TILES][ROWS][4];
+    float peak[HEAD_TILES], mass[HEAD_TILES];
+    uint4 keys[2][STEP / 32];               // of tokens r and r + 8
+    uint4 values[4][BLOCKS ? BLOCKS : 1];   // of tokens 2c, 2c + 1, 2c + 8, 2c + 9
+    uint2 tail[4];
+
+    __device__ Attention() {
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; ++tile) {
+            peak[tile] = LOWEST;
+            mass[tile] = 0.f;
+#pragma unroll
+            for (int row = 0; row < ROWS; ++row)
+                out[tile][row][0] = out[tile][row][1] = out[tile][row][2] = out[tile][row][3] = 0.f;
+        }
+    }
+
+    __device__ static int value_token(int i) { return lane_id() % 4 * 2 + i % 2 + i / 2 * 8; }
+
+    __device__ void load_keys(const u16* pool, int block, int step) {
+        const u16* const from = pool + i64(block) * (UNIT * D) + lane_id() / 4 * D + step * STEP + lane_id() % 4 * 8;
+        unrolled<STEP / 32>([&](auto j) {
+            keys[0][j.value] = load16<j.value * 64>(from);
+            keys[1][j.value] = load16<j.value * 64 + 8 * D * 2>(from);
+        });
+    }
+
+    __device__ void load_values(const u16* pool, int block, int step) {
+        const u16* const from = pool + i64(block) * (UNIT * D) + value_token(0) * D + step * STEP;
+        unrolled<4>([&](auto i) {
+            constexpr int token = i.value % 2 + i.value / 2 * 8;  // value_token(i) - value_token(0)
+            unrolled<BLOCKS>([&](auto j) {
+                values[i.value][j.value] = load16<(token * D + j.value * 64) * 2>(from + lane_id() / 4 * 8);
+            });
+            if constexpr (TAIL != 0) tail[i.value] = load8<(token * D + BLOCKS * 64) * 2>(from + lane_id() / 4 * 4);
+        });
+    }
+
+    // Adds the dot products of a step's channels: [tile of 8 tokens] x (heads r: 2 tokens, heads r + 8: 2 tokens).
+    __device__ void multiply_keys(float (&dots)[2][4], const uint4* query, int step) {
+#pragma unroll
+        for (int j = 0; j < STEP / 32; ++j) {
+            const uint4 low = query[(step * (STEP / 32) + j) * WARP + lane_id()];
+            const uint4 high = HEAD_TILES == 2 ? query[(D / 32 + step * (STEP / 32) + j) * WARP + lane_id()]
+                                               : uint4{0, 0, 0, 0};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                T::mma(dots[half], low.x, high.x, low.y, high.y, keys[half][j].x, keys[half][j].y);
+                T::mma(dots[half], low.z, high.z, low.w, high.w, keys[half][j].z, keys[half][j].w);
+            }
+        }
+    }
+
+    // Turns dot products into weights relative to the largest logit so far, as the second product wants them.
+    __device__ void weigh(u32 (&weights)[HEAD_TILES][2], const float (&dots)[2][4], int count, const Logits& logits) {
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; ++tile) {
+            float x[4];
+            float largest = peak[tile];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                x[i] = value_token(i) < count ? logits(dots[i / 2][tile * 2 + i % 2]) : -infinity();
+                largest = fmaxf(largest, x[i]);
+            }
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+            const float shrink = exp2f(peak[tile] - largest);
+            peak[tile] = largest;
+            float sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum += x[i] = exp2f(x[i] - largest);
+            mass[tile] = mass[tile] * shrink + sum;
+            weights[tile][0] = T::pack(x[0], x[1]);
+            weights[tile][1] = T::pack(x[2], x[3]);
+            if (__any_sync(ALL_LANES, shrink != 1.f)) rescale(tile, shrink);
+        }
+    }
+
+    // The sums' columns are heads 2c and 2c + 1, whose factors lie in the lanes of those rows.
+    __device__ void rescale(int tile, float shrink) {
+        const float even = __shfl_sync(ALL_LANES, shrink, lane_id() % 4 * 8);
+        const float odd = __shfl_sync(ALL_LANES, shrink, lane_id() % 4 * 8 + 4);
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            out[tile][row][0] *= even;
+            out[tile][row][1] *= odd;
+            out[tile][row][2] *= even;
+            out[tile][row][3] *= odd;
+        }
+    }
+
+    // Memory no token was written to may hold NaN, and 0 * NaN is NaN.
+    __device__ void clear_missing_values(int count) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (value_token(i) < count) continue;
+#pragma unroll
+            for (int block = 0; block < BLOCKS; ++block) values[i][block] = {0, 0, 0, 0};
+            tail[i] = {0, 0};
+        }
+    }
+
+    __device__ void add_row(int row, const u32 (&weights)[HEAD_TILES][2], u32 t0, u32 t1, u32 t2, u32 t3) {
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; ++tile)
+            T::mma(out[tile][row], low_halves(t0, t1), high_halves(t0, t1), low_halves(t2, t3), high_halves(t2, t3),
+                   weights[tile][0], weights[tile][1]);
+    }
+
+    __device__ void multiply_values(const u32 (&weights)[HEAD_TILES][2], int step) {
+        int row = step * STEP_ROWS;
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+            const uint4 &a = values[0][block], &b = values[1][block], &c = values[2][block], &d = values[3][block];
+            add_row(row++, weights, a.x, b.x, c.x, d.x);
+            add_row(row++, weights, a.y, b.y, c.y, d.y);
+            add_row(row++, weights, a.z, b.z, c.z, d.z);
+            add_row(row++, weights, a.w, b.w, c.w, d.w);
+        }
+        if (TAIL) {
+            add_row(row++, weights, tail[0].x, tail[1].x, tail[2].x, tail[3].x);
+            add_row(row++, weights, tail[0].y, tail[1].y, tail[2].y, tail[3].y);
+        }
+    }
+
+    // Units first, first + stride, ... below `end`; `locate(i)` says where the i-th lies. Registers are loaded again as
+    // soon as they were used, so a warp always has loads in flight.
+    template <typename Locate>
+    __device__ void attend(const u16* pool, int values_after, const uint4* query, int first, int stride, int end,
+                           const Logits& logits, Locate locate) {
+        if (first >= end) return;
+        Unit now = locate(first), next = first + stride < end ? locate(first + stride) : now;
+        load_keys(pool, now.block, 0);
+        load_values(pool, now.block + values_after, 0);
+        for (int i = first; i < end; i += stride) {
+            const bool more = i + stride < end;
+            const Unit after = i + 2 * stride < end ? locate(i + 2 * stride) : next;
+            float dots[2][4] = {};
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                multiply_keys(dots, query, step);
+                if (step + 1 < STEPS) load_keys(pool, now.block, step + 1);
+                else if (more) load_keys(pool, next.block, 0);
+            }
+            u32 weights[HEAD_TILES][2];
+            weigh(weights, dots, now.count, logits);
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                if (now.count < UNIT) clear_missing_values(now.count);
+                multiply_values(weights, step);
+                if (step + 1 < STEPS) load_values(pool, now.block + values_after, step + 1);
+                else if (more) load_values(pool, next.block + values_after, 0);
+            }
+            now = next;
+            next = after;
+        }
+    }
+
+    // The channel of `out[tile][row][0]`; [2] holds the next one.
+    __device__ static int channel_of(int row, int lane) {
+        const int step = row / STEP_ROWS, inner = row % STEP_ROWS, r = lane / 4;
+        const int channel = inner < BLOCKS * 4 ? inner / 4 * 64 + r * 8 + inner % 4 * 2
+                                               : BLOCKS * 64 + r * 4 + (inner - BLOCKS * 4) * 2;
+        return step * STEP + channel;
+    }
+};

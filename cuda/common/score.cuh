@@ -1,0 +1,115 @@
+// Quest's bound of a page's best dot product: sum over channels of max(q * min, q * max), which is q- * min + q+ * max
+// and hence a matrix product on the tensor cores: pages [16, 2 d] x query heads [2 d, 8]. Products of 16-bit floats are
+// exact in float32, so nothing is lost by it.
+//
+// A lane loads 16 bytes, 8 consecutive channels of one page, and uses them as the columns the tensor core wants it to
+// hold (2c, 2c + 1, 2c + 8, 2c + 9 of two products). Which channel is called which column does not matter to a dot
+// product as long as the query is staged in the same order.
+#pragma once
+#include "common/device.cuh"
+
+constexpr int TILE = 16;      // pages that a warp scores at once
+constexpr int MMA_HEADS = 8;  // query heads of one matrix product
+
+enum GroupPooling { POOL_MAX = 0, POOL_SUM = 1, POOL_NONE = 2 };
+
+// 16-byte words of the query's negative parts, then of its positive parts, in the order the lanes want them.
+template <int D, int HEAD_TILES>
+constexpr int SIGNED_QUERY_WORDS = HEAD_TILES * (2 * D / 32) * WARP;
+
+// The words whose sign bits are set, or are not set, and zero in place of the others.
+__device__ inline u32 part_of(u32 two, bool positive) {
+    const u32 negative = (two >> 15 & 0x00010001u) * 0xFFFFu;
+    return two & (positive ? ~negative : negative);
+}
+
+template <int D, int HEAD_TILES>
+__device__ void stage_signed_query(uint4* staged, const u16* query /* [group, d] */, int group) {
+    for (int i = threadIdx.x; i < SIGNED_QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x) {
+        const int lane = i % WARP, chunk = i / WARP % (2 * D / 32), tile = i / (WARP * (2 * D / 32));
+        const int head = tile * MMA_HEADS + lane / 4, column = chunk * 32 + lane % 4 * 8;
+        uint4 q = {0, 0, 0, 0};
+        if (head < group) q = load16(query + head * D + column % D);
+        const bool positive = column >= D;
+        staged[i] = {part_of(q.x, positive), part_of(q.y, positive), part_of(q.z, positive), part_of(q.w, positive)};
+    }
+}
+
+// One warp scores tiles of 16 pages, one after the other, for all query heads of a group. Registers are loaded with the
+// next tile as soon as they were used, so a warp always has loads in flight.
+template <typename T, int D, int HEAD_TILES>
+struct Scorer {
+    static constexpr int CHUNKS = 2 * D / 32, BATCH = CHUNKS < 8 ? CHUNKS : 8;
+
+    uint4 low[BATCH], high[BATCH];  // 16 bytes of the digests of pages lane / 4 and lane / 4 + 8
+    const u16 *low_page, *high_page;
+
+    // `low_digest` and `high_digest` [2, d]: of this lane's two pages of the next tile.
+    __device__ void aim(const u16* low_digest, const u16* high_digest) {
+        low_page = low_digest + lane_id() % 4 * 8;
+        high_page = high_digest + lane_id() % 4 * 8;
+    }
+
+    template <int CHUNK>
+    __device__ void load() {
+        low[CHUNK % BATCH] = load16<CHUNK * 64>(low_page);
+        high[CHUNK % BATCH] = load16<CHUNK * 64>(high_page);
+    }
+
+    __device__ void load_first() {
+        unrolled<BATCH>([&](auto chunk) { load<chunk.value>(); });
+        __syncwarp();  // all are under way before the first is used: else ptxas saves registers and waits often
+    }
+
+    template <int CHUNK>
+    __device__ void multiply(float (&scores)[HEAD_TILES][4], const uint4* staged) const {
+        const uint4 &a = low[CHUNK % BATCH], &b = high[CHUNK % BATCH];
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; ++tile) {
+            const uint4 q = staged[(tile * CHUNKS + CHUNK) * WARP + lane_id()];
+            T::mma(scores[tile], a.x, b.x, a.y, b.y, q.x, q.y);
+            T::mma(scores[tile], a.z, b.z, a.w, b.w, q.z, q.w);
+        }
+    }
+
+    // The tile whose first chunks are under way; `next(*this)` aims at the one after. Scores come as the tensor core
+    // leaves them (device.cuh).
+    template <typename Next>
+    __device__ void score(float (&scores)[HEAD_TILES][4], const uint4* staged, Next next) {
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; ++tile)
+            scores[tile][0] = scores[tile][1] = scores[tile][2] = scores[tile][3] = 0.f;
+        unrolled<CHUNKS - BATCH>([&](auto chunk) {
+            multiply<chunk.value>(scores, staged);
+            load<chunk.value + BATCH>();
+        });
+        next(*this);
+        unrolled<BATCH>([&](auto chunk) {
+            multiply<CHUNKS - BATCH + chunk.value>(scores, staged);
+            load<chunk.value>();
+        });
+    }
+};
+
+// Over the heads of the group: .x for page lane / 4, .y for page lane / 4 + 8, the same in the four lanes of a page.
+template <int HEAD_TILES>
+__device__ float2 pool_heads(const float (&scores)[HEAD_TILES][4], int group, GroupPooling pooling) {
+    const bool largest = pooling == POOL_MAX;
+    float2 pooled = largest ? float2{-infinity(), -infinity()} : float2{0.f, 0.f};
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (tile * MMA_HEADS + lane_id() % 4 * 2 + i >= group) continue;
+            pooled.x = largest ? fmaxf(pooled.x, scores[tile][i]) : pooled.x + scores[tile][i];
+            pooled.y = largest ? fmaxf(pooled.y, scores[tile][2 + i]) : pooled.y + scores[tile][2 + i];
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        const float x = __shfl_xor_sync(ALL_LANES, pooled.x, step), y = __shfl_xor_sync(ALL_LANES, pooled.y, step);
+        pooled.x = largest ? fmaxf(pooled.x, x) : pooled.x + x;
+        pooled.y = largest ? fmaxf(pooled.y, y) : pooled.y + y;
+    }
+    return pooled;
+}

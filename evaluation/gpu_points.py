@@ -1,0 +1,182 @@
+"""What is measured on a GPU: the shapes of one layer's decode step, and the bytes that each has to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsekv import SparseConfig
+from sparsekv.errors import UnknownNameError
+
+K, M = 1 << 10, 1 << 20
+
+# A step is timed over so many layers, each with its own cache, that what it reads comes from memory and not from the
+# L2 cache: a layer's lines are gone when its turn comes again.
+MIN_LAYERS, MAX_LAYERS = 2, 32
+STEP_OVER_L2, PART_OVER_L2 = 4, 2
+MEMORY_SHARE = 0.8  # of the free memory; the rest is for what competitors and checks allocate
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One attention layer of a model: query heads, kv heads, head size, and whether it has sink logits."""
+
+    name: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+GEOMETRIES = {
+    geometry.name: geometry
+    for geometry in (
+        Geometry("llama-3.1-8b", 32, 8, 128),
+        Geometry("qwen3-32b", 64, 8, 128),
+        Geometry("gpt-oss", 64, 8, 64, sinks=True),
+        Geometry("gemma", 16, 8, 256),
+        Geometry("mha", 32, 32, 128, torch.float16),
+    )
+}
+
+# Quest's own score and sparse-attention kernels (mit-han-lab/Quest at 01c1623) built for sm_90, with FlashInfer's
+# top-k in place of RAFT's, on an H200 on 2026-11-20: microseconds of kernel time, launches not counted. Their only
+# geometry is `mha` at batch 1; budget 2048, page 16. Measured separately: they are not part of a run.
+QUEST_US = {8 * K: 35.4, 32 * K: 64.9, 128 * K: 183.7}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: a geometry, `batch` sequences of `context` tokens (the new one counted), and the budget."""
+
+    geometry: Geometry
+    batch: int
+    context: int
+    config: SparseConfig
+
+    @property
+    def scaling(self) -> float:
+        """Factor on dot products."""
+        return float(self.geometry.head_dim**-0.5)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of one sequence."""
+        return self.config.pages_for(self.context)
+
+    @property
+    def k(self) -> int:
+        """Pages that the step reads of each sequence and kv head."""
+        return min(self.config.budget_pages(self.context), self.num_pages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget holds the whole context: then a step reads everything and chooses nothing."""
+        return self.k >= self.num_pages
+
+    @property
+    def _row_bytes(self) -> int:
+        """A key and a value of every kv head of every sequence."""
+        return 2 * self.batch * self.geometry.num_kv_heads * self.geometry.head_dim * self.geometry.dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> int:
+        """All keys and values."""
+        return self._row_bytes * self.context
+
+    @property
+    def digest_bytes(self) -> int:
+        """A minimum and a maximum per page: as much as a key and a value."""
+        return self._row_bytes * self.num_pages
+
+    @property
+    def attend_bytes(self) -> int:
+        """Keys and values of the pages read."""
+        return self._row_bytes * min(self.k * self.config.page_size, self.context)
+
+    @property
+    def sparse_bytes(self) -> int:
+        """The least that a step reads by Quest's policy."""
+        return self.dense_bytes if self.fits else self.digest_bytes + self.attend_bytes
+
+    @property
+    def quest_us(self) -> float | None:
+        """What Quest's own kernels took at this point, measured separately."""
+        theirs = self.geometry.name == "mha" and self.batch == 1 and self.config.budget == 2 * K
+        return QUEST_US.get(self.context) if theirs and self.config.page_size == 16 else None
+
+    def num_layers(self, l2_bytes: int, free_bytes: int) -> int:
+        """Layers to time a step over: past the L2 cache, within the free memory."""
+        cold = max(STEP_OVER_L2 * l2_bytes / self.sparse_bytes, PART_OVER_L2 * l2_bytes / self.digest_bytes)
+        a_layer = 2 * (self.dense_bytes + self.digest_bytes)  # the competitors have their own layouts of both
+        room = int(MEMORY_SHARE * free_bytes) // a_layer
+        return max(MIN_LAYERS, min(math.ceil(cold), room, MAX_LAYERS))
+
+    def describe(self) -> dict[str, Any]:
+        """The point as keys of a result row."""
+        return {
+            "geometry": self.geometry.name,
+            "batch": self.batch,
+            "context": self.context,
+            "budget": self.config.budget,
+            "pages_read": self.k,
+            "fits": self.fits,
+            "share": self.sparse_bytes / self.dense_bytes,  # of the cache's bytes that the sparse step reads
+        }
+
+
+def grid(
+    names: Sequence[str], batches: Sequence[int], contexts: Sequence[int], budgets: Sequence[int], page_size: int = 16
+) -> list[Point]:
+    """Every combination.
+
+    Raises:
+        UnknownNameError: a geometry has no such name.
+        ConfigError: a budget is too small.
+    """
+    for name in names:
+        if name not in GEOMETRIES:
+            raise UnknownNameError("--geometry", name, GEOMETRIES)
+    return [
+        Point(GEOMETRIES[name], batch, context, SparseConfig(budget=budget, page_size=page_size))
+        for name in names
+        for budget in budgets
+        for batch in batches
+        for context in contexts
+    ]
+
+
+# (geometries, pairs of batch and context, budgets)
+_LLAMA = ["llama-3.1-8b"]
+_MANY = [*((1, n) for n in (K, 2 * K, 8 * K, 32 * K, 128 * K, M)), *((4, n) for n in (32 * K, 128 * K)),
+         (16, 32 * K), (16, 128 * K), (64, 32 * K)]  # fmt: skip
+PRESETS: dict[str, list[tuple[list[str], list[tuple[int, int]], list[int]]]] = {
+    "quick": [(_LLAMA, [(1, 32 * K), (1, 128 * K), (16, 32 * K)], [2 * K])],
+    "full": [
+        (_LLAMA, _MANY, [2 * K]),
+        (_LLAMA, [(1, 32 * K), (1, 128 * K), (16, 32 * K)], [512, K, 4 * K]),
+        (list(GEOMETRIES)[1:], [(1, 32 * K), (1, 128 * K), (4, 32 * K)], [2 * K]),
+    ],
+}
+
+
+def preset_points(name: str, page_size: int = 16) -> list[Point]:
+    """The points of a preset."""
+    return [
+        point
+        for names, pairs, budgets in PRESETS[name]
+        for one in names
+        for budget in budgets
+        for batch, context in pairs
+        for point in grid([one], [batch], [context], [budget], page_size)
+    ]

@@ -1,0 +1,296 @@
+"""The ops on a CUDA device: which kernel serves a call, over how many CTAs, with which arguments.
+
+What a kernel does not serve (another dtype or shape, another digest) runs in plain torch: `why_reference` says why.
+Nothing here waits for the device or depends on a length, so every call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekv.ops import compiler, instances, reference
+from sparsekv.ops.launch import UNIT, WARP, Split, arguments, gpu, launch, max_warps, split_attention
+
+POOLINGS = {"max": 0, "sum": 1}
+PER_HEAD = 2  # in place of a pooling: a score for every query head
+
+
+def why_reference(dtype: torch.dtype, head_dim: int, group: int, page_size: int, device: torch.device) -> str | None:
+    """Why a geometry runs in plain torch on a CUDA device, or None if kernels serve it."""
+    if device.type != "cuda":
+        return None
+    obstacle = compiler.unavailable(device.index or 0)
+    return obstacle or instances.why_not(dtype, head_dim, group, page_size)
+
+
+def _served(query: Tensor, kv_pool: Tensor) -> bool:
+    """Whether kernels serve these shapes; warns once if none can run on this device."""
+    if not _usable(query.device.index):
+        return False
+    _, _, num_kv_heads, page_size, head_dim = kv_pool.shape
+    reason = instances.why_not(kv_pool.dtype, head_dim, query.shape[1] // num_kv_heads, page_size)
+    return reason is None and query.dtype == kv_pool.dtype and kv_pool.is_contiguous()
+
+
+@functools.cache
+def _usable(device: int) -> bool:
+    obstacle = compiler.unavailable(device)
+    if obstacle is not None:
+        warnings.warn(f"sparsekv's kernels cannot run, plain torch does their work, slowly: {obstacle}", stacklevel=2)
+    return obstacle is None
+
+
+def append_kv(
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_pool: Tensor,
+    summary: Sequence[Tensor],
+    state: Sequence[Tensor],
+    digest: str,
+) -> None:
+    """See `reference.append_kv`."""
+    other_digest = bool(summary) and digest != instances.DIGEST
+    if other_digest or not _served(key, kv_pool):
+        reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest)
+        return
+    key, value = _readable(key.to(kv_pool.dtype)), _readable(value.to(kv_pool.dtype))
+    (b, num_kv_heads, t, head_dim), page_size = key.shape, kv_pool.shape[3]
+    columns = num_new = None
+    if valid is not None:
+        num_new = valid.sum(1, dtype=torch.int32)
+        columns = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    touched = max(t + page_size - 2, 0) // page_size + 1
+    warps = 4
+    grid = (-(-touched * num_kv_heads // warps), b, 1)
+    strides = [np.int64(stride) for tensor in (key, value) for stride in tensor.stride()[:3]]
+    args = arguments(
+        key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool, *_digest(summary)
+    )
+    args += [*strides, *arguments(t, num_kv_heads, page_size, block_table.shape[1], touched)]
+    launch(instances.append_kv(kv_pool.dtype, head_dim), kv_pool, grid, warps, args)
+
+
+def score_pages(
+    query: Tensor,
+    summary: Sequence[Tensor],
+    state: Sequence[Tensor],
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    digest: str,
+    group_pooling: str,
+    scaling: float,
+) -> Tensor:
+    """See `reference.score_pages`."""
+    if digest != instances.DIGEST or not _scores_served(query, summary[0]):
+        return reference.score_pages(
+            query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
+        )
+    b, num_q_heads, head_dim = query.shape
+    num_kv_heads, max_pages = summary[0].shape[1], block_table.shape[1]
+    group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
+    rows = num_q_heads if pooling == PER_HEAD else num_kv_heads
+    scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
+    warps, tiles = 8, -(-max_pages // UNIT)
+    chunks = min(-(-tiles // warps), max(1, 16 * gpu(query.device.index).sms // (b * num_kv_heads)))
+    args = arguments(query.contiguous(), summary[0], _int32s(block_table), _int32s(seq_lens), scores)
+    args += arguments(group, page_size, max_pages, pooling)
+    shared = instances.head_tiles(group) * 2 * head_dim * UNIT
+    spec = instances.grouped("score_pages", query.dtype, head_dim, group)
+    launch(spec, query, (num_kv_heads, chunks, b), warps, args, shared)
+    if pooling != PER_HEAD:
+        return scores
+    by_head = scores.unflatten(1, (num_kv_heads, group))
+    return reference.pool_group(by_head, seq_lens, page_size, group_pooling, scaling)
+
+
+def _scores_served(query: Tensor, digests: Tensor) -> bool:
+    if not _usable(query.device.index):
+        return False
+    _, num_q_heads, head_dim = query.shape
+    reason = instances.why_not(query.dtype, head_dim, num_q_heads // digests.shape[1], instances.PAGE_SIZES[0])
+    return reason is None and digests.dtype == query.dtype and digests.is_contiguous()
+
+
+def select_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    k: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    limits: Tensor | None = None,
+) -> Tensor:
+    """See `reference.select_pages`."""
+    b, num_kv_heads, max_pages = scores.shape
+    if not _usable(scores.device.index) or not _selectable(max_pages, k) or scores.dtype != torch.float32:
+        return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
+    slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
+    args = arguments(scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots)
+    args += arguments(page_size, max_pages, k, sink_tokens, recent_tokens)
+    shared = 4 * (-(-max_pages // UNIT) + k * (UNIT + 2))
+    launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, shared)
+    return slots
+
+
+def _selectable(max_pages: int, k: int) -> bool:
+    return max_pages <= instances.MAX_PAGES and k <= instances.MAX_SELECTED
+
+
+def attend_pages(
+    query: Tensor,
+    kv_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor | None,
+    scaling: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.attend_pages`."""
+    if not _served(query, kv_pool):
+        return reference.attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks)
+    (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
+    group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
+    k = max_pages if slots is None else slots.shape[2]
+    warps = max_warps(head_dim, group)
+    split = split_attention(gpu(query.device.index), b * num_kv_heads, k * page_size // UNIT, warps)
+    out, lse = _outputs(query)
+    partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
+    sinks, wide = _sink_logits(sinks, query)
+    slots = None if slots is None else _int32s(slots)
+    args = arguments(query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), slots, sinks, out, lse)
+    args += arguments(partials, group, page_size, max_pages, k, float(scaling), float(softcap), wide)
+    spec = instances.grouped("attend_pages", query.dtype, head_dim, group)
+    shared = max(_query_bytes(head_dim, group), _merge_bytes(group, split.warps))
+    cluster = split.ctas if split.clustered else 1
+    launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, cluster)
+    if partials is not None:
+        args = arguments(partials, sinks, out, lse, split.ctas, group, wide)
+        spec = instances.grouped("merge_attention", query.dtype, head_dim, group, source="attend_pages")
+        launch(spec, query, (num_kv_heads, b, 1), 8, args)
+    return out, lse
+
+
+def sparse_decode(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_pool: Tensor,
+    summary: Sequence[Tensor],
+    state: Sequence[Tensor],
+    limits: Tensor | None,
+    digest: str,
+    group_pooling: str,
+    k: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    scaling: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.sparse_decode`: one kernel where it serves the call, else the ops one after the other."""
+    num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
+    split = None
+    if digest == instances.DIGEST and group_pooling in POOLINGS and _served(query, kv_pool):
+        split = _split_step(query, num_kv_heads, block_table.shape[1], k)
+    if split is None:
+        ops = torch.ops.sparsekv
+        if key is not None and value is not None:
+            ops.append_kv(key, value, None, block_table, seq_lens, kv_pool, summary, state, digest)
+        scores = ops.score_pages(
+            query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
+        )
+        slots = ops.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
+        out, lse = ops.attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks)
+        return out, lse, slots
+    (b, num_q_heads, head_dim), max_pages = query.shape, block_table.shape[1]
+    group = num_q_heads // num_kv_heads
+    key, value = (None if x is None else _readable(x.to(kv_pool.dtype)) for x in (key, value))
+    out, lse = _outputs(query)
+    slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=query.device)
+    scratch = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
+    sinks, wide = _sink_logits(sinks, query)
+    limits = None if limits is None else _int32s(limits)
+    strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
+    args = arguments(query.contiguous(), key, value, _int32s(block_table), _int32s(seq_lens), kv_pool, summary[0])
+    args += [*arguments(limits, sinks, scratch, slots, out, lse), *strides]
+    args += arguments(group, page_size, max_pages, k, sink_tokens, recent_tokens, POOLINGS[group_pooling])
+    args += arguments(float(scaling), float(softcap), wide)
+    spec = instances.grouped("sparse_decode", query.dtype, head_dim, group)
+    shared = _step_bytes(head_dim, group, max_pages, k, split.warps)
+    launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, split.ctas)
+    return out, lse, slots
+
+
+def _split_step(query: Tensor, num_kv_heads: int, max_pages: int, k: int) -> Split | None:
+    """How the fused kernel splits, or None where the four ops serve better: it needs a cluster for every row."""
+    facts = gpu(query.device.index)
+    b, num_q_heads, head_dim = query.shape
+    group, rows = num_q_heads // num_kv_heads, b * num_kv_heads
+    warps = max_warps(head_dim, group)
+    wanted = max(1, 2 * facts.sms * 8 // (warps * rows))
+    ctas = min(1 << (wanted.bit_length() - 1), facts.max_cluster)
+    fits = _step_bytes(head_dim, group, max_pages, k, warps) <= 160_000 and k <= warps * WARP * 2
+    return Split(ctas, True, warps) if fits and _selectable(max_pages, k) and facts.max_cluster > 1 else None
+
+
+def _query_bytes(head_dim: int, group: int) -> int:
+    return instances.head_tiles(group) * head_dim * UNIT
+
+
+def _merge_bytes(group: int, warps: int) -> int:
+    """`WarpMerge` of cuda/common/merge.cuh."""
+    heads = instances.head_tiles(group) * instances.MMA_HEADS
+    return 2 * 16 * heads * 4 + 16 + warps * 8 * WARP * 16
+
+
+def _step_bytes(head_dim: int, group: int, max_pages: int, k: int, warps: int) -> int:
+    """`Room` of cuda/sparse_decode.cu."""
+    queries = 3 * _query_bytes(head_dim, group)
+    tiles, selected = 16 * -(-max_pages // (UNIT * 4)), 16 * -(-k // 4)
+    return queries + tiles + selected + max(selected + 4 * UNIT * k, _merge_bytes(group, warps))
+
+
+def _partials(query: Tensor, rows: int, split: Split, group: int) -> Tensor:
+    """Scratch for `Partial` of cuda/common/merge.cuh."""
+    heads = instances.head_tiles(group) * instances.MMA_HEADS
+    size = 2 * heads + heads * query.shape[2]
+    return torch.empty(rows, split.ctas, size, dtype=torch.float32, device=query.device)
+
+
+def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+
+
+def _sink_logits(sinks: Tensor | None, query: Tensor) -> tuple[Tensor | None, int]:
+    """The sinks as a kernel reads them, and whether they are float32."""
+    if sinks is None or sinks.dtype in (query.dtype, torch.float32):
+        return sinks if sinks is None else sinks.contiguous(), int(sinks is not None and sinks.dtype == torch.float32)
+    return sinks.float().contiguous(), 1
+
+
+def _digest(summary: Sequence[Tensor]) -> list[Tensor | None]:
+    return [summary[0] if summary else None]
+
+
+def _int32s(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int32).contiguous()
+
+
+def _readable(tokens: Tensor) -> Tensor:
+    """Tokens whose channels lie together, each at a multiple of 16 bytes."""
+    aligned = tokens.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tokens.stride()[:-1])
+    return tokens if tokens.stride(-1) == 1 and aligned else tokens.contiguous()
