@@ -13,23 +13,16 @@ append_kv(const u16* key,          // [b, hkv, t, d], strides in elements
           u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
           u16* digests,            // [num_pages, hkv, 2, d]; null: none is kept
           i64 key_batch, i64 key_head, i64 key_token, i64 value_batch, i64 value_head, i64 value_token, int t,
-          int num_kv_heads, int page_size, int max_pages, int most_touched) {
+          int num_kv_heads, int page_shift, int max_pages, int most_touched) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int row = blockIdx.y, item = blockIdx.x * num_warps() + warp_id();
     const int head = item % num_kv_heads, touched = item / num_kv_heads;
     const int length = seq_lens[row], start = length - (num_new ? num_new[row] : t);
-    const int slot = start / page_size + touched, first = slot * page_size;
+    const int slot = (start >> page_shift) + touched, first = slot << page_shift;
     if (touched >= most_touched || first >= length) return;
-    const i64 page = block_table[i64(row) * max_pages + slot];
-    u16* const keys = kv_pool + (page * 2 * num_kv_heads + head) * page_size * D;
-    NewTokens fresh;
-    fresh.key = key + row * key_batch + head * key_head;
-    fresh.value = value + row * value_batch + head * value_head;
-    fresh.columns = columns ? columns + i64(row) * t : nullptr;
-    fresh.key_stride = key_token;
-    fresh.value_stride = value_token;
-    append_to_page<T, D>(fresh, keys, keys + i64(num_kv_heads) * page_size * D,
-                         digests ? digests + (page * num_kv_heads + head) * 2 * D : nullptr, first, start, length,
-                         page_size);
+    const Page page(kv_pool, digests, block_table[i64(row) * max_pages + slot], head, num_kv_heads, page_shift, D);
+    const NewTokens fresh = {key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
+                             columns ? columns + i64(row) * t : nullptr, key_token, value_token};
+    append_to_page<T, D>(page, fresh, first, start, length, 1 << page_shift);
 }

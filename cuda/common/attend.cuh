@@ -9,45 +9,15 @@
 #include "common/pages.cuh"
 #include "common/score.cuh"
 
-constexpr int UNIT = 16;  // tokens
-
 // The logits' scale, softcap and the base 2 of the exponentials in one place.
 struct Logits {
-    float scaling, softcap;
+    float factor, cap;  // cap 0: none
 
+    __device__ Logits(float scaling, float softcap)
+        : factor(softcap > 0.f ? 2.f * LOG2_E * scaling / softcap : scaling * LOG2_E), cap(softcap * LOG2_E) {}
     __device__ float operator()(float dot) const {
-        const float logit = dot * scaling;
-        return (softcap > 0.f ? softcap * tanhf(logit / softcap) : logit) * LOG2_E;
-    }
-};
-
-template <int D, int HEAD_TILES>
-constexpr int QUERY_WORDS = HEAD_TILES * (D / 32) * WARP;  // 16 bytes each
-
-template <int D, int HEAD_TILES>
-__device__ void stage_query(uint4* staged, const u16* query /* [group, d] */, int group) {
-    for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x) {
-        const int lane = i % WARP, chunk = i / WARP % (D / 32), head = i / (WARP * (D / 32)) * MMA_HEADS + lane / 4;
-        staged[i] = head < group ? load16(query + head * D + chunk * 32 + lane % 4 * 8) : uint4{0, 0, 0, 0};
-    }
-}
-
-// Sixteen tokens of one page, and how many of them exist. `block` counts such pieces of keys and values through the
-// whole pool; a piece of values lies `values_after` blocks behind that of its keys.
-struct Unit {
-    int block, count;
-};
-
-struct UnitMap {
-    Pages pages;
-    int units;  // of a page
-
-    __device__ explicit UnitMap(const Pages& pages) : pages(pages), units(pages.page_size / UNIT) {}
-    __device__ int values_after() const { return pages.num_kv_heads * units; }
-    __device__ Unit locate(int slot, int unit) const {
-        const int page = pages.block_table[max(slot, 0)], missing = slot < 0 ? UNIT : 0;
-        return {(page * 2 * pages.num_kv_heads + pages.kv_head) * units + unit,
-                min(pages.length - slot * pages.page_size - unit * UNIT, UNIT) - missing};
+        const float x = dot * factor;
+        return cap > 0.f ? cap - 2.f * cap * reciprocal(exp2_fast(x) + 1.f) : x;  // cap * tanh
     }
 };
 
@@ -126,11 +96,11 @@ struct Attention {
             }
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-            const float shrink = exp2f(peak[tile] - largest);
+            const float shrink = exp2_fast(peak[tile] - largest);
             peak[tile] = largest;
             float sum = 0.f;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum += x[i] = exp2f(x[i] - largest);
+            for (int i = 0; i < 4; ++i) sum += x[i] = exp2_fast(x[i] - largest);
             mass[tile] = mass[tile] * shrink + sum;
             weights[tile][0] = T::pack(x[0], x[1]);
             weights[tile][1] = T::pack(x[2], x[3]);
@@ -191,12 +161,13 @@ struct Attention {
     __device__ void attend(const u16* pool, int values_after, const uint4* query, int first, int stride, int end,
                            const Logits& logits, Locate locate) {
         if (first >= end) return;
-        Unit now = locate(first), next = first + stride < end ? locate(first + stride) : now;
+        Unit now = locate(first);
         load_keys(pool, now.block, 0);
         load_values(pool, now.block + values_after, 0);
+#pragma unroll 1
         for (int i = first; i < end; i += stride) {
             const bool more = i + stride < end;
-            const Unit after = i + 2 * stride < end ? locate(i + 2 * stride) : next;
+            const Unit next = locate(more ? i + stride : i);
             float dots[2][4] = {};
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
@@ -214,13 +185,12 @@ struct Attention {
                 else if (more) load_values(pool, next.block + values_after, 0);
             }
             now = next;
-            next = after;
         }
     }
 
     // The channel of `out[tile][row][0]`; [2] holds the next one.
-    __device__ static int channel_of(int row, int lane) {
-        const int step = row / STEP_ROWS, inner = row % STEP_ROWS, r = lane / 4;
+    __device__ static int channel_of(int row, int r /* lane / 4 */) {
+        const int step = row / STEP_ROWS, inner = row % STEP_ROWS;
         const int channel = inner < BLOCKS * 4 ? inner / 4 * 64 + r * 8 + inner % 4 * 2
                                                : BLOCKS * 64 + r * 4 + (inner - BLOCKS * 4) * 2;
         return step * STEP + channel;

@@ -1,5 +1,8 @@
 // What every kernel here stands on: element types, tensor-core products, loads, warps, clusters. No CUDA header is
 // included anywhere, so NVRTC needs nothing but these files; what C++ lacks is a line of PTX.
+//
+// A decode step runs most instructions once, so fetching them costs as much as executing them: loops are unrolled only
+// where registers or loads in flight need it, and integer divisions by run-time numbers are avoided.
 #pragma once
 
 using u16 = unsigned short;
@@ -17,6 +20,16 @@ __device__ inline int lane_id() { return threadIdx.x % WARP; }
 __device__ inline int warp_id() { return threadIdx.x / WARP; }
 __device__ inline int num_warps() { return blockDim.x / WARP; }
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The hardware's own: one instruction each, good to about two units in the last place.
+__device__ inline float exp2_fast(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+__device__ inline float reciprocal(float x) {
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
 
 // ---- element types: 16-bit floats, two to a 32-bit word
 
@@ -102,6 +115,14 @@ __device__ inline uint2 load8(const void* p) {
     return v;
 }
 
+// A word from memory to shared memory that nobody waits for until wait_for_copies.
+__device__ inline void copy_async(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
+                 "l"(global)
+                 : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // f(Index<0>), ..., f(Index<N - 1>): a loop whose index is a constant.
 template <int I>
 struct Index {
@@ -142,18 +163,9 @@ __device__ inline u32 remote_address(const void* shared, u32 rank) {
 __device__ inline void store_remote(u32 address, u32 value) {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
-__device__ inline float load_remote(u32 address) {
-    float v;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-    return v;
-}
-__device__ inline float4 load_remote4(u32 address) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
+__device__ inline void store_remote4(u32 address, float4 v) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
-    return v;
 }
 // A kernel launched early (programmatic dependent launch) waits here for the results of the one before.
 __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -169,18 +181,9 @@ __device__ inline u32 remote_address(const void* shared, u32) {
 __device__ inline void store_remote(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
-__device__ inline float load_remote(u32 address) {
-    float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-    return v;
-}
-__device__ inline float4 load_remote4(u32 address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
+__device__ inline void store_remote4(u32 address, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
-    return v;
 }
 __device__ inline void wait_for_previous_kernel() {}
 __device__ inline void let_next_kernel_start() {}

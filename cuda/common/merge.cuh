@@ -1,85 +1,7 @@
-// Partial attention results of several warps, CTAs or clusters put together: weights relative to different largest
-// logits are brought to the largest of all.
+// Partial attention results put together: weights relative to different largest logits are brought to the largest of
+// all.
 #pragma once
 #include "common/attend.cuh"
-
-// One partial result: largest logit and sum of weights per head, and the weighted values as the lanes hold them.
-template <int D, int HEAD_TILES>
-struct Partial {
-    static constexpr int HEADS = HEAD_TILES * MMA_HEADS, WORDS = HEAD_TILES * (D / 16) * WARP;
-
-    float peak[HEADS], mass[HEADS];
-    float4 out[WORDS];
-
-    // The word's two heads are this one (.x, .z) and the next (.y, .w).
-    __device__ static int head_of(int word) { return word / (D / 16 * WARP) * MMA_HEADS + word % 4 * 2; }
-};
-
-__device__ inline void add_scaled(float4& sum, const float4& part, float even, float odd) {
-    sum.x += part.x * even;
-    sum.y += part.y * odd;
-    sum.z += part.z * even;
-    sum.w += part.w * odd;
-}
-
-// Room for the warps of a CTA to merge in: the sums pass through in slices.
-template <int D, int HEAD_TILES>
-struct WarpMerge {
-    static constexpr int MAX_WARPS = 16, SLICE = 8;  // rows of sixteen channels
-    static constexpr int HEADS = HEAD_TILES * MMA_HEADS;
-
-    float peak[MAX_WARPS][HEADS], mass[MAX_WARPS][HEADS];
-    float4 slice[1];  // [num_warps][SLICE][WARP], as many as there are warps
-
-};
-
-// The sum over the warps of a CTA, to `total` in shared memory.
-template <typename T, int D, int HEAD_TILES>
-__device__ void merge_warps(Attention<T, D, HEAD_TILES>& mine, WarpMerge<D, HEAD_TILES>& room,
-                            Partial<D, HEAD_TILES>& total) {
-    constexpr int ROWS = D / 16, SLICE = WarpMerge<D, HEAD_TILES>::SLICE, HEADS = HEAD_TILES * MMA_HEADS;
-#pragma unroll
-    for (int tile = 0; tile < HEAD_TILES; ++tile) {
-        float mass = mine.mass[tile];
-        mass += __shfl_xor_sync(ALL_LANES, mass, 1);
-        mass += __shfl_xor_sync(ALL_LANES, mass, 2);
-        if (lane_id() % 4) continue;
-        room.peak[warp_id()][tile * MMA_HEADS + lane_id() / 4] = mine.peak[tile];
-        room.mass[warp_id()][tile * MMA_HEADS + lane_id() / 4] = mass;
-    }
-    __syncthreads();
-    if (threadIdx.x < HEADS) {
-        float peak = LOWEST, mass = 0.f;
-        for (int warp = 0; warp < num_warps(); ++warp) peak = fmaxf(peak, room.peak[warp][threadIdx.x]);
-        for (int warp = 0; warp < num_warps(); ++warp) {
-            const float weight = exp2f(room.peak[warp][threadIdx.x] - peak);
-            mass += room.mass[warp][threadIdx.x] * weight;
-            room.peak[warp][threadIdx.x] = weight;  // from here on: the warp's weight
-        }
-        total.peak[threadIdx.x] = peak;
-        total.mass[threadIdx.x] = mass;
-    }
-#pragma unroll
-    for (int base = 0; base < HEAD_TILES * ROWS; base += SLICE) {
-        if (base) __syncthreads();
-#pragma unroll
-        for (int i = 0; i < SLICE; ++i) {
-            if (base + i >= HEAD_TILES * ROWS) break;
-            const float(&row)[4] = mine.out[(base + i) / ROWS][(base + i) % ROWS];
-            room.slice[(warp_id() * SLICE + i) * WARP + lane_id()] = {row[0], row[1], row[2], row[3]};
-        }
-        __syncthreads();
-        const int words = min(SLICE, HEAD_TILES * ROWS - base) * WARP;
-        for (int word = threadIdx.x; word < words; word += blockDim.x) {
-            const int head = Partial<D, HEAD_TILES>::head_of(base * WARP + word);
-            float4 sum = {0.f, 0.f, 0.f, 0.f};
-            for (int warp = 0; warp < num_warps(); ++warp)
-                add_scaled(sum, room.slice[warp * SLICE * WARP + word], room.peak[warp][head], room.peak[warp][head + 1]);
-            total.out[base * WARP + word] = sum;
-        }
-    }
-    __syncthreads();
-}
 
 // Logits that take weight but have no value (gpt-oss), in float32 or in the element type.
 struct Sinks {
@@ -88,92 +10,220 @@ struct Sinks {
 
     template <typename T>
     __device__ float of(int head) const {
-        if (logits == nullptr) return -infinity();
         const float logit = wide ? static_cast<const float*>(logits)[head]
                                  : T::to_float(static_cast<const u16*>(logits)[head]);
         return logit * LOG2_E;
     }
 };
 
-// Where the final result of one sequence and kv head goes.
+// Part of a result, in memory: outputs of some of the tokens as words (below), and their log-sum-exp in base 2.
+template <int D, int HEAD_TILES>
+struct Partial {
+    float4 sums[HEAD_TILES * (D / 16) * WARP];
+    float lse[HEAD_TILES * MMA_HEADS];
+};
+
+// Where the result of one sequence and kv head goes.
+template <int D, int HEAD_TILES>
 struct Result {
     u16* out;    // [group, d]
     float* lse;  // [group] natural logarithm, the sink in it
     Sinks sinks;
     int first_head, group;
+    Partial<D, HEAD_TILES>* partial;  // goes there instead, without sinks, if not null
+
+    __device__ Result(u16* out, float* lse, Sinks sinks, int item, int head, int group,
+                      Partial<D, HEAD_TILES>* partial = nullptr)
+        : out(out + i64(item) * group * D), lse(lse + i64(item) * group), sinks(sinks), first_head(head * group),
+          group(group), partial(partial) {}
+    // The sink logits of this head and the next; -inf where there is none.
+    template <typename T>
+    __device__ float2 sink(int head) const {
+        if (partial || sinks.logits == nullptr) return {-infinity(), -infinity()};
+        return {head < group ? sinks.of<T>(first_head + head) : -infinity(),
+                head + 1 < group ? sinks.of<T>(first_head + head + 1) : -infinity()};
+    }
+    __device__ void write_lse(int head, float base2) const {
+        if (partial) partial->lse[head] = base2;
+        else if (head < group) lse[head] = base2 * LN_2;
+    }
 };
 
-template <int D>
-__device__ Result result_of(u16* out, float* lse, Sinks sinks, int item, int head, int group) {
-    return {out + i64(item) * group * D, lse + i64(item) * group, sinks, head * group, group};
-}
+// The weighted sums come in words of 16 bytes, one lane's registers for one tile of sixteen channels: two heads' sums of
+// two channels. Words of heads that the group does not have are left out.
+template <typename T, int D, int HEAD_TILES>
+struct Words {
+    static constexpr int HEADS = HEAD_TILES * MMA_HEADS, ROWS = D / 16;
+    int columns;  // pairs of heads in a tile
 
-constexpr int MAX_SPLITS = 64;  // parts that merge_attention can put together
+    __device__ explicit Words(int group) : columns(min((min(group, MMA_HEADS) + 1) / 2, MMA_HEADS / 2)) {}
+    __device__ int count() const { return HEAD_TILES * ROWS * 8 * columns; }
+    // This lane's word of a row of a tile, if its column is left in.
+    __device__ int at(int tile, int row) const { return ((tile * ROWS + row) * 8 + lane_id() / 4) * columns + lane_id() % 4; }
+    __device__ bool has_lane() const { return lane_id() % 4 < columns; }
 
-// What weigh_parts works on, in shared memory; `peak` becomes each part's weight in the output.
-template <int HEADS, int MAX_PARTS>
-struct Parts {
-    float peak[MAX_PARTS][HEADS], mass[MAX_PARTS][HEADS];
+    // The heads of a word are this one (.x, .z) and the next (.y, .w).
+    __device__ int head_of(int word) const { return word / (ROWS * 8 * columns) * MMA_HEADS + word % columns * 2; }
+
+    __device__ void write(const Result<D, HEAD_TILES>& result, int word, const float4& sum) const {
+        if (result.partial) result.partial->sums[word] = sum;
+        if (result.partial) return;
+        const int head = head_of(word), row = word / columns;
+        const int channel = Attention<T, D, HEAD_TILES>::channel_of(row / 8 % ROWS, row % 8);
+        u32* const out = reinterpret_cast<u32*>(result.out + head * D + channel);
+        if (head < result.group) out[0] = T::pack(sum.x, sum.z);
+        if (head + 1 < result.group) out[D / 2] = T::pack(sum.y, sum.w);
+    }
 };
 
-// Every part's weight in the output, and the log-sum-exp. `peak_of(part, head)` and `mass_of(part, head)` may lie far
-// away (another SM's memory), so each is fetched by a thread of its own.
-template <typename T, int HEADS, int MAX_PARTS, typename Peak, typename Mass>
-__device__ void weigh_parts(Parts<HEADS, MAX_PARTS>& parts, int count, const Result& result, bool write_lse,
-                            Peak peak_of, Mass mass_of) {
-    for (int i = threadIdx.x; i < count * HEADS; i += blockDim.x) {
-        parts.peak[i / HEADS][i % HEADS] = peak_of(i / HEADS, i % HEADS);
-        parts.mass[i / HEADS][i % HEADS] = mass_of(i / HEADS, i % HEADS);
+// Numbers of a part for each head.
+template <int HEADS>
+struct Heads {
+    float peak[HEADS], mass[HEADS];
+};
+
+// Room in a CTA's shared memory to merge in.
+template <int D, int HEAD_TILES>
+struct MergeRoom {
+    static constexpr int HEADS = HEAD_TILES * MMA_HEADS;
+
+    Heads<HEADS>* of_warp;  // [num_warps]
+    float4* sums;           // [num_warps][words]
+    Heads<HEADS>* of_cta;   // [cluster_size], written by all CTAs of the cluster
+    float4* slices;         // [cluster_size][width + 1], too: this CTA's slice of every CTA's sums; the extra word
+    int width;              // spreads parts over the banks
+
+    __device__ MergeRoom(void* room, int ctas, int words) : width(ceil_div(words, ctas)) {
+        of_cta = static_cast<Heads<HEADS>*>(room);
+        slices = reinterpret_cast<float4*>(of_cta + ctas);
+        of_warp = reinterpret_cast<Heads<HEADS>*>(slices + ctas * (width + 1));
+        sums = reinterpret_cast<float4*>(of_warp + num_warps());
     }
-    __syncthreads();
-    const int head = threadIdx.x;
-    if (head < HEADS) {
-        const bool exists = head < result.group;
-        const float sink = exists ? result.sinks.of<T>(result.first_head + head) : -infinity();
-        float peak = fmaxf(LOWEST, sink);
-#pragma unroll 8
-        for (int part = 0; part < count; ++part) peak = fmaxf(peak, parts.peak[part][head]);
-        float mass = exp2f(sink - peak);
-#pragma unroll 8
-        for (int part = 0; part < count; ++part) mass += parts.mass[part][head] * exp2f(parts.peak[part][head] - peak);
-        const float scale = mass > 0.f ? 1.f / mass : 0.f;
-#pragma unroll 8
-        for (int part = 0; part < count; ++part) parts.peak[part][head] = exp2f(parts.peak[part][head] - peak) * scale;
-        if (write_lse && exists) result.lse[head] = mass > 0.f ? (peak + log2f(mass)) * LN_2 : -infinity();
+};
+
+// Words [first, first + words) of a result out of `count` parts, and the log-sum-exp. `heads_of(part, head)` has a part's
+// largest logits (.x, .z) and weights' sums (.y, .w) of this head and the next, `sum_of(part, word)` its weighted values.
+// Sixteen lanes share a word and a sixteenth of the parts each.
+template <typename T, int D, int HEAD_TILES, typename HeadsOf, typename SumOf>
+__device__ void write_merged(int count, int first, int words, const Result<D, HEAD_TILES>& result, HeadsOf heads_of,
+                             SumOf sum_of) {
+    constexpr int LANES = 16;
+    const Words<T, D, HEAD_TILES> shape(result.group);
+#pragma unroll 1
+    for (int base = warp_id() * 2; base < words; base += num_warps() * 2) {
+        const int word = first + min(base + lane_id() / LANES, words - 1), head = shape.head_of(word);
+        const float2 sink = result.template sink<T>(head);
+        float2 most = {fmaxf(LOWEST, sink.x), fmaxf(LOWEST, sink.y)}, mass = {0.f, 0.f};
+        float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+        for (int part = lane_id() % LANES; part < count; part += LANES) {
+            const float4 some = heads_of(part, head), more = sum_of(part, word);
+            const float2 peak = {fmaxf(most.x, some.x), fmaxf(most.y, some.z)};
+            const float2 old = {exp2_fast(most.x - peak.x), exp2_fast(most.y - peak.y)};
+            const float2 add = {exp2_fast(some.x - peak.x), exp2_fast(some.z - peak.y)};
+            mass = {mass.x * old.x + some.y * add.x, mass.y * old.y + some.w * add.y};
+            sum = {sum.x * old.x + more.x * add.x, sum.y * old.y + more.y * add.y, sum.z * old.x + more.z * add.x,
+                   sum.w * old.y + more.w * add.y};
+            most = peak;
+        }
+        float2 peak = most;
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) {
+            peak.x = fmaxf(peak.x, __shfl_xor_sync(ALL_LANES, peak.x, step));
+            peak.y = fmaxf(peak.y, __shfl_xor_sync(ALL_LANES, peak.y, step));
+        }
+        const float2 weight = {exp2_fast(most.x - peak.x), exp2_fast(most.y - peak.y)};
+        mass = {mass.x * weight.x, mass.y * weight.y};
+        sum = {sum.x * weight.x, sum.y * weight.y, sum.z * weight.x, sum.w * weight.y};
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) {
+            mass.x += __shfl_xor_sync(ALL_LANES, mass.x, step);
+            mass.y += __shfl_xor_sync(ALL_LANES, mass.y, step);
+            sum.x += __shfl_xor_sync(ALL_LANES, sum.x, step);
+            sum.y += __shfl_xor_sync(ALL_LANES, sum.y, step);
+            sum.z += __shfl_xor_sync(ALL_LANES, sum.z, step);
+            sum.w += __shfl_xor_sync(ALL_LANES, sum.w, step);
+        }
+        mass = {mass.x + exp2_fast(sink.x - peak.x), mass.y + exp2_fast(sink.y - peak.y)};
+        if (lane_id() % LANES || base + lane_id() / LANES >= words) continue;
+        const float2 scale = {mass.x > 0.f ? reciprocal(mass.x) : 0.f, mass.y > 0.f ? reciprocal(mass.y) : 0.f};
+        shape.write(result, word, {sum.x * scale.x, sum.y * scale.y, sum.z * scale.x, sum.w * scale.y});
+        if (word % (shape.count() / HEAD_TILES) >= shape.columns) continue;  // a tile's first words have all its heads
+        result.write_lse(head, mass.x > 0.f ? peak.x + __log2f(mass.x) : -infinity());
+        result.write_lse(head + 1, mass.y > 0.f ? peak.y + __log2f(mass.y) : -infinity());
     }
-    __syncthreads();
 }
 
+// The warps of a cluster put their results together and write the output: first the warps of each CTA, then every CTA
+// sends slices of its sums to the CTAs that will write them, so that one cluster barrier is all there is to wait for.
+// `memory` is the same place in every CTA and used for nothing else: a CTA that is ahead writes into those behind.
 template <typename T, int D, int HEAD_TILES>
-__device__ void write_word(const Result& result, int word, const float4& sum) {
-    const int head = Partial<D, HEAD_TILES>::head_of(word);
-    const int channel = Attention<T, D, HEAD_TILES>::channel_of(word / WARP % (D / 16), word % WARP);
-    u32* const out = reinterpret_cast<u32*>(result.out + head * D + channel);
-    if (head < result.group) out[0] = T::pack(sum.x, sum.z);
-    if (head + 1 < result.group) out[D / 2] = T::pack(sum.y, sum.w);
-}
-
-// The CTAs of a cluster put their parts together, each CTA a slice of the output, and write it.
-template <typename T, int D, int HEAD_TILES>
-__device__ void merge_cluster(Partial<D, HEAD_TILES>& mine, const Result& result) {
-    constexpr int HEADS = HEAD_TILES * MMA_HEADS, MAX_CTAS = 16, WORDS = Partial<D, HEAD_TILES>::WORDS;
-    __shared__ Parts<HEADS, MAX_CTAS> parts;
-    const int rank = cluster_rank(), size = cluster_size();
-    cluster_arrive();
-    cluster_wait();
-    weigh_parts<T>(parts, size, result, rank == 0,
-                [&](int part, int head) { return load_remote(remote_address(&mine.peak[head], part)); },
-                [&](int part, int head) { return load_remote(remote_address(&mine.mass[head], part)); });
-    const int share = ceil_div(WORDS, size), end = min((rank + 1) * share, WORDS);
-    for (int word = rank * share + threadIdx.x; word < end; word += blockDim.x) {
-        const int head = Partial<D, HEAD_TILES>::head_of(word);
+__device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* memory, const Result<D, HEAD_TILES>& result) {
+    const Words<T, D, HEAD_TILES> shape(result.group);
+    const int rank = cluster_rank(), size = cluster_size(), words = shape.count();
+    const MergeRoom<D, HEAD_TILES> room(memory, size, words);
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+        float mass = mine.mass[tile];
+        mass += __shfl_xor_sync(ALL_LANES, mass, 1);
+        mass += __shfl_xor_sync(ALL_LANES, mass, 2);
+        room.of_warp[warp_id()].peak[tile * MMA_HEADS + lane_id() / 4] = mine.peak[tile];
+        room.of_warp[warp_id()].mass[tile * MMA_HEADS + lane_id() / 4] = mass;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+        const int head = tile * MMA_HEADS + lane_id() / 4;
+        float peak = LOWEST, mass = 0.f;
+#pragma unroll 4
+        for (int warp = lane_id() % 4; warp < num_warps(); warp += 4) {
+            const Heads<HEAD_TILES * MMA_HEADS>& some = room.of_warp[warp];
+            const float largest = fmaxf(peak, some.peak[head]);
+            mass = mass * exp2_fast(peak - largest) + some.mass[head] * exp2_fast(some.peak[head] - largest);
+            peak = largest;
+        }
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) {
+            const float other = __shfl_xor_sync(ALL_LANES, peak, step), largest = fmaxf(peak, other);
+            const float more = __shfl_xor_sync(ALL_LANES, mass, step);
+            mass = mass * exp2_fast(peak - largest) + more * exp2_fast(other - largest);
+            peak = largest;
+        }
+        if (warp_id() == tile)
+#pragma unroll 1
+            for (int to = lane_id() % 4; to < size; to += 4) {
+                store_remote(remote_address(&room.of_cta[rank].peak[head], to), __float_as_uint(peak));
+                store_remote(remote_address(&room.of_cta[rank].mass[head], to), __float_as_uint(mass));
+            }
+        mine.rescale(tile, exp2_fast(mine.peak[tile] - peak));
+    }
+    float4* const own = room.sums + warp_id() * words;
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile)
+#pragma unroll
+        for (int row = 0; row < D / 16; ++row) {
+            const float(&some)[4] = mine.out[tile][row];
+            if (shape.has_lane()) own[shape.at(tile, row)] = {some[0], some[1], some[2], some[3]};
+        }
+    __syncthreads();
+#pragma unroll 1
+    for (int word = threadIdx.x; word < words; word += blockDim.x) {
         float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 8
-        for (int part = 0; part < size; ++part)
-            add_scaled(sum, load_remote4(remote_address(&mine.out[word], part)), parts.peak[part][head],
-                       parts.peak[part][head + 1]);
-        write_word<T, D, HEAD_TILES>(result, word, sum);
+        for (int warp = 0; warp < num_warps(); ++warp) {
+            const float4 some = room.sums[warp * words + word];
+            sum = {sum.x + some.x, sum.y + some.y, sum.z + some.z, sum.w + some.w};
+        }
+        const int owner = word / room.width;
+        store_remote4(remote_address(room.slices + rank * (room.width + 1) + word - owner * room.width, owner), sum);
     }
-    cluster_arrive();  // no CTA may leave while another reads its shared memory
+    cluster_arrive();
     cluster_wait();
+    const int first = rank * room.width;
+    write_merged<T>(size, first, min(room.width, words - first), result,
+                    [&](int part, int head) {
+                        const Heads<HEAD_TILES * MMA_HEADS>& some = room.of_cta[part];
+                        return float4{some.peak[head], some.mass[head], some.peak[head + 1], some.mass[head + 1]};
+                    },
+                    [&](int part, int word) { return room.slices[part * (room.width + 1) + word - first]; });
 }

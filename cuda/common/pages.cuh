@@ -2,11 +2,30 @@
 #pragma once
 #include "common/device.cuh"
 
+constexpr int UNIT = 16, UNIT_SHIFT = 4;  // tokens that a warp attends to at a time
+
+// Sixteen tokens of one page, and how many of them exist. `block` counts such pieces of keys and values through the
+// whole pool; a piece of values lies `values_after` blocks behind that of its keys.
+struct Unit {
+    int block, count;
+};
+
 struct Pages {
-    const u16* kv_pool;      // [num_pages, 2, hkv, page_size, d]
     const int* block_table;  // [max_pages], this sequence's row
     int length;              // tokens of this sequence
-    int num_kv_heads, page_size, kv_head;
+    int page_shift;          // log2 of the page size
+    int num_kv_heads, kv_head;
 
-    __device__ int count() const { return ceil_div(length, page_size); }
+    __device__ int count() const { return (length + (1 << page_shift) - 1) >> page_shift; }
+    __device__ int unit_shift() const { return page_shift - UNIT_SHIFT; }  // log2 of a page's units
+    __device__ int values_after() const { return num_kv_heads << unit_shift(); }
+
+    // The i-th unit of the listed slots (null: of all), a slot of -1 being empty; `table` may be a copy of block_table.
+    __device__ Unit locate(const int* slots, const int* table, int i) const {
+        const int index = i >> unit_shift(), unit = i - (index << unit_shift());
+        const int slot = slots ? slots[index] : index;
+        const int left = length - (slot << page_shift) - unit * UNIT;
+        return {((table[max(slot, 0)] * 2 * num_kv_heads + kv_head) << unit_shift()) + unit,
+                slot < 0 ? 0 : min(left, UNIT)};
+    }
 };

@@ -13,25 +13,30 @@ constexpr int MMA_HEADS = 8;  // query heads of one matrix product
 
 enum GroupPooling { POOL_MAX = 0, POOL_SUM = 1, POOL_NONE = 2 };
 
-// 16-byte words of the query's negative parts, then of its positive parts, in the order the lanes want them.
+// A query's words of 16 bytes, in the order the lanes want them.
 template <int D, int HEAD_TILES>
-constexpr int SIGNED_QUERY_WORDS = HEAD_TILES * (2 * D / 32) * WARP;
+constexpr int QUERY_WORDS = HEAD_TILES * (D / 32) * WARP;
 
-// The words whose sign bits are set, or are not set, and zero in place of the others.
-__device__ inline u32 part_of(u32 two, bool positive) {
-    const u32 negative = (two >> 15 & 0x00010001u) * 0xFFFFu;
-    return two & (positive ? ~negative : negative);
+template <int D, int HEAD_TILES>
+__device__ inline uint4 query_word(const u16* query /* [group, d] */, int group, int word) {
+    const int lane = word % WARP, chunk = word / WARP % (D / 32), head = word / (WARP * (D / 32)) * MMA_HEADS + lane / 4;
+    if (head >= group) return {0, 0, 0, 0};
+    return load16(query + head * D + chunk * 32 + lane % 4 * 8);
 }
 
+__device__ inline u32 negative_part(u32 two) { return two & (two >> 15 & 0x00010001u) * 0xFFFFu; }
+
+// One warp stages a query in shared memory: its negative parts, then its positive parts.
 template <int D, int HEAD_TILES>
-__device__ void stage_signed_query(uint4* staged, const u16* query /* [group, d] */, int group) {
-    for (int i = threadIdx.x; i < SIGNED_QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x) {
-        const int lane = i % WARP, chunk = i / WARP % (2 * D / 32), tile = i / (WARP * (2 * D / 32));
-        const int head = tile * MMA_HEADS + lane / 4, column = chunk * 32 + lane % 4 * 8;
-        uint4 q = {0, 0, 0, 0};
-        if (head < group) q = load16(query + head * D + column % D);
-        const bool positive = column >= D;
-        staged[i] = {part_of(q.x, positive), part_of(q.y, positive), part_of(q.z, positive), part_of(q.w, positive)};
+__device__ void stage_query(uint4* staged /* [2 * QUERY_WORDS] */, const u16* query, int group) {
+    constexpr int CHUNKS = D / 32;
+#pragma unroll 4
+    for (int i = lane_id(); i < QUERY_WORDS<D, HEAD_TILES>; i += WARP) {
+        const uint4 q = query_word<D, HEAD_TILES>(query, group, i);
+        const uint4 below = {negative_part(q.x), negative_part(q.y), negative_part(q.z), negative_part(q.w)};
+        uint4* const parts = staged + i / (WARP * CHUNKS) * (WARP * CHUNKS) + i;  // tiles are twice as long there
+        parts[0] = below;
+        parts[CHUNKS * WARP] = {q.x ^ below.x, q.y ^ below.y, q.z ^ below.z, q.w ^ below.w};
     }
 }
 

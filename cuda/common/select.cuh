@@ -1,5 +1,6 @@
-// The k best of many, exactly: a radix selection by one CTA, keys in shared memory. Of equal keys the earlier wins, so
-// a selection is the same on every run, and the same as the reference's.
+// The k best of many, exactly, by one CTA, keys in shared memory. A histogram over the range of the keys tells the bin
+// in which the k-th largest lies; the few keys in it are ranked one by one, or it becomes the next range. Of equal keys
+// the earlier wins, so a selection is the same on every run, and the same as the reference's.
 #pragma once
 #include "common/score.cuh"
 
@@ -17,124 +18,218 @@ constexpr u32 NO_PAGE = 0u;          // below the key of -inf
 struct Forced {
     int sink_end, recent_begin;  // slots
 
-    __device__ Forced(int length, int page_size, int sink_tokens, int recent_tokens)
-        : sink_end(ceil_div(sink_tokens, page_size)), recent_begin(max(length - max(recent_tokens, 1), 0) / page_size) {}
+    __device__ Forced(int length, int page_shift, int sink_tokens, int recent_tokens)
+        : sink_end((sink_tokens + (1 << page_shift) - 1) >> page_shift),
+          recent_begin(max(length - max(recent_tokens, 1), 0) >> page_shift) {}
     __device__ bool has(int slot) const { return slot < sink_end || slot >= recent_begin; }
 };
 
-constexpr int RADIX_BITS = 11, BINS = 1 << RADIX_BITS;
+constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;
 
-struct SelectScratch {
+struct alignas(16) SelectScratch {
     u32 histogram[BINS];
-    u32 warp_sums[32];
+    u32 sums[32];                                    // a number of each warp
+    u32 largest[32], smallest[32], num_forced[32];  // of each warp's keys
     u32 bin, above, inside;  // the bin that holds the k-th largest; keys above it, and in it
+    u32 num_listed;
+    u32 listed_key[WARP];
+    int listed_index[WARP];
 };
 
-// Sums of the values of all threads before this one; `warp_sums` of the scratch is free again after the next barrier.
-__device__ inline u32 sum_before(u32 value, SelectScratch& scratch) {
-    u32 inclusive = value;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        const u32 other = __shfl_up_sync(ALL_LANES, inclusive, step);
-        if (lane_id() >= step) inclusive += other;
-    }
-    if (lane_id() == WARP - 1) scratch.warp_sums[warp_id()] = inclusive;
-    __syncthreads();
-    u32 before = lane_id() < warp_id() ? scratch.warp_sums[lane_id()] : 0;
-    before = __reduce_add_sync(ALL_LANES, before);
-    return before + inclusive - value;
+__device__ inline u32 sum_of_warps(const u32* of_warp) {
+    return __reduce_add_sync(ALL_LANES, lane_id() < num_warps() ? of_warp[lane_id()] : 0);
 }
 
-// Finds the bin in which, counted from the top, the `need`-th key lies. Called by all threads, the histogram complete.
+// The sum over lanes up to and including this one.
+__device__ inline u32 sum_to_lane(u32 value) {
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const u32 other = __shfl_up_sync(ALL_LANES, value, step);
+        if (lane_id() >= step) value += other;
+    }
+    return value;
+}
+
+// Finds the bin in which, counted from the top, the `need`-th key lies. A thread sums its bins, the warps' sums tell in
+// which warp the bin lies, and that warp alone looks closer.
 __device__ inline void find_bin(u32 need, SelectScratch& scratch) {
     const int bins = BINS / blockDim.x, top = BINS - 1 - threadIdx.x * bins;  // this thread's bins, downwards from top
     u32 mine = 0;
+#pragma unroll 4
     for (int i = 0; i < bins; ++i) mine += scratch.histogram[top - i];
-    u32 above = sum_before(mine, scratch);
-    if (above < need && need <= above + mine) {
-        int bin = top;
-        while (above + scratch.histogram[bin] < need) above += scratch.histogram[bin--];
-        scratch.bin = bin;
-        scratch.above = above;
-        scratch.inside = scratch.histogram[bin];
+    const u32 warp_sum = __reduce_add_sync(ALL_LANES, mine);
+    if (lane_id() == 0) scratch.sums[warp_id()] = warp_sum;
+    __syncthreads();
+    const u32 before = __reduce_add_sync(ALL_LANES, lane_id() < warp_id() ? scratch.sums[lane_id()] : 0);
+    if (before < need && need <= before + warp_sum) {
+        u32 above = before + sum_to_lane(mine) - mine;
+        if (above < need && need <= above + mine) {
+            int bin = top;
+            while (above + scratch.histogram[bin] < need) above += scratch.histogram[bin--];
+            scratch.bin = bin;
+            scratch.above = above;
+            scratch.inside = scratch.histogram[bin];
+        }
     }
     __syncthreads();
 }
 
-// The prefix that the k-th largest key has, as far as needed: keys above it are chosen, and of the keys that match it
-// under the mask the first `need`.
-struct Threshold {
-    u32 prefix, mask, need;
+// Keys from `first` to `last` hold the k-th largest: of them `need` are chosen, `inside` there are; all above are.
+struct Range {
+    u32 first, last, need, inside;
 };
 
-__device__ inline Threshold find_threshold(const u32* keys, int n, int k, SelectScratch& scratch) {
-    Threshold found = {0, 0, u32(k)};
-    for (int shift = 32 - RADIX_BITS; found.mask != ALL_LANES; shift = max(shift - RADIX_BITS, 0)) {
-        for (int i = threadIdx.x; i < BINS; i += blockDim.x) scratch.histogram[i] = 0;
-        __syncthreads();
-        const u32 digit = ~found.mask >> shift & (BINS - 1);  // the last digit has fewer bits
-        for (int i = threadIdx.x; i < n; i += blockDim.x)
-            if ((keys[i] & found.mask) == found.prefix) atomicAdd(&scratch.histogram[keys[i] >> shift & digit], 1u);
-        __syncthreads();
-        find_bin(found.need, scratch);
-        found.prefix |= scratch.bin << shift;
-        found.mask |= digit << shift;
-        found.need -= scratch.above;
-        if (scratch.inside == found.need) break;  // all that match are chosen: no need to tell them apart
-    }
-    return found;
+// Visits this warp's keys: n keys are dealt to the warps in consecutive runs, lane by lane.
+template <typename Visit>
+__device__ inline void for_my_keys(const u32* keys, int n, Visit visit) {
+    const int run = ceil_div(n, num_warps() * WARP) * WARP, first = warp_id() * run, end = min(first + run, n);
+#pragma unroll 4
+    for (int i = first + lane_id(); i < end; i += WARP) visit(keys[i], i);
 }
 
-// The indices of the k largest of keys[n], ascending, to chosen[k]; all if n <= k. Returns how many. A whole CTA, of a
-// power of two of threads; n <= 32 per thread.
+// Narrows down where the k-th largest of n keys lies, until all keys there are chosen, or so few that they can be
+// listed (`scratch` then has them), or all equal.
+__device__ inline Range find_range(const u32* keys, int n, int k, SelectScratch& scratch) {
+    u32 largest = 0, smallest = FORCED, forced = 0;
+    for_my_keys(keys, n, [&](u32 key, int) {
+        forced += key == FORCED;
+        largest = max(largest, key == FORCED ? 0 : key);
+        smallest = min(smallest, key == NO_PAGE ? FORCED : key);
+    });
+    largest = __reduce_max_sync(ALL_LANES, largest);
+    smallest = __reduce_min_sync(ALL_LANES, smallest);
+    forced = __reduce_add_sync(ALL_LANES, forced);
+    if (lane_id() == 0) {
+        scratch.largest[warp_id()] = largest;
+        scratch.smallest[warp_id()] = smallest;
+        scratch.num_forced[warp_id()] = forced;
+    }
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x) scratch.histogram[i] = 0;
+    if (threadIdx.x == 0) scratch.num_listed = 0;
+    __syncthreads();
+    const bool exists = lane_id() < num_warps();
+    largest = __reduce_max_sync(ALL_LANES, exists ? scratch.largest[lane_id()] : 0);
+    smallest = __reduce_min_sync(ALL_LANES, exists ? scratch.smallest[lane_id()] : FORCED);
+    forced = sum_of_warps(scratch.num_forced);
+    Range range = {smallest, largest, k - forced, u32(n) - forced};
+    if (forced >= k) return {FORCED, FORCED, u32(k), forced};
+#pragma unroll 1
+    while (true) {
+        const int shift = max(32 - __clz(range.last - range.first) - BIN_BITS, 0);
+        for_my_keys(keys, n, [&](u32 key, int) {
+            if (range.first <= key && key <= range.last) atomicAdd(&scratch.histogram[(key - range.first) >> shift], 1u);
+        });
+        __syncthreads();
+        find_bin(range.need, scratch);
+        range.first += scratch.bin << shift;
+        range.last = min(range.last, range.first + (1u << shift) - 1);
+        range.need -= scratch.above;
+        range.inside = scratch.inside;
+        if (range.inside == range.need || range.first == range.last) return range;
+        if (range.inside <= WARP) break;
+        for (int i = threadIdx.x; i < BINS; i += blockDim.x) scratch.histogram[i] = 0;
+        __syncthreads();
+    }
+    for_my_keys(keys, n, [&](u32 key, int i) {
+        if (key < range.first || key > range.last) return;
+        const u32 place = atomicAdd(&scratch.num_listed, 1u);
+        scratch.listed_key[place] = key;
+        scratch.listed_index[place] = i;
+    });
+    __syncthreads();
+    return range;
+}
+
+// Whether a listed key is among those chosen from the list.
+__device__ inline bool is_chosen(u32 key, int index, const Range& range, const SelectScratch& scratch) {
+    u32 rank = 0;
+    for (int i = 0; i < range.inside; ++i)
+        rank += scratch.listed_key[i] > key || (scratch.listed_key[i] == key && scratch.listed_index[i] < index);
+    return rank < range.need;
+}
+
+// The indices of the k largest of keys[n], ascending, to chosen[k]; all if n <= k. Returns how many. By a whole CTA of
+// a power of two of threads, after a barrier that follows the writing of the keys; ends with one.
 __device__ inline int choose_largest(const u32* keys, int n, int k, int* chosen, SelectScratch& scratch) {
     if (k <= 0) return 0;
     if (n <= k) {
+#pragma unroll 1
         for (int i = threadIdx.x; i < n; i += blockDim.x) chosen[i] = i;
         __syncthreads();
         return n;
     }
-    const Threshold threshold = find_threshold(keys, n, k, scratch);
-    const int share = ceil_div(n, blockDim.x), first = threadIdx.x * share;  // consecutive keys of this thread
-    u32 better = 0, equal = 0;                                               // one bit per key
-    for (int i = 0; i < share; ++i) {
-        const int j = (i + threadIdx.x) % share;  // another order in each thread: fewer bank conflicts
-        const u32 key = first + j < n ? keys[first + j] & threshold.mask : 0;
-        if (first + j < n && key > threshold.prefix) better |= 1u << j;
-        if (first + j < n && key == threshold.prefix) equal |= 1u << j;
-    }
-    const u32 before = sum_before(__popc(better) | __popc(equal) << 16, scratch);
-    u32 equal_before = before >> 16;
-    u32 position = (before & 0xFFFF) + min(equal_before, threshold.need);
-    for (u32 left = better | equal; left; left &= left - 1) {
-        const int j = __ffs(left) - 1;
-        if (equal >> j & 1 && equal_before++ >= threshold.need) continue;
-        chosen[position++] = first + j;
+    const Range range = find_range(keys, n, k, scratch);
+    // A warp counts what it may write, larger keys and in the high half those of the range, and adds what the warps
+    // before it have. Where ranks decide, what is chosen is not a prefix of the range's keys: one more count.
+    const bool ranked = range.inside != range.need && range.first != range.last;
+    u32 count = 0;
+    for_my_keys(keys, n, [&](u32 key, int i) {
+        if (key > range.last) ++count;
+        else if (key >= range.first && (!ranked || is_chosen(key, i, range, scratch))) count += 0x10000;
+    });
+    count = __reduce_add_sync(ALL_LANES, count);
+    if (lane_id() == 0) scratch.largest[warp_id()] = count;
+    __syncthreads();
+    const u32 before = __reduce_add_sync(ALL_LANES, lane_id() < warp_id() ? scratch.largest[lane_id()] : 0);
+    u32 larger_before = before & 0xFFFF, equal_before = before >> 16;
+    const int run = ceil_div(n, num_warps() * WARP) * WARP, first = warp_id() * run, end = min(first + run, n);
+    const u32 bit = 1u << lane_id(), earlier = bit - 1;
+#pragma unroll 2
+    for (int i = first + lane_id(); i - lane_id() < end; i += WARP) {
+        const u32 key = i < end ? keys[i] : 0;
+        const bool inside = i < end && key >= range.first && key <= range.last;
+        const u32 larger = __ballot_sync(ALL_LANES, i < end && key > range.last);
+        const u32 equal = __ballot_sync(ALL_LANES, inside && (!ranked || is_chosen(key, i, range, scratch)));
+        const u32 equals = equal_before + __popc(equal & earlier);
+        if (larger & bit || (equal & bit && equals < range.need))
+            chosen[larger_before + __popc(larger & earlier) + min(equals, range.need)] = i;
+        larger_before += __popc(larger);
+        equal_before += __popc(equal);
     }
     __syncthreads();
     return k;
 }
 
-// Selection in two stages. The k best pages lie in the k tiles of sixteen whose best pages are best, so only those
-// tiles' keys are looked at, however many pages there are.
-struct Selection {
-    SelectScratch scratch;
+// Where a selection happens, in shared memory.
+struct SelectRoom {
+    u32* keys;        // the pages' keys, or the best key of each tile of sixteen
+    int* tiles;       // [k] with the tiles' keys
+    u32* candidates;  // [16 k] with the tiles' keys
+    int* chosen;      // [k] the result
+};
 
-    // `tile_keys` [ceil(count / 16)] holds each tile's largest key; `keys` the pages' (a function of the slot). Needs
-    // room for `tiles` [k], `candidates` [k * 16] and `chosen` [k] in shared memory; returns how many were chosen.
-    template <typename Keys>
-    __device__ int choose_pages(const u32* tile_keys, Keys keys, int count, int k, int limit, int* tiles,
-                                u32* candidates, int* chosen) {
-        const int num_tiles = choose_largest(tile_keys, ceil_div(count, TILE), k, tiles, scratch);
-        for (int i = threadIdx.x; i < num_tiles * TILE; i += blockDim.x) {
-            const int slot = tiles[i / TILE] * TILE + i % TILE;
-            candidates[i] = slot < count ? keys(slot) : NO_PAGE;
+// The `most` best of `count` pages, from the keys of all of them or, if `page_keys` (in memory, [count]) is given, in
+// two stages: the best pages lie in the k tiles whose best pages are best, so only those tiles' keys are looked at,
+// however many pages there are. Returns how many were chosen.
+__device__ inline int choose_pages(const SelectRoom& room, const u32* page_keys, int count, int k, int most,
+                                   SelectScratch& scratch) {
+    const u32* keys = room.keys;
+    int* chosen = room.chosen;
+    int n = count, want = min(most, count), found = 0;
+    if (page_keys) {
+        chosen = room.tiles;
+        n = ceil_div(count, TILE);
+        want = k;
+    }
+#pragma unroll 1
+    while (true) {  // a loop, so that the selection's code is there once
+        found = choose_largest(keys, n, want, chosen, scratch);
+        if (chosen == room.chosen) break;
+        n = found * TILE;
+        want = min(most, count);
+#pragma unroll 4
+        for (int i = threadIdx.x; i < n; i += blockDim.x) {
+            const int slot = room.tiles[i / TILE] * TILE + i % TILE;
+            room.candidates[i] = slot < count ? page_keys[slot] : NO_PAGE;
         }
         __syncthreads();
-        const int num_chosen = choose_largest(candidates, num_tiles * TILE, min(limit, min(k, count)), chosen, scratch);
-        for (int i = threadIdx.x; i < num_chosen; i += blockDim.x)
-            chosen[i] = tiles[chosen[i] / TILE] * TILE + chosen[i] % TILE;
-        __syncthreads();
-        return num_chosen;
+        keys = room.candidates;
+        chosen = room.chosen;
     }
-};
+    if (page_keys == nullptr) return found;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < found; i += blockDim.x)
+        chosen[i] = room.tiles[chosen[i] / TILE] * TILE + chosen[i] % TILE;
+    __syncthreads();
+    return found;
+}

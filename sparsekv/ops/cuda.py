@@ -7,17 +7,29 @@ Nothing here waits for the device or depends on a length, so every call can be c
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekv.ops import compiler, instances, reference
-from sparsekv.ops.launch import UNIT, WARP, Split, arguments, gpu, launch, max_warps, split_attention
+from sparsekv.ops.launch import (
+    UNIT,
+    Split,
+    arguments,
+    gpu,
+    launch,
+    max_warps,
+    split_attention,
+    split_step,
+)
 
 POOLINGS = {"max": 0, "sum": 1}
+DIRECT_PAGES = 8192  # pages whose keys and ids the fused kernel keeps in shared memory
 PER_HEAD = 2  # in place of a pooling: a score for every query head
 
 
@@ -75,7 +87,7 @@ def append_kv(
     args = arguments(
         key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool, *_digest(summary)
     )
-    args += [*strides, *arguments(t, num_kv_heads, page_size, block_table.shape[1], touched)]
+    args += [*strides, *arguments(t, num_kv_heads, _log2(page_size), block_table.shape[1], touched)]
     launch(instances.append_kv(kv_pool.dtype, head_dim), kv_pool, grid, warps, args)
 
 
@@ -91,33 +103,29 @@ def score_pages(
     scaling: float,
 ) -> Tensor:
     """See `reference.score_pages`."""
-    if digest != instances.DIGEST or not _scores_served(query, summary[0]):
+    if digest != instances.DIGEST or not _scores_served(query, summary[0], page_size):
         return reference.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
         )
-    b, num_q_heads, head_dim = query.shape
+    b, num_q_heads, _ = query.shape
     num_kv_heads, max_pages = summary[0].shape[1], block_table.shape[1]
     group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
     rows = num_q_heads if pooling == PER_HEAD else num_kv_heads
     scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
-    warps, tiles = 8, -(-max_pages // UNIT)
-    chunks = min(-(-tiles // warps), max(1, 16 * gpu(query.device.index).sms // (b * num_kv_heads)))
-    args = arguments(query.contiguous(), summary[0], _int32s(block_table), _int32s(seq_lens), scores)
-    args += arguments(group, page_size, max_pages, pooling)
-    shared = instances.head_tiles(group) * 2 * head_dim * UNIT
-    spec = instances.grouped("score_pages", query.dtype, head_dim, group)
-    launch(spec, query, (num_kv_heads, chunks, b), warps, args, shared)
+    args = arguments(_log2(page_size), max_pages, pooling)
+    tables = _int32s(block_table), _int32s(seq_lens)
+    _launch_scores("score_pages", query.contiguous(), summary[0], *tables, [scores], args)
     if pooling != PER_HEAD:
         return scores
     by_head = scores.unflatten(1, (num_kv_heads, group))
     return reference.pool_group(by_head, seq_lens, page_size, group_pooling, scaling)
 
 
-def _scores_served(query: Tensor, digests: Tensor) -> bool:
+def _scores_served(query: Tensor, digests: Tensor, page_size: int) -> bool:
     if not _usable(query.device.index):
         return False
     _, num_q_heads, head_dim = query.shape
-    reason = instances.why_not(query.dtype, head_dim, num_q_heads // digests.shape[1], instances.PAGE_SIZES[0])
+    reason = instances.why_not(query.dtype, head_dim, num_q_heads // digests.shape[1], page_size)
     return reason is None and digests.dtype == query.dtype and digests.is_contiguous()
 
 
@@ -132,11 +140,12 @@ def select_pages(
 ) -> Tensor:
     """See `reference.select_pages`."""
     b, num_kv_heads, max_pages = scores.shape
-    if not _usable(scores.device.index) or not _selectable(max_pages, k) or scores.dtype != torch.float32:
+    served = page_size in instances.PAGE_SIZES and _selectable(max_pages, k) and scores.dtype == torch.float32
+    if not served or not _usable(scores.device.index):
         return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
     args = arguments(scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots)
-    args += arguments(page_size, max_pages, k, sink_tokens, recent_tokens)
+    args += arguments(torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens)
     shared = 4 * (-(-max_pages // UNIT) + k * (UNIT + 2))
     launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, shared)
     return slots
@@ -169,15 +178,15 @@ def attend_pages(
     sinks, wide = _sink_logits(sinks, query)
     slots = None if slots is None else _int32s(slots)
     args = arguments(query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), slots, sinks, out, lse)
-    args += arguments(partials, group, page_size, max_pages, k, float(scaling), float(softcap), wide)
+    args += arguments(partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide)
     spec = instances.grouped("attend_pages", query.dtype, head_dim, group)
-    shared = max(_query_bytes(head_dim, group), _merge_bytes(group, split.warps))
     cluster = split.ctas if split.clustered else 1
+    shared = _query_bytes(head_dim, group) + _merge_bytes(head_dim, group, cluster, split.warps)
     launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, cluster)
     if partials is not None:
         args = arguments(partials, sinks, out, lse, split.ctas, group, wide)
         spec = instances.grouped("merge_attention", query.dtype, head_dim, group, source="attend_pages")
-        launch(spec, query, (num_kv_heads, b, 1), 8, args)
+        launch(spec, query, (4, num_kv_heads, b), 8, args)
     return out, lse
 
 
@@ -220,53 +229,86 @@ def sparse_decode(
     key, value = (None if x is None else _readable(x.to(kv_pool.dtype)) for x in (key, value))
     out, lse = _outputs(query)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=query.device)
-    scratch = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
     sinks, wide = _sink_logits(sinks, query)
     limits = None if limits is None else _int32s(limits)
+    query, block_table, seq_lens = query.contiguous(), _int32s(block_table), _int32s(seq_lens)
+    shift, direct = _log2(page_size), max_pages <= DIRECT_PAGES
+    keys = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
+    tile_keys = torch.empty(b, num_kv_heads, -(-max_pages // UNIT), dtype=torch.int32, device=query.device)
+    args = arguments(shift, max_pages, sink_tokens, recent_tokens, POOLINGS[group_pooling])
+    _launch_scores("score_keys", query, summary[0], block_table, seq_lens, [keys, tile_keys], args)
     strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
-    args = arguments(query.contiguous(), key, value, _int32s(block_table), _int32s(seq_lens), kv_pool, summary[0])
-    args += [*arguments(limits, sinks, scratch, slots, out, lse), *strides]
-    args += arguments(group, page_size, max_pages, k, sink_tokens, recent_tokens, POOLINGS[group_pooling])
-    args += arguments(float(scaling), float(softcap), wide)
+    args = arguments(query, key, value, block_table, seq_lens, kv_pool, summary[0], limits, sinks, keys)
+    args += [*arguments(None if direct else tile_keys, slots, out, lse), *strides]
+    args += arguments(group, shift, max_pages, k, float(scaling), float(softcap), wide)
     spec = instances.grouped("sparse_decode", query.dtype, head_dim, group)
-    shared = _step_bytes(head_dim, group, max_pages, k, split.warps)
+    shared = _step_bytes(split, head_dim, group, max_pages, k)
     launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, split.ctas)
     return out, lse, slots
 
 
+def _launch_scores(
+    name: str,
+    query: Tensor,
+    digests: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    results: Sequence[Tensor],
+    args: Sequence[Any],
+) -> None:
+    (b, num_q_heads, head_dim), num_kv_heads = query.shape, digests.shape[1]
+    group, warps = num_q_heads // num_kv_heads, 8
+    staged = 2 * _query_bytes(head_dim, group)
+    heads = math.gcd(num_kv_heads, warps)  # of a CTA; its warps share them
+    while heads * staged > 64_000:
+        heads //= 2
+    tiles = -(-block_table.shape[1] * heads // (UNIT * warps))
+    chunks = min(tiles, max(1, 2 * gpu(query.device.index).sms * heads // (b * num_kv_heads)))
+    spec = instances.grouped(name, query.dtype, head_dim, group, source="score_pages")
+    args = [*arguments(query, digests, block_table, seq_lens, *results, num_kv_heads, heads, group), *args]
+    launch(spec, query, (num_kv_heads // heads, chunks, b), warps, args, heads * staged)
+
+
 def _split_step(query: Tensor, num_kv_heads: int, max_pages: int, k: int) -> Split | None:
-    """How the fused kernel splits, or None where the four ops serve better: it needs a cluster for every row."""
+    """How the fused step runs, or None where the four ops serve better."""
     facts = gpu(query.device.index)
     b, num_q_heads, head_dim = query.shape
-    group, rows = num_q_heads // num_kv_heads, b * num_kv_heads
-    warps = max_warps(head_dim, group)
-    wanted = max(1, 2 * facts.sms * 8 // (warps * rows))
-    ctas = min(1 << (wanted.bit_length() - 1), facts.max_cluster)
-    fits = _step_bytes(head_dim, group, max_pages, k, warps) <= 160_000 and k <= warps * WARP * 2
-    return Split(ctas, True, warps) if fits and _selectable(max_pages, k) and facts.max_cluster > 1 else None
+    group = num_q_heads // num_kv_heads
+    if facts.max_cluster == 1 or not _selectable(max_pages, k):
+        return None
+    split = split_step(facts, b * num_kv_heads, max_warps(head_dim, group))
+    return split if _step_bytes(split, head_dim, group, max_pages, k) <= 200_000 else None
 
 
 def _query_bytes(head_dim: int, group: int) -> int:
     return instances.head_tiles(group) * head_dim * UNIT
 
 
-def _merge_bytes(group: int, warps: int) -> int:
-    """`WarpMerge` of cuda/common/merge.cuh."""
-    heads = instances.head_tiles(group) * instances.MMA_HEADS
-    return 2 * 16 * heads * 4 + 16 + warps * 8 * WARP * 16
+def _merge_bytes(head_dim: int, group: int, ctas: int, warps: int) -> int:
+    """`MergeRoom` of cuda/common/merge.cuh, for a cluster of so many CTAs."""
+    tiles, columns = instances.head_tiles(group), (min(group, instances.MMA_HEADS) + 1) // 2
+    words = tiles * head_dim // 2 * columns
+    return (ctas + warps) * tiles * instances.MMA_HEADS * 8 + 16 * (ctas * (-(-words // ctas) + 1) + warps * words)
 
 
-def _step_bytes(head_dim: int, group: int, max_pages: int, k: int, warps: int) -> int:
+def _step_bytes(split: Split, head_dim: int, group: int, max_pages: int, k: int) -> int:
     """`Room` of cuda/sparse_decode.cu."""
-    queries = 3 * _query_bytes(head_dim, group)
-    tiles, selected = 16 * -(-max_pages // (UNIT * 4)), 16 * -(-k // 4)
-    return queries + tiles + selected + max(selected + 4 * UNIT * k, _merge_bytes(group, warps))
+    selected, direct = 16 * -(-k // 4), max_pages <= DIRECT_PAGES
+    keys = 16 * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
+    choice = keys if direct else selected + 4 * UNIT * k
+    return (
+        _query_bytes(head_dim, group)
+        + selected
+        + keys
+        + choice
+        + _merge_bytes(head_dim, group, split.ctas, split.warps)
+    )
 
 
 def _partials(query: Tensor, rows: int, split: Split, group: int) -> Tensor:
     """Scratch for `Partial` of cuda/common/merge.cuh."""
     heads = instances.head_tiles(group) * instances.MMA_HEADS
-    size = 2 * heads + heads * query.shape[2]
+    size = heads + heads * query.shape[2]
     return torch.empty(rows, split.ctas, size, dtype=torch.float32, device=query.device)
 
 
@@ -280,6 +322,10 @@ def _sink_logits(sinks: Tensor | None, query: Tensor) -> tuple[Tensor | None, in
     if sinks is None or sinks.dtype in (query.dtype, torch.float32):
         return sinks if sinks is None else sinks.contiguous(), int(sinks is not None and sinks.dtype == torch.float32)
     return sinks.float().contiguous(), 1
+
+
+def _log2(page_size: int) -> int:
+    return page_size.bit_length() - 1
 
 
 def _digest(summary: Sequence[Tensor]) -> list[Tensor | None]:

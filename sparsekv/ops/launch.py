@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WARP = 32
 UNIT = 16  # tokens that a warp attends to at a time; also pages that it scores at a time
-MAX_SPLITS = 64  # parts that merge_attention puts together
+MAX_SPLITS = 128  # parts that merge_attention puts together
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,23 @@ def max_warps(head_dim: int, group: int) -> int:
 def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
     """How `rows` (sequence, kv head) pairs with up to `units` of sixteen tokens each are attended to.
 
-    A cluster merges in the same launch, so it is preferred unless it would leave most of the GPU idle.
+    A cluster merges in the same launch. It is placed less freely, so long work is split over lone CTAs and merged in
+    a second launch.
     """
-    wanted = min(-(-units // warps), max(1, 2 * facts.sms * 8 // (warps * rows)))
-    cluster = min(_power_of_two(wanted), facts.max_cluster)
-    if cluster >= facts.max_cluster and wanted >= 2 * cluster and units >= 16 * warps * cluster:
-        return Split(min(wanted, MAX_SPLITS), False, warps)
-    return Split(cluster, True, warps)
+    slots = facts.sms * 16 // 8  # CTAs of 8 warps that run at once
+    if units * rows >= LONG * facts.sms * 16 and slots // rows != 1:
+        return Split(max(1, min(slots // rows, MAX_SPLITS)), slots // rows == 0, min(warps, 8))
+    wanted = min(-(-units // 8), max(1, slots // rows))
+    return Split(min(_power_of_two(wanted), facts.max_cluster), True, min(warps, 8))
+
+
+LONG = 8  # units of a warp beyond which a second launch is worth an even load
+
+
+def split_step(facts: Gpu, rows: int, warps: int) -> Split:
+    """How the fused step splits `rows` (sequence, kv head) pairs: always into clusters."""
+    ctas = min(_power_of_two(facts.sms * 16 // 8 // rows), facts.max_cluster)
+    return Split(ctas, True, min(warps, 8))
 
 
 def _power_of_two(number: int) -> int:
