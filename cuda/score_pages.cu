@@ -1,7 +1,6 @@
 // score_pages: a score per (sequence, kv head, page), -inf past a sequence's end. A warp takes sixteen pages at a time;
-// the CTAs split the pages of every sequence and head. score_keys leaves what sparse_decode selects by: sort keys, those
-// of forced pages the highest, and the best key of each tile of sixteen.
-#include "common/select.cuh"
+// the CTAs split the pages of every sequence and head.
+#include "common/score.cuh"
 
 // What a warp scores: tiles first, first + stride, ... of one sequence and kv head. The digests of a page's heads lie
 // side by side, and the warps of a CTA take neighbouring heads of the same pages, which memory likes.
@@ -22,10 +21,10 @@ struct Share {
     __device__ int item() const { return row * num_kv_heads + head; }
 };
 
-// Scores a warp's share; `take(tile, scores by head)` gets them, a tile at a time. Tiles without pages are not scored.
+// Scores a warp's share; `take(tile, scores by head)` gets them, a tile at a time, tiles without pages too.
 template <typename T, int D, int HEAD_TILES, typename Take>
 __device__ void score_share(const Share<D, HEAD_TILES>& share, const u16* query, int group, const u16* digests,
-                            const int* table, int count, int max_pages, int end, Take take) {
+                            const int* table, int count, int max_pages, Take take) {
     const auto id_of = [&](int slot) { return table[min(slot, max_pages - 1)]; };
     const auto digest_of = [&](int slot, int page) {  // entries past the end exist but may be anything
         return digests + (i64(slot < count ? page : 0) * share.num_kv_heads + share.head) * 2 * D;
@@ -33,13 +32,13 @@ __device__ void score_share(const Share<D, HEAD_TILES>& share, const u16* query,
     const int slot = share.first * TILE + lane_id() / 4;
     const int low = id_of(slot), high = id_of(slot + 8);  // on their way while the query is staged
     // Warps with the same head stage the same words, each all of them: it is not worth a barrier.
-    stage_query<D, HEAD_TILES>(share.query, query + i64(share.item()) * group * D, group);
+    stage_query<D, HEAD_TILES>(share.query, query + i64(share.item()) * group * D, group, 0, 1);
     Scorer<T, D, HEAD_TILES> scorer;
     scorer.aim(digest_of(slot, low), digest_of(slot + 8, high));
     if (share.first * TILE < count) scorer.load_first();
     __syncwarp();
 #pragma unroll 1
-    for (int tile = share.first; tile * TILE < end; tile += share.stride) {
+    for (int tile = share.first; tile * TILE < max_pages; tile += share.stride) {
         const int next = (tile + share.stride) * TILE + lane_id() / 4;
         float by_head[HEAD_TILES][4];
         if (tile * TILE < count)
@@ -81,36 +80,5 @@ score_pages(const u16* query,        // [b, hq, d]
         if (lane_id() % 4 < 2 && page < max_pages)
             scores[item * max_pages + page] = page >= count ? -infinity() : lane_id() % 4 ? pooled.y : pooled.x;
     };
-    score_share<T>(share, query, group, digests, block_table + i64(share.row) * max_pages, count, max_pages, max_pages,
-                   take);
-}
-
-template <typename T, int D, int HEAD_TILES>
-__global__ void __launch_bounds__(256)
-score_keys(const u16* query,        // [b, hq, d]
-           const u16* digests,      // [num_pages, hkv, 2, d]
-           const int* block_table,  // [b, max_pages]
-           const int* seq_lens,     // [b]
-           u32* keys,               // [b, hkv, max_pages]
-           u32* tile_keys,          // [b, hkv, ceil(max_pages / 16)]
-           int num_kv_heads, int heads, int group, int page_shift, int max_pages, int sink_tokens, int recent_tokens,
-           int pooling) {
-    extern __shared__ uint4 staged[];
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    const Share<D, HEAD_TILES> share(staged, heads, num_kv_heads);
-    const i64 item = share.item();
-    const int length = seq_lens[share.row], count = (length + (1 << page_shift) - 1) >> page_shift;
-    const Forced forced(length, page_shift, sink_tokens, recent_tokens);
-    const auto take = [&](int tile, const float(&by_head)[HEAD_TILES][4]) {
-        const float2 pooled = pool_heads<HEAD_TILES>(by_head, group, GroupPooling(pooling));
-        const int page = tile * TILE + lane_id() / 4 + lane_id() % 2 * 8;
-        u32 key = forced.has(page) ? FORCED : sort_key(lane_id() % 2 ? pooled.y : pooled.x);
-        if (page >= count) key = NO_PAGE;
-        if (lane_id() % 4 < 2 && page < count) keys[item * max_pages + page] = key;
-        key = __reduce_max_sync(ALL_LANES, key);
-        if (lane_id() == 0) tile_keys[item * ceil_div(max_pages, TILE) + tile] = key;
-    };
-    score_share<T>(share, query, group, digests, block_table + i64(share.row) * max_pages, count, max_pages,
-                   min(count, max_pages), take);
+    score_share<T>(share, query, group, digests, block_table + i64(share.row) * max_pages, count, max_pages, take);
 }

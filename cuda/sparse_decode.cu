@@ -1,19 +1,17 @@
-// sparse_decode, after score_keys (score_pages.cu): select, append and attend in one launch.
+// sparse_decode: append, score, select and attend in one launch, for the policy top_k over min/max digests.
 //
-// A cluster of CTAs takes one (sequence, kv head). Every CTA makes the same selection for itself, attends to its share of
-// it, and the cluster merges. The new token's page is read whatever its score, so the token need not be there when the
-// pages are scored: the warp that will attend to it writes it.
-//
-// Everything up to wait_for_previous_kernel runs while score_keys still does: score_keys starts this kernel only when
-// all before it is done, and what is written here early is a page's digest whose score is not looked at.
+// A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA the keys they are sorted
+// by; after one cluster barrier every CTA makes the same selection for itself, attends to its share of it, and the
+// cluster merges. The new token's page is read whatever its score, so the token need not be there when the pages are
+// scored: the warp that will attend to it writes it, and nobody waits for it.
 #include "common/append.cuh"
 #include "common/merge.cuh"
 #include "common/select.cuh"
 
-// What a CTA works with in shared memory. Other CTAs write into the room of the merge.
+// What a CTA works with in shared memory. Other CTAs write into `select.keys` and the room of the merge.
 template <int D, int HEAD_TILES>
 struct Room {
-    uint4* query;
+    uint4 *query, *signed_query;
     SelectRoom select;
     int* table;  // [max_pages] the pages' ids, where there is room for all pages' keys
     void* merge;
@@ -22,13 +20,59 @@ struct Room {
     __device__ Room(uint4* base, int max_pages, int k, bool direct) {
         const auto padded = [](int n) { return (n + 3) & ~3; };
         query = base;
-        select.chosen = reinterpret_cast<int*>(query + QUERY_WORDS<D, HEAD_TILES>);
+        signed_query = query + QUERY_WORDS<D, HEAD_TILES>;
+        select.chosen = reinterpret_cast<int*>(signed_query + 2 * QUERY_WORDS<D, HEAD_TILES>);
         select.keys = reinterpret_cast<u32*>(select.chosen + padded(k));
         table = select.tiles = reinterpret_cast<int*>(select.keys + padded(direct ? max_pages : ceil_div(max_pages, TILE)));
         select.candidates = reinterpret_cast<u32*>(select.tiles + padded(k));
         merge = direct ? reinterpret_cast<u32*>(table + padded(max_pages)) : select.candidates + TILE * k;
     }
 };
+
+// Scores this CTA's share of the pages. `keys` is null if every CTA has room for the pages' keys; else they go there, and
+// to the CTAs the best of each tile. The first store to another CTA waits until all of them run.
+template <typename T, int D, int HEAD_TILES>
+__device__ void score_share(const Pages& pages, int max_pages, const u16* digests, const Room<D, HEAD_TILES>& room,
+                            u32* keys, const u16* query, int group, GroupPooling pooling, const Forced& forced) {
+    const int size = cluster_size(), count = pages.count(), stride = size * num_warps();
+    const auto id_of = [&](int slot) { return pages.block_table[min(slot, max_pages - 1)]; };
+    const auto digest_of = [&](int slot, int page) {  // entries past the end exist but may be anything
+        return digests + (i64(slot < count ? page : 0) * pages.num_kv_heads + pages.kv_head) * 2 * D;
+    };
+    int tile = cluster_rank() * num_warps() + warp_id();
+    const int first = tile * TILE + lane_id() / 4;
+    const int low = id_of(first), high = id_of(first + 8);  // on their way while the query is staged
+    stage_query<D, HEAD_TILES>(room.signed_query, query, group, warp_id(), num_warps());
+    Scorer<T, D, HEAD_TILES> scorer;
+    scorer.aim(digest_of(first, low), digest_of(first + 8, high));
+    if (tile * TILE < count) scorer.load_first();
+    __syncthreads();  // the query is staged
+    bool waited = false;
+#pragma unroll 1
+    for (; tile * TILE < count; tile += stride) {
+        const int slot = tile * TILE + lane_id() / 4, later = slot + stride * TILE;
+        float by_head[HEAD_TILES][4];
+        scorer.score(by_head, room.signed_query, [&](auto& scorer) {
+            scorer.aim(digest_of(later, id_of(later)), digest_of(later + 8, id_of(later + 8)));
+        });
+        const float2 pooled = pool_heads<HEAD_TILES>(by_head, group, pooling);
+        const int mine = slot + lane_id() % 2 * 8;  // even lanes hold the page's score, odd ones that of the page 8 later
+        u32 key = forced.has(mine) ? FORCED : sort_key(lane_id() % 2 ? pooled.y : pooled.x);
+        if (!waited) cluster_wait();
+        waited = true;
+        if (keys == nullptr) {  // four lanes share the two pages: two lanes to a page, each serves half of the CTAs
+#pragma unroll 1
+            for (int to = lane_id() % 4 / 2; to < size && mine < count; to += 2)
+                store_remote(remote_address(room.select.keys + mine, to), key);
+            continue;
+        }
+        if (mine >= count) key = NO_PAGE;
+        if (lane_id() % 4 < 2 && mine < count) keys[mine] = key;
+        key = __reduce_max_sync(ALL_LANES, key);
+        if (lane_id() < size) store_remote(remote_address(room.select.keys + tile, lane_id()), key);
+    }
+    if (!waited) cluster_wait();
+}
 
 template <typename T, int D, int HEAD_TILES>
 __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
@@ -41,29 +85,40 @@ sparse_decode(const u16* query,        // [b, hq, d]
               u16* digests,            // [num_pages, hkv, 2, d]
               const int* limits,       // [b] fewer than k pages for some; null: k
               const void* sinks,       // [hq] or null, float32 or as the query
-              const u32* keys,         // [b, hkv, max_pages] by score_keys
-              const u32* tile_keys,    // [b, hkv, ceil(max_pages / 16)] by score_keys; null: `keys` fit shared memory
+              u32* keys,               // [b, hkv, max_pages] scratch; null: they fit shared memory
               int* slots,              // [b, hkv, k] what was read
               u16* out,                // [b, hq, d]
               float* lse,              // [b, hq]
               i64 key_batch, i64 key_head, i64 value_batch, i64 value_head, int group, int page_shift, int max_pages,
-              int k, float scaling, float softcap, int wide_sinks) {
+              int k, int sink_tokens, int recent_tokens, int pooling, float scaling, float softcap, int wide_sinks) {
     extern __shared__ uint4 base[];
     __shared__ SelectScratch scratch;
-    cluster_arrive();  // "this CTA runs": the merge writes into others
+    cluster_arrive();  // "this CTA runs": others write into it
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
     const Pages pages = {block_table + i64(row) * max_pages, seq_lens[row], page_shift, num_kv_heads, head};
-    const bool direct = tile_keys == nullptr;
+    const bool direct = keys == nullptr;
     const Room<D, HEAD_TILES> room(base, max_pages, k, direct);
     const int count = min(pages.count(), max_pages), most = min(limits ? limits[row] : k, k);
     const bool choose = count > most;
     const int warps = cluster_size() * num_warps(), first = cluster_rank() * num_warps() + warp_id();
+    const u16* const my_query = query + i64(item) * group * D;
+    u32* const my_keys = direct ? nullptr : keys + i64(item) * max_pages;
 
+    if (choose) {
+        const Forced forced(pages.length, page_shift, sink_tokens, recent_tokens);
+        score_share<T, D, HEAD_TILES>(pages, max_pages, digests, room, my_keys, my_query, group, GroupPooling(pooling),
+                                      forced);
+    } else {
+        cluster_wait();
+    }
+    cluster_arrive();
+    for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
+        room.query[i] = query_word<D, HEAD_TILES>(my_query, group, i);
 #pragma unroll 1
     for (int i = threadIdx.x; direct && choose && i < count; i += blockDim.x)
         copy_async(room.table + i, pages.block_table + i);
-    for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
-        room.query[i] = query_word<D, HEAD_TILES>(query + i64(item) * group * D, group, i);
     const int newest = pages.length - 1, offset = newest & ((1 << page_shift) - 1);
     const int newest_unit = ((min(count, most) - 1) << pages.unit_shift()) + offset / UNIT;
     if (key && newest >= 0 && newest_unit % warps == first) {
@@ -71,19 +126,11 @@ sparse_decode(const u16* query,        // [b, hq, d]
         append_token<T, D>(page, key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
                            offset);
     }
-    wait_for_previous_kernel();
-    let_next_kernel_start();
+    cluster_wait();
+    __syncthreads();
 
     int found = count;
-    if (choose) {
-        const u32* const my_keys = keys + i64(item) * max_pages;
-        const u32* const from = direct ? my_keys : tile_keys + i64(item) * ceil_div(max_pages, TILE);
-#pragma unroll 8
-        for (int i = threadIdx.x; i < (direct ? count : ceil_div(count, TILE)); i += blockDim.x)
-            room.select.keys[i] = from[i];
-        __syncthreads();
-        found = choose_pages(room.select, direct ? nullptr : my_keys, count, k, most, scratch);
-    }
+    if (choose) found = choose_pages(room.select, my_keys, count, k, most, scratch);
     if (cluster_rank() == 0)
 #pragma unroll 1
         for (int i = threadIdx.x; i < k; i += blockDim.x)
@@ -97,6 +144,5 @@ sparse_decode(const u16* query,        // [b, hq, d]
                      Logits(scaling, softcap),
                      [&](int i) { return pages.locate(choose ? room.select.chosen : nullptr, table, i); });
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group);
-    cluster_wait();
     merge_cluster(attention, room.merge, result);
 }

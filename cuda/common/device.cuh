@@ -105,6 +105,16 @@ __device__ inline uint4 load16(const void* p) {
                  : "memory");
     return v;
 }
+// The same, but kept: when several loads each want a part of a line, the first fetches it for all.
+template <int OFFSET>
+__device__ inline uint4 load16_of_line(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p), "n"(OFFSET)
+                 : "memory");
+    return v;
+}
 template <int OFFSET = 0>
 __device__ inline uint2 load8(const void* p) {
     uint2 v;

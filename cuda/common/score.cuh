@@ -4,7 +4,8 @@
 //
 // A lane loads 16 bytes, 8 consecutive channels of one page, and uses them as the columns the tensor core wants it to
 // hold (2c, 2c + 1, 2c + 8, 2c + 9 of two products). Which channel is called which column does not matter to a dot
-// product as long as the query is staged in the same order.
+// product as long as the query is staged in the same order. Two loads, of neighbouring 16 bytes, make the four lanes of a
+// page fetch a whole line of 128 bytes: by halves of lines, requests to L2 are the limit, not memory.
 #pragma once
 #include "common/device.cuh"
 
@@ -26,17 +27,21 @@ __device__ inline uint4 query_word(const u16* query /* [group, d] */, int group,
 
 __device__ inline u32 negative_part(u32 two) { return two & (two >> 15 & 0x00010001u) * 0xFFFFu; }
 
-// One warp stages a query in shared memory: its negative parts, then its positive parts.
+// Where in a digest [2, d] the 8 channels of a lane's word begin.
+__device__ inline int digest_channel(int chunk, int lane) { return chunk / 2 * 64 + lane % 4 * 16 + chunk % 2 * 8; }
+
+// Stages a query in shared memory: its negative parts for the minimum, its positive parts for the maximum. Warps first,
+// first + stride, ... of those that share the work call it, or one does all with 0 and 1.
 template <int D, int HEAD_TILES>
-__device__ void stage_query(uint4* staged /* [2 * QUERY_WORDS] */, const u16* query, int group) {
-    constexpr int CHUNKS = D / 32;
-#pragma unroll 4
-    for (int i = lane_id(); i < QUERY_WORDS<D, HEAD_TILES>; i += WARP) {
-        const uint4 q = query_word<D, HEAD_TILES>(query, group, i);
+__device__ void stage_query(uint4* staged /* [2 * QUERY_WORDS] */, const u16* query, int group, int first, int stride) {
+    constexpr int CHUNKS = 2 * D / 32;
+#pragma unroll 2
+    for (int i = first; i < HEAD_TILES * CHUNKS; i += stride) {
+        const int channel = digest_channel(i % CHUNKS, lane_id()), head = i / CHUNKS * MMA_HEADS + lane_id() / 4;
+        uint4 q = {0, 0, 0, 0};
+        if (head < group) q = load16(query + head * D + channel % D);
         const uint4 below = {negative_part(q.x), negative_part(q.y), negative_part(q.z), negative_part(q.w)};
-        uint4* const parts = staged + i / (WARP * CHUNKS) * (WARP * CHUNKS) + i;  // tiles are twice as long there
-        parts[0] = below;
-        parts[CHUNKS * WARP] = {q.x ^ below.x, q.y ^ below.y, q.z ^ below.z, q.w ^ below.w};
+        staged[i * WARP + lane_id()] = channel < D ? below : uint4{q.x ^ below.x, q.y ^ below.y, q.z ^ below.z, q.w ^ below.w};
     }
 }
 
@@ -51,14 +56,15 @@ struct Scorer {
 
     // `low_digest` and `high_digest` [2, d]: of this lane's two pages of the next tile.
     __device__ void aim(const u16* low_digest, const u16* high_digest) {
-        low_page = low_digest + lane_id() % 4 * 8;
-        high_page = high_digest + lane_id() % 4 * 8;
+        low_page = low_digest + digest_channel(0, lane_id());
+        high_page = high_digest + digest_channel(0, lane_id());
     }
 
     template <int CHUNK>
     __device__ void load() {
-        low[CHUNK % BATCH] = load16<CHUNK * 64>(low_page);
-        high[CHUNK % BATCH] = load16<CHUNK * 64>(high_page);
+        constexpr int OFFSET = (CHUNK / 2 * 64 + CHUNK % 2 * 8) * 2;  // of digest_channel, in bytes
+        low[CHUNK % BATCH] = load16_of_line<OFFSET>(low_page);
+        high[CHUNK % BATCH] = load16_of_line<OFFSET>(high_page);
     }
 
     __device__ void load_first() {

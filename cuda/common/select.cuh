@@ -11,7 +11,8 @@ __device__ inline u32 sort_key(float score) {
     return bits ^ (bits & 0x80000000u ? 0xFFFFFFFFu : 0x80000000u);
 }
 
-constexpr u32 FORCED = 0xFFFFFFFFu;  // above the key of +inf
+constexpr u32 CHOSEN = 0xFFFFFFFFu;  // above all
+constexpr u32 FORCED = 0xFFFFFFFEu;  // above the key of +inf
 constexpr u32 NO_PAGE = 0u;          // below the key of -inf
 
 // Which pages are read whatever their score: those of the first `sink_tokens` and of the last `recent_tokens`.
@@ -32,8 +33,7 @@ struct alignas(16) SelectScratch {
     u32 largest[32], smallest[32], num_forced[32];  // of each warp's keys
     u32 bin, above, inside;  // the bin that holds the k-th largest; keys above it, and in it
     u32 num_listed;
-    u32 listed_key[WARP];
-    int listed_index[WARP];
+    int listed[WARP];  // indices of the keys in the last bin
 };
 
 __device__ inline u32 sum_of_warps(const u32* of_warp) {
@@ -77,21 +77,33 @@ __device__ inline void find_bin(u32 need, SelectScratch& scratch) {
 // Keys from `first` to `last` hold the k-th largest: of them `need` are chosen, `inside` there are; all above are.
 struct Range {
     u32 first, last, need, inside;
+
+    __device__ bool has(u32 key) const { return first <= key && key <= last; }
 };
 
-// Visits this warp's keys: n keys are dealt to the warps in consecutive runs, lane by lane.
-template <typename Visit>
-__device__ inline void for_my_keys(const u32* keys, int n, Visit visit) {
-    const int run = ceil_div(n, num_warps() * WARP) * WARP, first = warp_id() * run, end = min(first + run, n);
-#pragma unroll 4
-    for (int i = first + lane_id(); i < end; i += WARP) visit(keys[i], i);
-}
+// A warp's keys: n keys are dealt to the warps in runs of consecutive ones.
+struct Run {
+    u32* keys;
+    int length, first, end;
 
-// Narrows down where the k-th largest of n keys lies, until all keys there are chosen, or so few that they can be
-// listed (`scratch` then has them), or all equal.
-__device__ inline Range find_range(const u32* keys, int n, int k, SelectScratch& scratch) {
+    __device__ Run(u32* keys, int n) : keys(keys) {
+        const int threads_log2 = 31 - __clz(blockDim.x);  // a power of two: no division
+        length = (n + blockDim.x - 1) >> threads_log2 << 5;
+        first = warp_id() * length;
+        end = min(first + length, n);
+    }
+    template <typename Visit>
+    __device__ void each(Visit visit) const {
+#pragma unroll 4
+        for (int i = first + lane_id(); i < end; i += WARP) visit(keys[i], i);
+    }
+};
+
+// Narrows down where the k-th largest key lies, until all keys there are chosen, or so few that they can be ranked one
+// by one, or all equal.
+__device__ inline Range find_range(const Run& run, int n, int k, SelectScratch& scratch) {
     u32 largest = 0, smallest = FORCED, forced = 0;
-    for_my_keys(keys, n, [&](u32 key, int) {
+    run.each([&](u32 key, int) {
         forced += key == FORCED;
         largest = max(largest, key == FORCED ? 0 : key);
         smallest = min(smallest, key == NO_PAGE ? FORCED : key);
@@ -104,6 +116,7 @@ __device__ inline Range find_range(const u32* keys, int n, int k, SelectScratch&
         scratch.smallest[warp_id()] = smallest;
         scratch.num_forced[warp_id()] = forced;
     }
+#pragma unroll 4
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) scratch.histogram[i] = 0;
     if (threadIdx.x == 0) scratch.num_listed = 0;
     __syncthreads();
@@ -111,13 +124,13 @@ __device__ inline Range find_range(const u32* keys, int n, int k, SelectScratch&
     largest = __reduce_max_sync(ALL_LANES, exists ? scratch.largest[lane_id()] : 0);
     smallest = __reduce_min_sync(ALL_LANES, exists ? scratch.smallest[lane_id()] : FORCED);
     forced = sum_of_warps(scratch.num_forced);
-    Range range = {smallest, largest, k - forced, u32(n) - forced};
     if (forced >= k) return {FORCED, FORCED, u32(k), forced};
+    Range range = {smallest, largest, k - forced, u32(n) - forced};
 #pragma unroll 1
     while (true) {
         const int shift = max(32 - __clz(range.last - range.first) - BIN_BITS, 0);
-        for_my_keys(keys, n, [&](u32 key, int) {
-            if (range.first <= key && key <= range.last) atomicAdd(&scratch.histogram[(key - range.first) >> shift], 1u);
+        run.each([&](u32 key, int) {
+            if (range.has(key)) atomicAdd(&scratch.histogram[(key - range.first) >> shift], 1u);
         });
         __syncthreads();
         find_bin(range.need, scratch);
@@ -125,32 +138,47 @@ __device__ inline Range find_range(const u32* keys, int n, int k, SelectScratch&
         range.last = min(range.last, range.first + (1u << shift) - 1);
         range.need -= scratch.above;
         range.inside = scratch.inside;
-        if (range.inside == range.need || range.first == range.last) return range;
-        if (range.inside <= WARP) break;
+        if (range.inside == range.need || range.first == range.last || range.inside <= WARP) return range;
+#pragma unroll 1
         for (int i = threadIdx.x; i < BINS; i += blockDim.x) scratch.histogram[i] = 0;
         __syncthreads();
     }
-    for_my_keys(keys, n, [&](u32 key, int i) {
-        if (key < range.first || key > range.last) return;
-        const u32 place = atomicAdd(&scratch.num_listed, 1u);
-        scratch.listed_key[place] = key;
-        scratch.listed_index[place] = i;
-    });
-    __syncthreads();
-    return range;
 }
 
-// Whether a listed key is among those chosen from the list.
-__device__ inline bool is_chosen(u32 key, int index, const Range& range, const SelectScratch& scratch) {
-    u32 rank = 0;
-    for (int i = 0; i < range.inside; ++i)
-        rank += scratch.listed_key[i] > key || (scratch.listed_key[i] == key && scratch.listed_index[i] < index);
-    return rank < range.need;
+// By one warp: marks the chosen keys of the range, and counts them for the warps whose runs they lie in.
+__device__ inline void resolve(const Run& run, int n, const Range& range, SelectScratch& scratch) {
+    if (range.inside <= WARP) {  // they are listed: their ranks decide
+        const u32 members = range.inside == WARP ? ALL_LANES : (1u << range.inside) - 1;
+        if (lane_id() >= range.inside) return;
+        const int index = scratch.listed[lane_id()];
+        const u32 key = run.keys[index];
+        u32 rank = 0;
+        for (int i = 0; i < range.inside; ++i) {
+            const int other = scratch.listed[i];
+            rank += run.keys[other] > key || (run.keys[other] == key && other < index);
+        }
+        __syncwarp(members);
+        if (rank >= range.need) return;
+        run.keys[index] = CHOSEN;
+        atomicAdd(&scratch.sums[index / run.length], 1u);
+        return;
+    }
+    u32 left = range.need;  // they are equal: the first are chosen
+#pragma unroll 1
+    for (int base = 0; base < n && left > 0; base += WARP) {
+        const int index = base + lane_id();
+        const u32 equal = __ballot_sync(ALL_LANES, index < n && range.has(run.keys[index]));
+        if ((equal >> lane_id() & 1) && __popc(equal & ((1u << lane_id()) - 1)) < left) {
+            run.keys[index] = CHOSEN;
+            atomicAdd(&scratch.sums[index / run.length], 1u);
+        }
+        left -= min(left, u32(__popc(equal)));
+    }
 }
 
-// The indices of the k largest of keys[n], ascending, to chosen[k]; all if n <= k. Returns how many. By a whole CTA of
-// a power of two of threads, after a barrier that follows the writing of the keys; ends with one.
-__device__ inline int choose_largest(const u32* keys, int n, int k, int* chosen, SelectScratch& scratch) {
+// The indices of the k largest of keys[n], ascending, to chosen[k]; all if n <= k. Returns how many. Keys are lost. By a
+// whole CTA of a power of two of threads, after a barrier that follows the writing of the keys; ends with one.
+__device__ inline int choose_largest(u32* keys, int n, int k, int* chosen, SelectScratch& scratch) {
     if (k <= 0) return 0;
     if (n <= k) {
 #pragma unroll 1
@@ -158,33 +186,30 @@ __device__ inline int choose_largest(const u32* keys, int n, int k, int* chosen,
         __syncthreads();
         return n;
     }
-    const Range range = find_range(keys, n, k, scratch);
-    // A warp counts what it may write, larger keys and in the high half those of the range, and adds what the warps
-    // before it have. Where ranks decide, what is chosen is not a prefix of the range's keys: one more count.
-    const bool ranked = range.inside != range.need && range.first != range.last;
+    const Run run(keys, n);
+    const Range range = find_range(run, n, k, scratch);
+    const bool all = range.inside == range.need;  // of the range
+    const u32 above = all ? range.first - 1 : range.last;
     u32 count = 0;
-    for_my_keys(keys, n, [&](u32 key, int i) {
-        if (key > range.last) ++count;
-        else if (key >= range.first && (!ranked || is_chosen(key, i, range, scratch))) count += 0x10000;
+    run.each([&](u32 key, int i) {
+        count += key > above;
+        if (!all && range.inside <= WARP && range.has(key)) scratch.listed[atomicAdd(&scratch.num_listed, 1u)] = i;
     });
     count = __reduce_add_sync(ALL_LANES, count);
-    if (lane_id() == 0) scratch.largest[warp_id()] = count;
+    if (lane_id() == 0) scratch.sums[warp_id()] = count;
     __syncthreads();
-    const u32 before = __reduce_add_sync(ALL_LANES, lane_id() < warp_id() ? scratch.largest[lane_id()] : 0);
-    u32 larger_before = before & 0xFFFF, equal_before = before >> 16;
-    const int run = ceil_div(n, num_warps() * WARP) * WARP, first = warp_id() * run, end = min(first + run, n);
-    const u32 bit = 1u << lane_id(), earlier = bit - 1;
-#pragma unroll 2
-    for (int i = first + lane_id(); i - lane_id() < end; i += WARP) {
-        const u32 key = i < end ? keys[i] : 0;
-        const bool inside = i < end && key >= range.first && key <= range.last;
-        const u32 larger = __ballot_sync(ALL_LANES, i < end && key > range.last);
-        const u32 equal = __ballot_sync(ALL_LANES, inside && (!ranked || is_chosen(key, i, range, scratch)));
-        const u32 equals = equal_before + __popc(equal & earlier);
-        if (larger & bit || (equal & bit && equals < range.need))
-            chosen[larger_before + __popc(larger & earlier) + min(equals, range.need)] = i;
-        larger_before += __popc(larger);
-        equal_before += __popc(equal);
+    if (!all) {
+        if (warp_id() == 0) resolve(run, n, range, scratch);
+        __syncthreads();
+    }
+    u32 position = __reduce_add_sync(ALL_LANES, lane_id() < warp_id() ? scratch.sums[lane_id()] : 0);
+    const u32 earlier = (1u << lane_id()) - 1;
+#pragma unroll 4
+    for (int i = run.first + lane_id(); i - lane_id() < run.end; i += WARP) {
+        const bool mine = i < run.end && keys[i] > above;
+        const u32 all_mine = __ballot_sync(ALL_LANES, mine);
+        if (mine) chosen[position + __popc(all_mine & earlier)] = i;
+        position += __popc(all_mine);
     }
     __syncthreads();
     return k;
@@ -203,7 +228,7 @@ struct SelectRoom {
 // however many pages there are. Returns how many were chosen.
 __device__ inline int choose_pages(const SelectRoom& room, const u32* page_keys, int count, int k, int most,
                                    SelectScratch& scratch) {
-    const u32* keys = room.keys;
+    u32* keys = room.keys;
     int* chosen = room.chosen;
     int n = count, want = min(most, count), found = 0;
     if (page_keys) {

@@ -21,6 +21,7 @@ from sparsekv.ops.launch import (
     UNIT,
     Split,
     arguments,
+    capacity,
     gpu,
     launch,
     max_warps,
@@ -30,6 +31,7 @@ from sparsekv.ops.launch import (
 
 POOLINGS = {"max": 0, "sum": 1}
 DIRECT_PAGES = 8192  # pages whose keys and ids the fused kernel keeps in shared memory
+MAX_SHARED = 200_000  # bytes of shared memory a CTA of the fused kernel may want
 PER_HEAD = 2  # in place of a pooling: a score for every query head
 
 
@@ -232,15 +234,13 @@ def sparse_decode(
     sinks, wide = _sink_logits(sinks, query)
     limits = None if limits is None else _int32s(limits)
     query, block_table, seq_lens = query.contiguous(), _int32s(block_table), _int32s(seq_lens)
-    shift, direct = _log2(page_size), max_pages <= DIRECT_PAGES
-    keys = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
-    tile_keys = torch.empty(b, num_kv_heads, -(-max_pages // UNIT), dtype=torch.int32, device=query.device)
-    args = arguments(shift, max_pages, sink_tokens, recent_tokens, POOLINGS[group_pooling])
-    _launch_scores("score_keys", query, summary[0], block_table, seq_lens, [keys, tile_keys], args)
+    keys = None
+    if max_pages > DIRECT_PAGES:
+        keys = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
     strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
-    args = arguments(query, key, value, block_table, seq_lens, kv_pool, summary[0], limits, sinks, keys)
-    args += [*arguments(None if direct else tile_keys, slots, out, lse), *strides]
-    args += arguments(group, shift, max_pages, k, float(scaling), float(softcap), wide)
+    args = arguments(query, key, value, block_table, seq_lens, kv_pool, summary[0], limits, sinks, keys, slots)
+    args += [*arguments(out, lse), *strides, *arguments(group, _log2(page_size), max_pages, k)]
+    args += arguments(sink_tokens, recent_tokens, POOLINGS[group_pooling], float(scaling), float(softcap), wide)
     spec = instances.grouped("sparse_decode", query.dtype, head_dim, group)
     shared = _step_bytes(split, head_dim, group, max_pages, k)
     launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, split.ctas)
@@ -276,8 +276,14 @@ def _split_step(query: Tensor, num_kv_heads: int, max_pages: int, k: int) -> Spl
     group = num_q_heads // num_kv_heads
     if facts.max_cluster == 1 or not _selectable(max_pages, k):
         return None
-    split = split_step(facts, b * num_kv_heads, max_warps(head_dim, group))
-    return split if _step_bytes(split, head_dim, group, max_pages, k) <= 200_000 else None
+    spec = instances.grouped("sparse_decode", query.dtype, head_dim, group)
+
+    def room(ctas: int, warps: int) -> int:
+        shared = _step_bytes(Split(ctas, True, warps), head_dim, group, max_pages, k)
+        return 0 if shared > MAX_SHARED else capacity(spec, query.device.index, ctas, warps, shared)
+
+    split = split_step(facts, b * num_kv_heads, max_warps(head_dim, group), room)
+    return split if _step_bytes(split, head_dim, group, max_pages, k) <= MAX_SHARED else None
 
 
 def _query_bytes(head_dim: int, group: int) -> int:
@@ -296,13 +302,8 @@ def _step_bytes(split: Split, head_dim: int, group: int, max_pages: int, k: int)
     selected, direct = 16 * -(-k // 4), max_pages <= DIRECT_PAGES
     keys = 16 * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
     choice = keys if direct else selected + 4 * UNIT * k
-    return (
-        _query_bytes(head_dim, group)
-        + selected
-        + keys
-        + choice
-        + _merge_bytes(head_dim, group, split.ctas, split.warps)
-    )
+    merge = _merge_bytes(head_dim, group, split.ctas, split.warps)
+    return 3 * _query_bytes(head_dim, group) + selected + keys + choice + merge
 
 
 def _partials(query: Tensor, rows: int, split: Split, group: int) -> Tensor:

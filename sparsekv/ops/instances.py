@@ -40,7 +40,6 @@ def of_model(dtype: torch.dtype, head_dim: int, group: int) -> list[KernelSpec]:
         append_kv(dtype, head_dim),
         SELECT_PAGES,
         *(grouped(name, dtype, head_dim, group) for name in names),
-        grouped("score_keys", dtype, head_dim, group, source="score_pages"),
         grouped("merge_attention", dtype, head_dim, group, source="attend_pages"),
     ]
 

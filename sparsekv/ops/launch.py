@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,17 @@ def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
 LONG = 8  # units of a warp beyond which a second launch is worth an even load
 
 
-def split_step(facts: Gpu, rows: int, warps: int) -> Split:
-    """How the fused step splits `rows` (sequence, kv head) pairs: always into clusters."""
-    ctas = min(_power_of_two(facts.sms * 16 // 8 // rows), facts.max_cluster)
-    return Split(ctas, True, min(warps, 8))
+def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int]) -> Split:
+    """How the fused step splits `rows` (sequence, kv head) pairs: each into the largest cluster of which all run at once.
+
+    Args:
+        capacity: how many clusters of so many CTAs, of so many warps each, the GPU runs at once. It is not what the
+            number of SMs suggests: a cluster lies within one part of the GPU, and the parts differ in size.
+    """
+    for ctas in range(facts.max_cluster, 0, -1):
+        if capacity(ctas, warps) >= rows:
+            return Split(ctas, True, warps)
+    return Split(1, True, min(warps, 8))
 
 
 def _power_of_two(number: int) -> int:
@@ -145,14 +153,20 @@ def launch(
             raise KernelError(message) from error
 
 
+@functools.cache
+def capacity(spec: KernelSpec, device: int, cluster: int, warps: int, shared: int) -> int:
+    """How many clusters of a kernel the device runs at once."""
+    stream = _stream(torch.cuda.default_stream(device).cuda_stream)
+    with _current(device):
+        config = _config((cluster, 1, 1), cluster, warps, shared, True)
+        return _ready(spec, device).occupancy.max_active_clusters(config, stream=stream)
+
+
 @functools.lru_cache(1024)
 def _config(grid: tuple[int, int, int], cluster: int, warps: int, shared: int, modern: bool) -> LaunchConfig:
     from cuda.core import LaunchConfig
 
-    if cluster == 1:
-        clusters = {"grid": grid}
-    else:
-        clusters = {"grid": (grid[0] // cluster, grid[1], grid[2]), "cluster": (cluster, 1, 1)}
+    clusters = {"grid": (grid[0] // cluster, *grid[1:]), "cluster": (cluster, 1, 1)} if modern else {"grid": grid}
     # A kernel may be set up while the one before ends: ours wait for its results by themselves.
     return LaunchConfig(block=warps * WARP, shmem_size=shared, programmatic_stream_serialization=modern, **clusters)
 
