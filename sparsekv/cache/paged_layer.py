@@ -164,14 +164,14 @@ class PagedLayer(DynamicLayer):
         """Attention of one new token over the pages the policy selects: query `[b, hq, 1, d]` -> the same shape."""
         step = self._step(query.squeeze(2), scaling)
         with _own_precision(query.device):
-            slots = self._select(step)
+            if step.k >= step.block_table.shape[1]:  # everything fits the budget: there is nothing to choose
+                out, slots = step.attend(None, softcap, sinks), None
+            else:
+                out, slots = self.policy.decode(step, softcap, sinks)
+            self._record(slots)
             for observe in self.observers:
                 observe(step, slots)
-            out, _ = step.ops.attend_pages(
-                step.query, step.kv_pool, step.block_table, step.seq_lens, slots, scaling, softcap, sinks
-            )
-        attended: Tensor = out.unsqueeze(2)
-        return attended
+        return out.unsqueeze(2)
 
     def record_pass(self) -> None:
         """Counts a dense forward of several tokens, once for all modules that share the layer."""
@@ -198,17 +198,14 @@ class PagedLayer(DynamicLayer):
             ops=self.store.ops,
         )
 
-    def _select(self, step: DecodeStep) -> Tensor | None:
-        """The policy's pages, or None for all: where everything fits the budget, there is nothing to choose."""
-        fits = step.k >= step.block_table.shape[1]
-        slots = None if fits else self.policy.select(step)
+    def _record(self, slots: Tensor | None) -> None:
+        """Counts what a step read: the listed pages, or all, and what it took to choose them."""
         pages = self.store.layers[self.layer_idx]
         num_pages = int(self.store.table.num_pages.sum()) * pages.kv.shape[2]
         scoring = {Reads.NOTHING: 0, Reads.DIGESTS: pages.digest_nbytes, Reads.KEYS: pages.page_nbytes // 2}
         cost = 0 if slots is None else scoring[self.policy.reads] * num_pages
         self.stats.record_step(self.layer_idx, slots, num_pages, pages.page_nbytes, cost, self._step_is_new)
         self._step_is_new = False
-        return slots
 
     def _settle(self) -> None:
         """Deals with tokens whose attention never came: without a handshake the layer is no plain attention layer."""

@@ -79,7 +79,8 @@ class Patch:
         budget = f"{config.budget:.0%} of the context" if config.is_fraction else f"{config.budget} tokens"
         state = "" if self.is_active else ", undone"
         head = f"sparsekv patch of {type(self.model).__name__} (budget {budget}, page_size {config.page_size}{state})"
-        return "\n".join([head, *_layer_lines(self.layers)])
+        steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
+        return "\n".join([head, *_layer_lines(self.layers), steps])
 
 
 def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings: Any) -> Patch:

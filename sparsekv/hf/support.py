@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
+from sparsekv.ops import why_reference
 from sparsekv.policies import POLICIES, Reads
 
 # Families that came out wrong although everything the checks below look at is in order.
@@ -97,3 +98,15 @@ def _status(layer_idx: int, layer: Any, config: SparseConfig) -> LayerStatus:
     return LayerStatus(
         layer_idx, True, f"{config.policy} over {config.digest} digests" if by_digests else config.policy
     )
+
+
+def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:
+    """Whether the decode steps run in kernels on the device the model is on now, and if not, why."""
+    if config.backend == "reference":
+        return "plain torch (backend='reference')"
+    text = text_config(model)
+    num_heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    group = num_heads // (getattr(text, "num_key_value_heads", None) or num_heads)
+    reason = why_reference(model.device, model.dtype, head_dim, group, config.page_size, config.digest)
+    return "CUDA kernels" if reason is None else f"plain torch ({reason})"

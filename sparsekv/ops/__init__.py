@@ -1,4 +1,4 @@
-"""The four operations of sparse decoding: append, score, select, attend."""
+"""The four operations of sparse decoding: append, score, select, attend; and `sparse_decode`, all of them at once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from sparsekv.ops import reference, schema
+from sparsekv.ops.cuda import why_reference
 from sparsekv.ops.formulas import Formula, register_formula
 
-__all__ = ["Formula", "for_backend", "register_formula"]
+__all__ = ["Formula", "for_backend", "register_formula", "why_reference"]
 
 
 def for_backend(backend: str) -> Any:
-    """The namespace whose `append_kv, score_pages, select_pages, attend_pages` a cache calls.
+    """The namespace whose `append_kv, score_pages, select_pages, attend_pages, sparse_decode` a cache calls.
 
     `auto` is `torch.ops.sparsekv` (the dispatcher picks by device); `reference` is plain torch on any device.
     """

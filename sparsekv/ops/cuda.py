@@ -35,12 +35,16 @@ MAX_SHARED = 200_000  # bytes of shared memory a CTA of the fused kernel may wan
 PER_HEAD = 2  # in place of a pooling: a score for every query head
 
 
-def why_reference(dtype: torch.dtype, head_dim: int, group: int, page_size: int, device: torch.device) -> str | None:
-    """Why a geometry runs in plain torch on a CUDA device, or None if kernels serve it."""
+def why_reference(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, page_size: int, digest: str
+) -> str | None:
+    """Why a geometry, or a digest, runs in plain torch on a device, or None if kernels serve it."""
     if device.type != "cuda":
-        return None
-    obstacle = compiler.unavailable(device.index or 0)
-    return obstacle or instances.why_not(dtype, head_dim, group, page_size)
+        return f"there are kernels for CUDA, and the device is {device.type}"
+    reason = compiler.unavailable(device.index or 0) or instances.why_not(dtype, head_dim, group, page_size)
+    if reason is None and digest != instances.DIGEST:
+        return f"digest {digest!r} is appended and scored in plain torch (kernels: {instances.DIGEST!r})"
+    return reason
 
 
 def _served(query: Tensor, kv_pool: Tensor) -> bool:

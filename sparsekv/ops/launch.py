@@ -82,7 +82,7 @@ LONG = 8  # units of a warp beyond which a second launch is worth an even load
 
 
 def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int]) -> Split:
-    """How the fused step splits `rows` (sequence, kv head) pairs: each into the largest cluster of which all run at once.
+    """How the fused step splits `rows` (sequence, kv head) pairs: into the largest clusters of which all run at once.
 
     Args:
         capacity: how many clusters of so many CTAs, of so many warps each, the GPU runs at once. It is not what the

@@ -81,6 +81,37 @@ class DecodeStep:
         )
         return slots
 
+    def attend(self, slots: Tensor | None, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+        """Attention over the listed pages, `[b, hq, d]`; None lists all."""
+        out: Tensor = self.ops.attend_pages(
+            self.query, self.kv_pool, self.block_table, self.seq_lens, slots, self.scaling, softcap, sinks
+        )[0]
+        return out
+
+    def attend_best(self, softcap: float = 0.0, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`digest_scores`, `select` and `attend` in one op: output `[b, hq, d]` and slots `[b, hkv, k]` int32."""
+        config = self.config
+        out, _, slots = self.ops.sparse_decode(
+            self.query,
+            None,
+            None,
+            self.block_table,
+            self.seq_lens,
+            self.kv_pool,
+            self.summary,
+            self.state,
+            self._limits(),
+            config.digest,
+            config.group_pooling,
+            self.k,
+            config.sinks,
+            config.recent,
+            self.scaling,
+            softcap,
+            sinks,
+        )
+        return out, slots
+
     def _limits(self) -> Tensor | None:
         """Pages each sequence may read when the budget is a fraction of its own length, `[b]` int32."""
         if not self.config.is_fraction:
@@ -97,6 +128,11 @@ class Policy(ABC):
     @abstractmethod
     def select(self, step: DecodeStep) -> Tensor | None:
         """Slots `[b, hkv, k]` int32 to read, ascending, -1 for none; None: every page."""
+
+    def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Output `[b, hq, d]` and the slots that were read. To be overridden where an op does both at once."""
+        slots = self.select(step)
+        return step.attend(slots, softcap, sinks), slots
 
 
 def register(name: str) -> Callable[[type[Policy]], type[Policy]]:

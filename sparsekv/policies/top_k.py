@@ -18,3 +18,6 @@ class TopK(Policy):
 
     def select(self, step: DecodeStep) -> Tensor:
         return step.select(step.digest_scores())
+
+    def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return step.attend_best(softcap, sinks)

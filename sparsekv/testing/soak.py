@@ -1,0 +1,264 @@
+"""Kernels against the reference on the GPU, over random shapes, lengths, tables and memory that nobody may read.
+
+python -m sparsekv.testing.soak --shapes 10000 --seed 0 --out evaluation/results/soak_cuda.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import sparsekv
+from sparsekv.digests import DIGESTS
+from sparsekv.errors import SparseKVError
+from sparsekv.ops import instances, reference
+from sparsekv.testing.pages import NAN, Pages
+
+# Relative error (Frobenius norm) of an output. Weights are rounded to 16 bits, which is most of it.
+ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random call of every op."""
+
+    dtype: torch.dtype
+    head_dim: int
+    num_kv_heads: int
+    group: int
+    page_size: int
+    lengths: list[int]
+    k: int
+    sink_tokens: int
+    recent_tokens: int
+    pooling: str
+    softcap: float
+    with_sinks: bool
+    with_limits: bool
+    num_new: int
+    padded: bool
+    seed: int
+
+    @staticmethod
+    def draw(rng: random.Random) -> Case:
+        """Odd sizes are likely: empty, one token, around a page and around the budget."""
+        page_size = rng.choice(instances.PAGE_SIZES)
+        k = rng.choice([1, 2, 3, 7, 16, 33, 128])
+        edges = [1, page_size - 1, page_size, page_size + 1, k * page_size, k * page_size + 1, 2 * k * page_size + 3]
+        lengths = [rng.choice([rng.choice(edges), rng.randint(1, 3000)]) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
+        return Case(
+            dtype=rng.choice(list(instances.ELEMENTS)),
+            head_dim=rng.choice(instances.HEAD_DIMS),
+            num_kv_heads=rng.choice([1, 2, 3, 4, 8]),
+            group=rng.choice([1, 2, 3, 4, 5, 7, 8, 9, 16]),
+            page_size=page_size,
+            lengths=lengths,
+            k=k,
+            sink_tokens=rng.choice([0, 1, 4, page_size + 1]),
+            recent_tokens=rng.choice([0, 1, 64, 3 * page_size]),
+            pooling=rng.choice(["max", "max", "sum", "mean_softmax"]),
+            softcap=rng.choice([0.0, 0.0, 5.0, 50.0]),
+            with_sinks=rng.random() < 0.3,
+            with_limits=rng.random() < 0.2,
+            num_new=rng.choice([1, 1, page_size, rng.randint(2, 100)]),
+            padded=rng.random() < 0.5,
+            seed=rng.randrange(1 << 31),
+        )
+
+
+@dataclass
+class Tally:
+    """What has been checked: calls, and the largest relative error of each op."""
+
+    shapes: int = 0
+    worst: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, actual: Tensor, expected: Tensor, allowed: float, case: Case) -> None:
+        """Counts an error.
+
+        Raises:
+            SparseKVError: it is too large, or infinities differ.
+        """
+        finite = expected.isfinite()
+        if not torch.equal(finite, actual.isfinite()):
+            raise SparseKVError(f"{name}: not finite where the reference is, or the other way round: {case}")
+        difference = (actual.float() - expected.float())[finite]
+        error = float(difference.norm() / expected[finite].float().norm().clamp_min(1e-6))
+        self.worst[name] = max(self.worst.get(name, 0.0), error)
+        if not error <= allowed:
+            raise SparseKVError(f"{name}: relative error {error:.2g}, allowed is {allowed:.2g}: {case}")
+
+
+def random_layer(case: Case, device: torch.device, lengths: list[int]) -> Pages:
+    """Shuffled pages of sequences with these lengths; what no token was written to is NaN."""
+    generator = torch.Generator(device).manual_seed(case.seed)
+    counts = [-(-n // case.page_size) for n in lengths]
+    num_pages, width = sum(counts) + 3, max(counts) + 2
+    shape = (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
+    pool = torch.randn(shape, device=device, generator=generator).to(case.dtype)
+    ids = torch.randperm(num_pages, device=device, generator=generator).int()
+    table = ids[torch.randint(num_pages, (len(lengths), width), device=device, generator=generator)]
+    written = torch.zeros(num_pages, case.page_size, dtype=torch.bool, device=device)
+    first = 0
+    for row, (n, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[row, :count] = ids[first : first + count]
+        positions = torch.arange(count * case.page_size, device=device).view(count, case.page_size)
+        written[ids[first : first + count].long()] = positions < n
+        first += count
+    pool.masked_fill_(~written[:, None, None, :, None], NAN)
+    return Pages(pool, table, torch.tensor(lengths, dtype=torch.int32, device=device))
+
+
+def check(case: Case, device: torch.device, tally: Tally) -> None:
+    """Every op on one case, against the reference on the same device.
+
+    Raises:
+        SparseKVError: an op is wrong.
+    """
+    ops: Any = torch.ops.sparsekv
+    generator = torch.Generator(device).manual_seed(case.seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(case.dtype)
+
+    # append: the layer as it is after `num_new` tokens, of which the pages hold the earlier ones
+    columns = case.num_new + (case.num_new // 2 if case.padded else 0)
+    valid = None
+    if case.padded:
+        places = torch.rand(len(case.lengths), columns, device=device, generator=generator).argsort(1)
+        valid = places < case.num_new
+    grown = random_layer(case, device, [n + case.num_new for n in case.lengths])
+    key, value = (normal(len(case.lengths), case.num_kv_heads, columns, case.head_dim) for _ in range(2))
+    pools, summaries = [], []
+    for op in (ops.append_kv, reference.append_kv):
+        pool, summary = grown.kv_pool.clone(), empty_digests(grown)
+        op(key, value, valid, grown.block_table, grown.seq_lens, pool, summary, [], instances.DIGEST)
+        pools.append(pool)
+        summaries.append(summary[0])
+    _same("append_kv: pool", *pools, case)
+    _same("append_kv: digests", *summaries, case)
+
+    pages = random_layer(case, device, case.lengths)
+    summary = [_digests(pages)]
+    query = normal(len(case.lengths), case.num_kv_heads * case.group, case.head_dim)
+    sinks = normal(query.shape[1]) if case.with_sinks else None
+    scaling = case.head_dim**-0.5
+    where = (pages.block_table, pages.seq_lens)
+    score = (query, summary, [], *where, case.page_size, instances.DIGEST, case.pooling, scaling)
+    scores = ops.score_pages(*score)
+    tally.add("score_pages", scores, reference.score_pages(*score), 1e-4, case)
+
+    limits = None
+    if case.with_limits:
+        limits = torch.randint(1, case.k + 1, (len(case.lengths),), device=device, generator=generator).int()
+    select = (pages.seq_lens, case.page_size, case.k, case.sink_tokens, case.recent_tokens, limits)
+    slots = ops.select_pages(scores, *select)
+    _same("select_pages", slots, reference.select_pages(scores, *select), case)
+
+    for name, listed in (("attend_pages", slots), ("attend_pages, dense", None)):
+        attend = (query, pages.kv_pool, *where, listed, scaling, case.softcap, sinks)
+        out, lse = ops.attend_pages(*attend)
+        expected_out, expected_lse = reference.attend_pages(*attend)
+        tally.add(name, out, expected_out, ALLOWED[case.dtype], case)
+        tally.add(f"{name}: log-sum-exp", lse, expected_lse, 1e-4, case)
+
+    # the fused step: the newest token is not in its page yet
+    before = Pages(pages.kv_pool, pages.block_table, pages.seq_lens - 1)
+    newest = pages.seq_lens.long() - 1
+    page = pages.block_table.gather(1, (newest // case.page_size)[:, None])[:, 0].long()
+    token = pages.kv_pool[page, :, :, newest % case.page_size]  # [b, 2, hkv, d]
+    pool, digests = pages.kv_pool.clone(), _digests(before)
+    pool[page, :, :, newest % case.page_size] = NAN
+    settings = (limits, instances.DIGEST, case.pooling, case.k, case.sink_tokens, case.recent_tokens, scaling)
+    new = (x.unsqueeze(2) for x in token.unbind(1))
+    out, lse, chosen = ops.sparse_decode(query, *new, *where, pool, [digests], [], *settings, case.softcap, sinks)
+    _same("sparse_decode: pool", pool, pages.kv_pool, case)
+    _same("sparse_decode: digests", digests, summary[0], case)
+    attend = (query, pages.kv_pool, *where, chosen, scaling, case.softcap, sinks)
+    expected_out, expected_lse = reference.attend_pages(*attend)
+    tally.add("sparse_decode", out, expected_out, ALLOWED[case.dtype], case)
+    tally.add("sparse_decode: log-sum-exp", lse, expected_lse, 1e-4, case)
+    _as_good("sparse_decode: slots", chosen, slots, scores, case)
+    tally.shapes += 1
+
+
+def empty_digests(pages: Pages) -> list[Tensor]:
+    """Digests of a pool, all NaN."""
+    num_pages, _, num_kv_heads, _, head_dim = pages.kv_pool.shape
+    return [
+        torch.full(
+            (num_pages, num_kv_heads, 2, head_dim), NAN, dtype=pages.kv_pool.dtype, device=pages.kv_pool.device
+        )
+    ]
+
+
+def _digests(pages: Pages) -> Tensor:
+    """Min/max digests of all used pages, the others NaN."""
+    p, result = pages.page_size, empty_digests(pages)[0]
+    slot = torch.arange(pages.block_table.shape[1], device=result.device)
+    row, column = (slot * p < pages.seq_lens[:, None]).nonzero(as_tuple=True)
+    ids = pages.block_table[row, column].long()
+    valid = column[:, None] * p + torch.arange(p, device=result.device) < pages.seq_lens[row, None]
+    result[ids] = DIGESTS.get(instances.DIGEST)().summarize(pages.kv_pool[ids, 0], valid, [])[0]
+    return result
+
+
+def _same(name: str, actual: Tensor, expected: Tensor, case: Case) -> None:
+    if not torch.equal(actual.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)):
+        raise SparseKVError(f"{name} differs from the reference: {case}")
+
+
+def _as_good(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: Case) -> None:
+    """Slots are the same, or those that differ have the same scores up to the order of a sum."""
+    if torch.equal(actual, expected):
+        return
+    both = [
+        scores.gather(2, s.clamp_min(0).long()).masked_fill(s < 0, 0.0).sort(-1).values for s in (actual, expected)
+    ]
+    if not torch.allclose(*both, rtol=1e-4, atol=1e-4):
+        raise SparseKVError(f"{name} differ from the reference: {case}")
+
+
+def soak(shapes: int, seed: int) -> Tally:
+    """Checks so many random cases on the current GPU.
+
+    Raises:
+        SparseKVError: an op is wrong; the message holds the case.
+    """
+    rng, tally, device = random.Random(seed), Tally(), torch.device("cuda", torch.cuda.current_device())
+    for _ in track(range(shapes), "Checking", disable=shapes < 100):
+        check(Case.draw(rng), device, tally)
+    return tally
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `python -m sparsekv.testing.soak`."""
+    parser = argparse.ArgumentParser(prog="python -m sparsekv.testing.soak", description=__doc__)
+    parser.add_argument("--shapes", type=int, default=1000, help="random cases (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases (default %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="write the tally there, as JSON")
+    args = parser.parse_args(argv)
+    tally = soak(args.shapes, args.seed)
+    command = "python -m sparsekv.testing.soak " + " ".join(argv if argv is not None else sys.argv[1:])
+    versions = {"sparsekv": sparsekv.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    gpu = torch.cuda.get_device_name()
+    report = {"command": command, "date": date.today().isoformat(), "gpu": gpu, "versions": versions, **asdict(tally)}
+    print(json.dumps(report, indent=1))
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

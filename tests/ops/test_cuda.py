@@ -1,0 +1,239 @@
+"""The kernels against the reference and against float64, on a GPU. Run by `make test-gpu`."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekv.ops import cuda, instances, launch, reference
+from sparsekv.ops.launch import Split
+from sparsekv.testing import naive
+from sparsekv.testing.pages import Pages, edge_lengths, fresh_summary, random_pages
+from sparsekv.testing.soak import Case, Tally, check, soak
+from sparsekv.testing.tolerance import assert_as_good_as, plain_attention
+
+pytestmark = pytest.mark.gpu
+OPS: Any = torch.ops.sparsekv
+DTYPES = [torch.bfloat16, torch.float16]
+CUDA = torch.device("cuda", 0)
+
+
+def lengths(page_size: int) -> list[int]:
+    return [n for n in edge_lengths(page_size) if n] + [9 * page_size + 5]
+
+
+@pytest.mark.parametrize("page_size", instances.PAGE_SIZES)
+@pytest.mark.parametrize("group", [1, 4, 8, 12, 16])
+@pytest.mark.parametrize("head_dim", instances.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
+    """All ops; every feature meets every shape, as the features take turns."""
+    rng = random.Random(f"{dtype} {head_dim} {group} {page_size}")
+    for pooling in ("max", "sum", "mean_softmax"):
+        drawn = Case.draw(rng)
+        geometry = {"dtype": dtype, "head_dim": head_dim, "group": group, "page_size": page_size}
+        case = Case(**vars(drawn) | geometry | {"lengths": lengths(page_size), "pooling": pooling})
+        check(case, CUDA, Tally())
+
+
+def test_soak() -> None:
+    assert soak(200, seed=1).shapes == 200
+
+
+@pytest.mark.parametrize("sinks", [None, torch.float32, "same"], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_is_as_exact_as_plain_torch(dtype: torch.dtype, softcap: float, sinks: Any) -> None:
+    """Against float64; plain torch in the same dtype says how exact one may be."""
+    pages = random_pages([1, 16, 33, 200], head_dim=64, dtype=dtype)
+    query = torch.randn(4, 8, 64).to(dtype)
+    logits = None if sinks is None else torch.randn(8).to(dtype if sinks == "same" else sinks)
+    for slots in (None, torch.tensor([[[0, -1]] * 2, [[0, -1]] * 2, [[1, 2]] * 2, [[3, 12]] * 2], dtype=torch.int32)):
+        plain, _ = plain_attention(query, pages, slots, 0.25, softcap, logits)
+        exact, exact_lse = naive.attend_pages(query, pages, slots, 0.25, softcap, logits)
+        out, lse = on_gpu(OPS.attend_pages, query, pages, slots, 0.25, softcap, logits)
+        assert_as_good_as(out, plain, exact)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def on_gpu(op: Any, query: Tensor, pages: Pages, slots: Tensor | None, *args: Any) -> list[Tensor]:
+    moved = pages.to(CUDA)
+    slots = None if slots is None else slots.cuda()
+    args = tuple(x.cuda() if isinstance(x, Tensor) else x for x in args)
+    return [x.cpu() for x in op(query.cuda(), moved.kv_pool, moved.block_table, moved.seq_lens, slots, *args)]
+
+
+@pytest.mark.parametrize(
+    "split", [Split(1, True, 4), Split(3, True, 8), Split(8, True, 8), Split(5, False, 8)], ids=str
+)
+def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = random_pages([700, 33], head_dim=128, dtype=torch.bfloat16)
+    query = torch.randn(2, 8, 128).bfloat16()
+    expected, expected_lse = reference.attend_pages(
+        query, pages.kv_pool, pages.block_table, pages.seq_lens, None, 0.1
+    )
+    monkeypatch.setattr(cuda, "split_attention", lambda *args: split)
+    out, lse = on_gpu(OPS.attend_pages, query, pages, None, 0.1)
+    assert (out - expected).float().norm() < 1e-2 * expected.float().norm()
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ctas", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("direct", [True, False])
+def test_any_cluster_gives_the_same_step(ctas: int, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "split_step", lambda *args: Split(ctas, True, 8))
+    monkeypatch.setattr(cuda, "DIRECT_PAGES", 8192 if direct else 0)
+    rng = random.Random(ctas)
+    for _ in range(10):
+        check(Case.draw(rng), CUDA, Tally())
+
+
+@pytest.mark.parametrize("num_pages", [40, 2000, 9000, 65536])
+@pytest.mark.parametrize("k", [1, 37, 128, 1024])
+@pytest.mark.parametrize("kind", ["normal", "rounded", "odd", "equal"])
+def test_selection_is_exact_for_any_scores(num_pages: int, k: int, kind: str) -> None:
+    scores = 10 * torch.randn(2, 3, num_pages, device=CUDA)
+    if kind == "rounded":
+        scores = scores.round()
+    elif kind == "odd":
+        odd = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 3.4e38], device=CUDA)
+        scores = odd[torch.randint(len(odd), scores.shape, device=CUDA)]
+    elif kind == "equal":
+        scores.fill_(2.0)
+    seq_lens = torch.tensor([num_pages * 16 - 3, max(1, num_pages * 5)], dtype=torch.int32, device=CUDA)
+    for limits in (None, torch.tensor([k, max(1, k // 3)], dtype=torch.int32, device=CUDA)):
+        arguments = (scores, seq_lens, 16, k, 4, 64, limits)
+        assert torch.equal(OPS.select_pages(*arguments), reference.select_pages(*arguments))
+
+
+def test_what_no_kernel_serves_runs_in_plain_torch() -> None:
+    """float32, other head sizes and pages, other digests: the same results as on the CPU."""
+    for dtype, head_dim, page_size, digest in [
+        (torch.float32, 64, 16, "minmax"),
+        (torch.bfloat16, 40, 16, "minmax"),
+        (torch.bfloat16, 64, 8, "minmax"),
+        (torch.bfloat16, 64, 16, "sign_sketch"),
+    ]:
+        pages = random_pages([70, 9], head_dim=head_dim, page_size=page_size, dtype=dtype)
+        query = torch.randn(2, 4, head_dim).to(dtype)
+        state = [] if digest == "minmax" else None
+        if state is None:
+            from sparsekv.digests import DIGESTS
+            from sparsekv.testing.pages import fitted_state
+
+            state = fitted_state(DIGESTS.get(digest)(), pages)
+        summary = fresh_summary(digest, pages, state)
+        results = []
+        for device in ("cpu", "cuda"):
+            p, s, t = pages.to(device), [x.to(device) for x in summary], [x.to(device) for x in state]
+            results.append(
+                OPS.sparse_decode(
+                    query.to(device), None, None, p.block_table, p.seq_lens, p.kv_pool, s, t, None,
+                    digest, "max", 2, 1, 1, 0.2, 0.0, None,
+                )
+            )  # fmt: skip
+        assert torch.equal(results[0][2], results[1][2].cpu())
+        torch.testing.assert_close(results[0][0], results[1][0].cpu(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["append_kv", "score_pages", "select_pages", "attend_pages", "sparse_decode"])
+def test_opcheck(name: str) -> None:
+    pages = random_pages([70, 9], head_dim=64, dtype=torch.bfloat16).to(CUDA)
+    pages.kv_pool.nan_to_num_(nan=0.5)  # opcheck compares with ==
+    summary = [x.nan_to_num(nan=0.5).cuda() for x in fresh_summary("minmax", pages.to("cpu"), [])]
+    query, new = torch.randn(2, 4, 64, device=CUDA).bfloat16(), torch.randn(2, 2, 1, 64, device=CUDA).bfloat16()
+    where = (pages.block_table, pages.seq_lens)
+    slots = torch.zeros(2, 2, 1, dtype=torch.int32, device=CUDA)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "append_kv": (new, new, None, *where, pages.kv_pool, summary, [], "minmax"),
+        "score_pages": (query, summary, [], *where, 16, "minmax", "max", 0.1),
+        "select_pages": (torch.randn(2, 2, 7, device=CUDA), pages.seq_lens, 16, 2, 4, 4, None),
+        "attend_pages": (query, pages.kv_pool, *where, slots, 0.1, 0.0, None),
+        "sparse_decode": (query, new, new, *where, pages.kv_pool, summary, [], None, "minmax", "max", 2, 4, 4, 0.1),
+    }
+    # A functionalized graph writes into copies, so what the op leaves in its page depends on the run before: test the
+    # schema, the shapes and the autograd registration.
+    torch.library.opcheck(getattr(OPS, name).default, arguments[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_captured_step_follows_growing_lengths() -> None:
+    """Captured once; tables and lengths then change in place, and the replay equals the reference."""
+    pages = random_pages([300, 40], num_kv_heads=4, head_dim=128, dtype=torch.bfloat16, spare=40).to(CUDA)
+    order = torch.randperm(pages.kv_pool.shape[0], device=CUDA).int()
+    table = order[: 2 * (len(order) // 2)].view(2, -1).contiguous()
+    pool = torch.randn_like(pages.kv_pool)
+    seq_lens = torch.tensor([1, 1], dtype=torch.int32, device=CUDA)
+    digests = torch.zeros(pool.shape[0], 4, 2, 128, dtype=torch.bfloat16, device=CUDA)
+    query, key, value = (torch.randn(2, heads, 1, 128, device=CUDA).bfloat16() for heads in (16, 4, 4))
+
+    def step(ops: Any, pool: Tensor, digests: Tensor) -> tuple[Tensor, ...]:
+        settings = (None, "minmax", "max", 4, 4, 16, 0.1)
+        return ops.sparse_decode(query[:, :, 0], key, value, table, seq_lens, pool, [digests], [], *settings)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(OPS, pool.clone(), digests.clone())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    expected_pool, expected_digests = pool.clone(), digests.clone()
+    with torch.cuda.graph(graph):
+        captured = step(OPS, pool, digests)
+    for length in range(1, 16 * table.shape[1], 7):
+        for row, n in enumerate((length, max(1, length // 3))):
+            for position in range(int(seq_lens[row]), n):  # tokens between the replays
+                page = table[row, position // 16].long()
+                for some in (pool, expected_pool):
+                    some[page, :, :, position % 16] = 0.1
+                for some in (digests, expected_digests):
+                    some[page, :, 0].clamp_(max=0.1)
+                    some[page, :, 1].clamp_(min=0.1)
+            seq_lens[row] = n
+        for tensor in (query, key, value):
+            tensor.copy_(torch.randn_like(tensor))
+        fresh = seq_lens % 16 == 1  # a new page: whatever its digest was before
+        graph.replay()
+        out, lse, slots = step(reference, expected_pool, expected_digests)
+        assert torch.equal(captured[2], slots), (length, fresh)
+        assert (captured[0] - out).float().norm() < 1e-2 * out.float().norm()
+        torch.testing.assert_close(captured[1], lse, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_compiler_is_one_warning_and_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = random_pages([70], head_dim=64, dtype=torch.bfloat16)
+    query = torch.randn(1, 4, 64).bfloat16()
+    expected = on_gpu(reference.attend_pages, query, pages, None, 0.1)
+    cuda._usable.cache_clear()
+    monkeypatch.setattr(cuda.compiler, "unavailable", lambda device=None: "no NVRTC. Remedy: pip install it.")
+    with pytest.warns(UserWarning, match="plain torch does their work, slowly: no NVRTC. Remedy"):
+        out = on_gpu(OPS.attend_pages, query, pages, None, 0.1)
+    torch.testing.assert_close(out[0], expected[0])
+    cuda._usable.cache_clear()
+
+
+def test_another_thread_and_another_stream() -> None:
+    """A thread has no CUDA context of its own yet, and a side stream is the current one only there."""
+    import threading
+
+    pages = random_pages([70], head_dim=64, dtype=torch.bfloat16)
+    query = torch.randn(1, 4, 64).bfloat16()
+    expected = on_gpu(OPS.attend_pages, query, pages, None, 0.1)[0]
+    results = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results.append(on_gpu(OPS.attend_pages, query, pages, None, 0.1)[0])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], expected)
+
+
+def test_launches_say_what_was_wrong() -> None:
+    from sparsekv.errors import KernelError
+
+    with pytest.raises(KernelError, match="select_pages"):
+        launch.launch(instances.SELECT_PAGES, torch.zeros(1, device=CUDA), (1, 1, 1), 64, [], 0)

@@ -1,0 +1,35 @@
+"""How work is split over a GPU: from shapes alone, and within what the kernels can do."""
+
+import pytest
+
+from sparsekv.ops.launch import MAX_SPLITS, Gpu, max_warps, split_attention, split_step
+
+H200, A100, B200, RTX = Gpu(132, (9, 0)), Gpu(108, (8, 0)), Gpu(148, (10, 0)), Gpu(170, (12, 0))
+
+
+@pytest.mark.parametrize("gpu", [H200, A100, B200, RTX], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 32, 128, 512, 5000])
+@pytest.mark.parametrize("units", [1, 8, 128, 8192, 65536])
+def test_attention_is_split_within_bounds(gpu: Gpu, rows: int, units: int) -> None:
+    split = split_attention(gpu, rows, units, 16)
+    assert 1 <= split.ctas <= (gpu.max_cluster if split.clustered else MAX_SPLITS)
+    assert split.warps in (8, 16)
+    assert split.clustered or split.ctas > 1  # else a second launch would have nothing to merge
+
+
+def test_long_work_fills_the_gpu_and_short_work_merges_in_one_launch() -> None:
+    assert split_attention(H200, 8, 8192, 16).ctas * 8 >= 2 * 120
+    assert not split_attention(H200, 8, 8192, 16).clustered
+    assert split_attention(H200, 8, 128, 16).clustered
+
+
+def test_the_step_takes_the_largest_cluster_of_which_all_run_at_once() -> None:
+    fits = {1: 132, 2: 66, 3: 42, 4: 28, 8: 14, 9: 14, 16: 7}
+    for rows, ctas in [(7, 16), (8, 9), (14, 9), (28, 4), (32, 3), (128, 1), (132, 1)]:
+        assert split_step(H200, rows, 16, lambda c, warps: fits.get(c, 0)).ctas == ctas
+    crowded = split_step(H200, 512, 16, lambda c, warps: fits.get(c, 0))
+    assert (crowded.ctas, crowded.warps) == (1, 8)  # two CTAs to an SM, so that one works while the other waits
+
+
+def test_registers_limit_the_warps() -> None:
+    assert [max_warps(d, g) for d, g in [(64, 8), (128, 8), (64, 9), (128, 9), (256, 1)]] == [16, 16, 16, 8, 8]
