@@ -122,10 +122,13 @@ sparse_decode(const u16* query,        // [b, hq, d]
     const int newest = pages.length - 1, offset = newest & ((1 << page_shift) - 1);
     const int newest_unit = ((min(count, most) - 1) << pages.unit_shift()) + offset / UNIT;
     if (key && newest >= 0 && newest_unit % warps == first) {
-        const Page page(kv_pool, digests, pages.block_table[newest >> page_shift], head, num_kv_heads, page_shift, D);
-        append_token<T, D>(page, key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
-                           offset);
+        const int slot = newest >> page_shift;
+        const Page page(kv_pool, digests, pages.block_table[slot], head, num_kv_heads, page_shift, D);
+        const NewTokens fresh = {key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
+                                 nullptr, 0, 0};
+        append_to_page<T, D>(page, fresh, slot << page_shift, newest, pages.length, 1 << page_shift);
     }
+    __syncwarp();
     cluster_wait();
     __syncthreads();
 

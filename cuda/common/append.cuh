@@ -28,25 +28,6 @@ struct Page {
           digest(digests ? digests + (page * num_kv_heads + head) * 2 * d : nullptr) {}
 };
 
-// One token at `offset` of a page whose digest is right for the tokens before it.
-template <typename T, int D>
-__device__ void append_token(const Page& page, const u16* key /* [d] */, const u16* value, int offset) {
-    const int channel = lane_id() * 8;
-    if (channel < D) {
-        const uint4 k = load16(key + channel), v = load16(value + channel);
-        uint4 low = k, high = k;
-        if (offset > 0) {
-            low = min8<T>(k, load16(page.digest + channel));
-            high = max8<T>(k, load16(page.digest + D + channel));
-        }
-        store16(page.keys + offset * D + channel, k);
-        store16(page.values + offset * D + channel, v);
-        store16(page.digest + channel, low);
-        store16(page.digest + D + channel, high);
-    }
-    __syncwarp();
-}
-
 struct NewTokens {
     const u16* key;      // [t, d] of one sequence and kv head, tokens `key_stride` elements apart
     const u16* value;    // [t, d], tokens `value_stride` elements apart

@@ -25,6 +25,8 @@ from sparsekv.errors import SparseKVError
 from sparsekv.ops import instances, reference
 from sparsekv.testing.pages import NAN, Pages
 
+OPS: Any = torch.ops.sparsekv
+
 # Relative error (Frobenius norm) of an output. Weights are rounded to 16 bits, which is most of it.
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -126,86 +128,116 @@ def check(case: Case, device: torch.device, tally: Tally) -> None:
     Raises:
         SparseKVError: an op is wrong.
     """
-    ops: Any = torch.ops.sparsekv
+    check_append(case, device)
+    inputs = Inputs(case, device)
+    scores, slots = check_parts(inputs, tally)
+    check_step(inputs, scores, slots, tally)
+    tally.shapes += 1
+
+
+def check_append(case: Case, device: torch.device) -> None:
+    """Several tokens, padding among them, onto pages that hold the earlier ones."""
     generator = torch.Generator(device).manual_seed(case.seed + 1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator).to(case.dtype)
-
-    # append: the layer as it is after `num_new` tokens, of which the pages hold the earlier ones
     columns = case.num_new + (case.num_new // 2 if case.padded else 0)
     valid = None
     if case.padded:
         places = torch.rand(len(case.lengths), columns, device=device, generator=generator).argsort(1)
         valid = places < case.num_new
-    grown = random_layer(case, device, [n + case.num_new for n in case.lengths])
-    key, value = (normal(len(case.lengths), case.num_kv_heads, columns, case.head_dim) for _ in range(2))
-    pools, summaries = [], []
-    for op in (ops.append_kv, reference.append_kv):
-        pool, summary = grown.kv_pool.clone(), empty_digests(grown)
-        op(key, value, valid, grown.block_table, grown.seq_lens, pool, summary, [], instances.DIGEST)
-        pools.append(pool)
-        summaries.append(summary[0])
-    _same("append_kv: pool", *pools, case)
-    _same("append_kv: digests", *summaries, case)
+    pages = random_layer(case, device, [n + case.num_new for n in case.lengths])
+    shape = (2, len(case.lengths), case.num_kv_heads, columns, case.head_dim)
+    key, value = torch.randn(shape, device=device, generator=generator).to(case.dtype)
+    written = []
+    for op in (OPS.append_kv, reference.append_kv):
+        pool, digests = pages.kv_pool.clone(), empty_digests(pages)
+        op(key, value, valid, pages.block_table, pages.seq_lens, pool, [digests], [], instances.DIGEST)
+        written.append((pool, digests))
+    (pool, digests), (expected_pool, expected_digests) = written
+    _same("append_kv: pool", pool, expected_pool, case)
+    _same("append_kv: digests", digests, expected_digests, case)
 
-    pages = random_layer(case, device, case.lengths)
-    summary = [_digests(pages)]
-    query = normal(len(case.lengths), case.num_kv_heads * case.group, case.head_dim)
-    sinks = normal(query.shape[1]) if case.with_sinks else None
-    scaling = case.head_dim**-0.5
-    where = (pages.block_table, pages.seq_lens)
-    score = (query, summary, [], *where, case.page_size, instances.DIGEST, case.pooling, scaling)
-    scores = ops.score_pages(*score)
+
+class Inputs:
+    """What the ops of a decode step are handed."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(case.seed + 2)
+        self.case, self.pages = case, random_layer(case, device, case.lengths)
+        self.digests = fresh_digests(self.pages)
+        shape = (len(case.lengths), case.num_kv_heads * case.group, case.head_dim)
+        self.query = torch.randn(shape, device=device, generator=generator).to(case.dtype)
+        self.sinks = torch.randn(shape[1], device=device, generator=generator) if case.with_sinks else None
+        most = torch.randint(1, case.k + 1, shape[:1], device=device, generator=generator)
+        self.limits = most.int() if case.with_limits else None
+        self.where = (self.pages.block_table, self.pages.seq_lens)
+        self.scaling = case.head_dim**-0.5
+
+    def attend_arguments(self, slots: Tensor | None) -> tuple[Any, ...]:
+        case = self.case
+        return (self.query, self.pages.kv_pool, *self.where, slots, self.scaling, case.softcap, self.sinks)
+
+
+def check_parts(inputs: Inputs, tally: Tally) -> tuple[Tensor, Tensor]:
+    """Scoring, selection and attention one by one; returns scores and slots."""
+    case = inputs.case
+    rest = (case.page_size, instances.DIGEST, case.pooling, inputs.scaling)
+    score: tuple[Any, ...] = (inputs.query, [inputs.digests], [], *inputs.where, *rest)
+    scores: Tensor = OPS.score_pages(*score)
     tally.add("score_pages", scores, reference.score_pages(*score), 1e-4, case)
-
-    limits = None
-    if case.with_limits:
-        limits = torch.randint(1, case.k + 1, (len(case.lengths),), device=device, generator=generator).int()
-    select = (pages.seq_lens, case.page_size, case.k, case.sink_tokens, case.recent_tokens, limits)
-    slots = ops.select_pages(scores, *select)
+    select = (inputs.pages.seq_lens, case.page_size, case.k, case.sink_tokens, case.recent_tokens, inputs.limits)
+    slots: Tensor = OPS.select_pages(scores, *select)
     _same("select_pages", slots, reference.select_pages(scores, *select), case)
-
     for name, listed in (("attend_pages", slots), ("attend_pages, dense", None)):
-        attend = (query, pages.kv_pool, *where, listed, scaling, case.softcap, sinks)
-        out, lse = ops.attend_pages(*attend)
-        expected_out, expected_lse = reference.attend_pages(*attend)
-        tally.add(name, out, expected_out, ALLOWED[case.dtype], case)
-        tally.add(f"{name}: log-sum-exp", lse, expected_lse, 1e-4, case)
+        _check_attention(name, OPS.attend_pages(*inputs.attend_arguments(listed)), inputs, listed, tally)
+    return scores, slots
 
-    # the fused step: the newest token is not in its page yet
-    before = Pages(pages.kv_pool, pages.block_table, pages.seq_lens - 1)
+
+def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> None:
+    """The fused step, for which the newest token is not in its page yet."""
+    case, pages = inputs.case, inputs.pages
     newest = pages.seq_lens.long() - 1
     page = pages.block_table.gather(1, (newest // case.page_size)[:, None])[:, 0].long()
-    token = pages.kv_pool[page, :, :, newest % case.page_size]  # [b, 2, hkv, d]
-    pool, digests = pages.kv_pool.clone(), _digests(before)
-    pool[page, :, :, newest % case.page_size] = NAN
-    settings = (limits, instances.DIGEST, case.pooling, case.k, case.sink_tokens, case.recent_tokens, scaling)
-    new = (x.unsqueeze(2) for x in token.unbind(1))
-    out, lse, chosen = ops.sparse_decode(query, *new, *where, pool, [digests], [], *settings, case.softcap, sinks)
+    offset = newest % case.page_size
+    key, value = pages.kv_pool[page, :, :, offset].unbind(1)  # [b, hkv, d]
+    pool, digests = pages.kv_pool.clone(), inputs.digests.clone()
+    pool[page, :, :, offset] = NAN
+    digests[page] = NAN
+    settings = (inputs.limits, instances.DIGEST, case.pooling, case.k, case.sink_tokens, case.recent_tokens)
+    out, lse, chosen = OPS.sparse_decode(
+        inputs.query,
+        key[:, :, None],
+        value[:, :, None],
+        *inputs.where,
+        pool,
+        [digests],
+        [],
+        *settings,
+        inputs.scaling,
+        case.softcap,
+        inputs.sinks,
+    )
     _same("sparse_decode: pool", pool, pages.kv_pool, case)
-    _same("sparse_decode: digests", digests, summary[0], case)
-    attend = (query, pages.kv_pool, *where, chosen, scaling, case.softcap, sinks)
-    expected_out, expected_lse = reference.attend_pages(*attend)
-    tally.add("sparse_decode", out, expected_out, ALLOWED[case.dtype], case)
-    tally.add("sparse_decode: log-sum-exp", lse, expected_lse, 1e-4, case)
-    _as_good("sparse_decode: slots", chosen, slots, scores, case)
-    tally.shapes += 1
+    _same("sparse_decode: digests", digests, inputs.digests, case)
+    _check_attention("sparse_decode", (out, lse), inputs, chosen, tally)
+    same_slots("sparse_decode: slots", chosen, slots, scores, case)
 
 
-def empty_digests(pages: Pages) -> list[Tensor]:
+def _check_attention(
+    name: str, result: tuple[Tensor, Tensor], inputs: Inputs, slots: Tensor | None, tally: Tally
+) -> None:
+    out, lse = reference.attend_pages(*inputs.attend_arguments(slots))
+    tally.add(name, result[0], out, ALLOWED[inputs.case.dtype], inputs.case)
+    tally.add(f"{name}: log-sum-exp", result[1], lse, 1e-4, inputs.case)
+
+
+def empty_digests(pages: Pages) -> Tensor:
     """Digests of a pool, all NaN."""
     num_pages, _, num_kv_heads, _, head_dim = pages.kv_pool.shape
-    return [
-        torch.full(
-            (num_pages, num_kv_heads, 2, head_dim), NAN, dtype=pages.kv_pool.dtype, device=pages.kv_pool.device
-        )
-    ]
+    return pages.kv_pool.new_full((num_pages, num_kv_heads, 2, head_dim), NAN)
 
 
-def _digests(pages: Pages) -> Tensor:
+def fresh_digests(pages: Pages) -> Tensor:
     """Min/max digests of all used pages, the others NaN."""
-    p, result = pages.page_size, empty_digests(pages)[0]
+    p, result = pages.page_size, empty_digests(pages)
     slot = torch.arange(pages.block_table.shape[1], device=result.device)
     row, column = (slot * p < pages.seq_lens[:, None]).nonzero(as_tuple=True)
     ids = pages.block_table[row, column].long()
@@ -214,19 +246,24 @@ def _digests(pages: Pages) -> Tensor:
     return result
 
 
-def _same(name: str, actual: Tensor, expected: Tensor, case: Case) -> None:
+def _same(name: str, actual: Tensor, expected: Tensor, case: object) -> None:
     if not torch.equal(actual.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)):
         raise SparseKVError(f"{name} differs from the reference: {case}")
 
 
-def _as_good(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: Case) -> None:
-    """Slots are the same, or those that differ have the same scores up to the order of a sum."""
+def same_slots(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: object) -> None:
+    """Slots are the same, or those that differ have the same scores up to the order of a sum.
+
+    Raises:
+        SparseKVError: they are not.
+    """
     if torch.equal(actual, expected):
         return
-    both = [
-        scores.gather(2, s.clamp_min(0).long()).masked_fill(s < 0, 0.0).sort(-1).values for s in (actual, expected)
-    ]
-    if not torch.allclose(*both, rtol=1e-4, atol=1e-4):
+
+    def listed(slots: Tensor) -> Tensor:
+        return scores.gather(2, slots.clamp_min(0).long()).masked_fill(slots < 0, 0.0).sort(-1).values
+
+    if not torch.allclose(listed(actual), listed(expected), rtol=1e-4, atol=1e-4):
         raise SparseKVError(f"{name} differ from the reference: {case}")
 
 

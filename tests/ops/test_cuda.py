@@ -11,7 +11,7 @@ from sparsekv.ops import cuda, instances, launch, reference
 from sparsekv.ops.launch import Split
 from sparsekv.testing import naive
 from sparsekv.testing.pages import Pages, edge_lengths, fresh_summary, random_pages
-from sparsekv.testing.soak import Case, Tally, check, soak
+from sparsekv.testing.soak import Case, Tally, check, same_slots, soak
 from sparsekv.testing.tolerance import assert_as_good_as, plain_attention
 
 pytestmark = pytest.mark.gpu
@@ -159,46 +159,42 @@ def test_opcheck(name: str) -> None:
 
 
 def test_a_captured_step_follows_growing_lengths() -> None:
-    """Captured once; tables and lengths then change in place, and the replay equals the reference."""
-    pages = random_pages([300, 40], num_kv_heads=4, head_dim=128, dtype=torch.bfloat16, spare=40).to(CUDA)
-    order = torch.randperm(pages.kv_pool.shape[0], device=CUDA).int()
-    table = order[: 2 * (len(order) // 2)].view(2, -1).contiguous()
-    pool = torch.randn_like(pages.kv_pool)
+    """Captured once; lengths then change in place, and every replay equals the reference."""
+    num_pages, table = 48, torch.randperm(48, device=CUDA).int().view(2, 24)
+    pool = torch.randn(num_pages, 2, 4, 16, 128, device=CUDA).bfloat16()
+    digests = torch.stack([pool[:, 0].amin(2), pool[:, 0].amax(2)], dim=2)  # of full pages; the newest are made anew
     seq_lens = torch.tensor([1, 1], dtype=torch.int32, device=CUDA)
-    digests = torch.zeros(pool.shape[0], 4, 2, 128, dtype=torch.bfloat16, device=CUDA)
     query, key, value = (torch.randn(2, heads, 1, 128, device=CUDA).bfloat16() for heads in (16, 4, 4))
 
     def step(ops: Any, pool: Tensor, digests: Tensor) -> tuple[Tensor, ...]:
         settings = (None, "minmax", "max", 4, 4, 16, 0.1)
-        return ops.sparse_decode(query[:, :, 0], key, value, table, seq_lens, pool, [digests], [], *settings)
+        result: tuple[Tensor, ...] = ops.sparse_decode(
+            query[:, :, 0], key, value, table, seq_lens, pool, [digests], [], *settings
+        )
+        return result
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step(OPS, pool.clone(), digests.clone())
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     expected_pool, expected_digests = pool.clone(), digests.clone()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(OPS, pool, digests)
+        out, lse, slots = step(OPS, pool, digests)
     for length in range(1, 16 * table.shape[1], 7):
-        for row, n in enumerate((length, max(1, length // 3))):
-            for position in range(int(seq_lens[row]), n):  # tokens between the replays
-                page = table[row, position // 16].long()
-                for some in (pool, expected_pool):
-                    some[page, :, :, position % 16] = 0.1
-                for some in (digests, expected_digests):
-                    some[page, :, 0].clamp_(max=0.1)
-                    some[page, :, 1].clamp_(min=0.1)
-            seq_lens[row] = n
+        seq_lens.copy_(torch.tensor([length, max(1, length // 3)]))
         for tensor in (query, key, value):
             tensor.copy_(torch.randn_like(tensor))
-        fresh = seq_lens % 16 == 1  # a new page: whatever its digest was before
         graph.replay()
-        out, lse, slots = step(reference, expected_pool, expected_digests)
-        assert torch.equal(captured[2], slots), (length, fresh)
-        assert (captured[0] - out).float().norm() < 1e-2 * out.float().norm()
-        torch.testing.assert_close(captured[1], lse, rtol=1e-4, atol=1e-4)
+        _, _, expected_slots = step(reference, expected_pool, expected_digests)
+        assert torch.equal(pool, expected_pool)
+        assert torch.equal(digests, expected_digests)
+        score = (query[:, :, 0], [digests], [], table, seq_lens, 16, "minmax", "max", 0.1)
+        same_slots("slots", slots, expected_slots, reference.score_pages(*score), length)
+        attended, expected_lse = reference.attend_pages(query[:, :, 0], pool, table, seq_lens, slots, 0.1)
+        assert (out - attended).float().norm() < 1e-2 * attended.float().norm()
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_compiler_is_one_warning_and_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
