@@ -9,7 +9,7 @@ select_pages(const float* scores,  // [b, hkv, max_pages]
              int* slots,           // [b, hkv, k] ascending, then -1
              u32* keys,           // [b, hkv, max_pages] scratch
              int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens) {
-    extern __shared__ u32 base[];  // tile keys [ceil(max_pages / 16)], tiles [k], candidates [16 k], chosen [k]
+    extern __shared__ __align__(16) u32 base[];  // tile keys [ceil(max_pages / 16)], candidates [16 k], tiles [k], chosen [k]
     __shared__ SelectScratch scratch;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -18,18 +18,24 @@ select_pages(const float* scores,  // [b, hkv, max_pages]
     const int length = seq_lens[row], count = min((length + (1 << page_shift) - 1) >> page_shift, max_pages);
     const Forced forced(length, page_shift, sink_tokens, recent_tokens);
     SelectRoom room;
-    room.keys = base;
-    room.tiles = reinterpret_cast<int*>(base + ceil_div(max_pages, TILE));
-    room.candidates = reinterpret_cast<u32*>(room.tiles + k);
-    room.chosen = reinterpret_cast<int*>(room.candidates + k * TILE);
+    room.keys = base;  // each part at a multiple of 16 bytes
+    room.candidates = base + ceil_div(max_pages, TILE * 4) * 4;
+    room.tiles = reinterpret_cast<int*>(room.candidates + k * TILE);
+    room.chosen = room.tiles + k;
 #pragma unroll 4
-    for (int base = warp_id() * WARP; base < count; base += blockDim.x) {  // two tiles to a warp
-        const int slot = base + lane_id();
-        u32 key = NO_PAGE;
-        if (slot < count) keys[item * max_pages + slot] = key = forced.has(slot) ? FORCED : sort_key(scores[item * max_pages + slot]);
+    for (int base = warp_id() * WARP * 4; base < count; base += blockDim.x * 4) {  // four pages to a lane, a tile to four
+        const int first = base + lane_id() * 4;
+        u32 best = NO_PAGE;
 #pragma unroll
-        for (int step = 1; step < TILE; step *= 2) key = max(key, __shfl_xor_sync(ALL_LANES, key, step));
-        if (lane_id() % TILE == 0 && slot < count) room.keys[slot / TILE] = key;
+        for (int slot = first; slot < first + 4; ++slot) {
+            if (slot >= count) continue;
+            const u32 key = forced.has(slot) ? FORCED : sort_key(scores[item * max_pages + slot]);
+            keys[item * max_pages + slot] = key;
+            best = max(best, key);
+        }
+        best = max(best, __shfl_xor_sync(ALL_LANES, best, 1));
+        best = max(best, __shfl_xor_sync(ALL_LANES, best, 2));
+        if (lane_id() % 4 == 0 && first < count) room.keys[first / TILE] = best;
     }
     __syncthreads();
     const int most = limits ? limits[row] : k;

@@ -34,6 +34,12 @@ struct alignas(16) SelectScratch {
     u32 bin, above, inside;  // the bin that holds the k-th largest; keys above it, and in it
     u32 num_listed;
     int listed[WARP];  // indices of the keys in the last bin
+
+    __device__ void clear() {
+        uint4* const words = reinterpret_cast<uint4*>(histogram);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < BINS / 4; i += blockDim.x) words[i] = {0, 0, 0, 0};
+    }
 };
 
 __device__ inline u32 sum_of_warps(const u32* of_warp) {
@@ -55,8 +61,11 @@ __device__ inline u32 sum_to_lane(u32 value) {
 __device__ inline void find_bin(u32 need, SelectScratch& scratch) {
     const int bins = BINS / blockDim.x, top = BINS - 1 - threadIdx.x * bins;  // this thread's bins, downwards from top
     u32 mine = 0;
-#pragma unroll 4
-    for (int i = 0; i < bins; ++i) mine += scratch.histogram[top - i];
+#pragma unroll 1
+    for (int i = 0; i < bins; i += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(scratch.histogram + top - i - 3);
+        mine += four.x + four.y + four.z + four.w;
+    }
     const u32 warp_sum = __reduce_add_sync(ALL_LANES, mine);
     if (lane_id() == 0) scratch.sums[warp_id()] = warp_sum;
     __syncthreads();
@@ -81,29 +90,62 @@ struct Range {
     __device__ bool has(u32 key) const { return first <= key && key <= last; }
 };
 
-// A warp's keys: n keys are dealt to the warps in runs of consecutive ones.
-struct Run {
+// A thread's keys, four consecutive ones at a time; a warp's lie together. Up to QUADS times four are held in registers;
+// with QUADS 0 they are read again at every visit. Past the n-th, keys are NO_PAGE.
+template <int QUADS>
+struct Mine {
     u32* keys;
-    int length, first, end;
+    int n, first, quads;  // `first` of this lane; the next quad is 4 * WARP keys further
+    uint4 held[QUADS ? QUADS : 1];
 
-    __device__ Run(u32* keys, int n) : keys(keys) {
-        const int threads_log2 = 31 - __clz(blockDim.x);  // a power of two: no division
-        length = (n + blockDim.x - 1) >> threads_log2 << 5;
-        first = warp_id() * length;
-        end = min(first + length, n);
+    __device__ Mine(u32* keys, int n) : keys(keys), n(n) {
+        const int per_quad = blockDim.x * 4, shift = 31 - __clz(per_quad);  // a power of two: no division
+        quads = (n + per_quad - 1) >> shift;
+        first = warp_id() * run() + lane_id() * 4;
+        load();
+    }
+    __device__ int run() const { return quads * WARP * 4; }  // keys of a warp
+    __device__ void load() {
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q) held[q] = quad(q);
+    }
+    __device__ uint4 quad(int q) const {
+        const int index = first + q * WARP * 4;
+        if (q >= quads || index >= n) return {NO_PAGE, NO_PAGE, NO_PAGE, NO_PAGE};
+        uint4 four = *reinterpret_cast<const uint4*>(keys + index);
+        if (index + 1 >= n) four.y = NO_PAGE;
+        if (index + 2 >= n) four.z = NO_PAGE;
+        if (index + 3 >= n) four.w = NO_PAGE;
+        return four;
+    }
+    // visit(four keys, index of the first), by all lanes of a warp together.
+    template <typename Visit>
+    __device__ void each_quad(Visit visit) const {
+        if constexpr (QUADS > 0) {
+#pragma unroll
+            for (int q = 0; q < QUADS; ++q) visit(held[q], first + q * WARP * 4);
+        } else {
+#pragma unroll 1
+            for (int q = 0; q < quads; ++q) visit(quad(q), first + q * WARP * 4);
+        }
     }
     template <typename Visit>
     __device__ void each(Visit visit) const {
-#pragma unroll 4
-        for (int i = first + lane_id(); i < end; i += WARP) visit(keys[i], i);
+        each_quad([&](const uint4& four, int index) {
+            visit(four.x, index);
+            visit(four.y, index + 1);
+            visit(four.z, index + 2);
+            visit(four.w, index + 3);
+        });
     }
 };
 
 // Narrows down where the k-th largest key lies, until all keys there are chosen, or so few that they can be ranked one
 // by one, or all equal.
-__device__ inline Range find_range(const Run& run, int n, int k, SelectScratch& scratch) {
+template <int QUADS>
+__device__ inline Range find_range(const Mine<QUADS>& mine, int k, SelectScratch& scratch) {
     u32 largest = 0, smallest = FORCED, forced = 0;
-    run.each([&](u32 key, int) {
+    mine.each([&](u32 key, int) {
         forced += key == FORCED;
         largest = max(largest, key == FORCED ? 0 : key);
         smallest = min(smallest, key == NO_PAGE ? FORCED : key);
@@ -116,8 +158,7 @@ __device__ inline Range find_range(const Run& run, int n, int k, SelectScratch& 
         scratch.smallest[warp_id()] = smallest;
         scratch.num_forced[warp_id()] = forced;
     }
-#pragma unroll 4
-    for (int i = threadIdx.x; i < BINS; i += blockDim.x) scratch.histogram[i] = 0;
+    scratch.clear();
     if (threadIdx.x == 0) scratch.num_listed = 0;
     __syncthreads();
     const bool exists = lane_id() < num_warps();
@@ -125,11 +166,11 @@ __device__ inline Range find_range(const Run& run, int n, int k, SelectScratch& 
     smallest = __reduce_min_sync(ALL_LANES, exists ? scratch.smallest[lane_id()] : FORCED);
     forced = sum_of_warps(scratch.num_forced);
     if (forced >= k) return {FORCED, FORCED, u32(k), forced};
-    Range range = {smallest, largest, k - forced, u32(n) - forced};
+    Range range = {smallest, largest, k - forced, 0};
 #pragma unroll 1
     while (true) {
         const int shift = max(32 - __clz(range.last - range.first) - BIN_BITS, 0);
-        run.each([&](u32 key, int) {
+        mine.each([&](u32 key, int) {
             if (range.has(key)) atomicAdd(&scratch.histogram[(key - range.first) >> shift], 1u);
         });
         __syncthreads();
@@ -139,41 +180,76 @@ __device__ inline Range find_range(const Run& run, int n, int k, SelectScratch& 
         range.need -= scratch.above;
         range.inside = scratch.inside;
         if (range.inside == range.need || range.first == range.last || range.inside <= WARP) return range;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < BINS; i += blockDim.x) scratch.histogram[i] = 0;
+        scratch.clear();
         __syncthreads();
     }
 }
 
-// By one warp: marks the chosen keys of the range, and counts them for the warps whose runs they lie in.
-__device__ inline void resolve(const Run& run, int n, const Range& range, SelectScratch& scratch) {
+// By one warp: marks the chosen keys of the range, and counts them for the warps that they belong to.
+__device__ inline void resolve(u32* keys, int n, int run, const Range& range, SelectScratch& scratch) {
     if (range.inside <= WARP) {  // they are listed: their ranks decide
         const u32 members = range.inside == WARP ? ALL_LANES : (1u << range.inside) - 1;
         if (lane_id() >= range.inside) return;
         const int index = scratch.listed[lane_id()];
-        const u32 key = run.keys[index];
+        const u32 key = keys[index];
         u32 rank = 0;
         for (int i = 0; i < range.inside; ++i) {
             const int other = scratch.listed[i];
-            rank += run.keys[other] > key || (run.keys[other] == key && other < index);
+            rank += keys[other] > key || (keys[other] == key && other < index);
         }
         __syncwarp(members);
         if (rank >= range.need) return;
-        run.keys[index] = CHOSEN;
-        atomicAdd(&scratch.sums[index / run.length], 1u);
+        keys[index] = CHOSEN;
+        atomicAdd(&scratch.sums[index / run], 1u);
         return;
     }
     u32 left = range.need;  // they are equal: the first are chosen
 #pragma unroll 1
     for (int base = 0; base < n && left > 0; base += WARP) {
         const int index = base + lane_id();
-        const u32 equal = __ballot_sync(ALL_LANES, index < n && range.has(run.keys[index]));
+        const u32 equal = __ballot_sync(ALL_LANES, index < n && range.has(keys[index]));
         if ((equal >> lane_id() & 1) && __popc(equal & ((1u << lane_id()) - 1)) < left) {
-            run.keys[index] = CHOSEN;
-            atomicAdd(&scratch.sums[index / run.length], 1u);
+            keys[index] = CHOSEN;
+            atomicAdd(&scratch.sums[index / run], 1u);
         }
         left -= min(left, u32(__popc(equal)));
     }
+}
+
+template <int QUADS>
+__device__ inline void choose_from(u32* keys, int n, int k, int* chosen, SelectScratch& scratch) {
+    Mine<QUADS> mine(keys, n);
+    const Range range = find_range(mine, k, scratch);
+    const bool all = range.inside == range.need;  // of the range
+    const u32 above = all ? range.first - 1 : range.last;
+    u32 count = 0;
+    mine.each([&](u32 key, int index) {
+        count += key > above;
+        if (!all && range.inside <= WARP && range.has(key)) scratch.listed[atomicAdd(&scratch.num_listed, 1u)] = index;
+    });
+    count = __reduce_add_sync(ALL_LANES, count);
+    if (lane_id() == 0) scratch.sums[warp_id()] = count;
+    __syncthreads();
+    if (!all) {
+        if (warp_id() == 0) resolve(keys, n, mine.run(), range, scratch);
+        __syncthreads();
+        mine.load();
+    }
+    u32 position = __reduce_add_sync(ALL_LANES, lane_id() < warp_id() ? scratch.sums[lane_id()] : 0);
+    const u32 earlier = (1u << lane_id()) - 1;
+    mine.each_quad([&](const uint4& four, int index) {
+        const bool x = four.x > above, y = four.y > above, z = four.z > above, w = four.w > above;
+        const u32 xs = __ballot_sync(ALL_LANES, x), ys = __ballot_sync(ALL_LANES, y);
+        const u32 zs = __ballot_sync(ALL_LANES, z), ws = __ballot_sync(ALL_LANES, w);
+        if (!(xs | ys | zs | ws)) return;
+        u32 place = position + __popc(xs & earlier) + __popc(ys & earlier) + __popc(zs & earlier) + __popc(ws & earlier);
+        if (x) chosen[place++] = index;
+        if (y) chosen[place++] = index + 1;
+        if (z) chosen[place++] = index + 2;
+        if (w) chosen[place] = index + 3;
+        position += __popc(xs) + __popc(ys) + __popc(zs) + __popc(ws);
+    });
+    __syncthreads();
 }
 
 // The indices of the k largest of keys[n], ascending, to chosen[k]; all if n <= k. Returns how many. Keys are lost. By a
@@ -186,32 +262,9 @@ __device__ inline int choose_largest(u32* keys, int n, int k, int* chosen, Selec
         __syncthreads();
         return n;
     }
-    const Run run(keys, n);
-    const Range range = find_range(run, n, k, scratch);
-    const bool all = range.inside == range.need;  // of the range
-    const u32 above = all ? range.first - 1 : range.last;
-    u32 count = 0;
-    run.each([&](u32 key, int i) {
-        count += key > above;
-        if (!all && range.inside <= WARP && range.has(key)) scratch.listed[atomicAdd(&scratch.num_listed, 1u)] = i;
-    });
-    count = __reduce_add_sync(ALL_LANES, count);
-    if (lane_id() == 0) scratch.sums[warp_id()] = count;
-    __syncthreads();
-    if (!all) {
-        if (warp_id() == 0) resolve(run, n, range, scratch);
-        __syncthreads();
-    }
-    u32 position = __reduce_add_sync(ALL_LANES, lane_id() < warp_id() ? scratch.sums[lane_id()] : 0);
-    const u32 earlier = (1u << lane_id()) - 1;
-#pragma unroll 4
-    for (int i = run.first + lane_id(); i - lane_id() < run.end; i += WARP) {
-        const bool mine = i < run.end && keys[i] > above;
-        const u32 all_mine = __ballot_sync(ALL_LANES, mine);
-        if (mine) chosen[position + __popc(all_mine & earlier)] = i;
-        position += __popc(all_mine);
-    }
-    __syncthreads();
+    if (n <= 4 * blockDim.x) choose_from<1>(keys, n, k, chosen, scratch);
+    else if (n <= 16 * blockDim.x) choose_from<4>(keys, n, k, chosen, scratch);
+    else choose_from<0>(keys, n, k, chosen, scratch);
     return k;
 }
 

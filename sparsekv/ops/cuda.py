@@ -152,7 +152,7 @@ def select_pages(
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
     args = arguments(scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots)
     args += arguments(torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens)
-    shared = 4 * (-(-max_pages // UNIT) + k * (UNIT + 2))
+    shared = 16 * -(-max_pages // (4 * UNIT)) + 4 * k * (UNIT + 2)
     launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, shared)
     return slots
 
