@@ -17,7 +17,7 @@ attend_pages(const u16* query,                         // [b, hq, d]
              float* lse,                               // [b, hq]
              Partial<D, HEAD_TILES>* partials,      // [b, hkv, gridDim.x]; null: the CTAs of a row are one cluster
              int group, int page_shift, int max_pages, int k, float scaling, float softcap, int wide_sinks) {
-    extern __shared__ uint4 staged[];  // the query, then room to merge in
+    extern __shared__ uint4 staged[];  // the query, later the warps' sums; then the merge's own room
     __shared__ int used;
     cluster_arrive();  // "this CTA runs": the merge writes into others
     wait_for_previous_kernel();
@@ -41,7 +41,8 @@ attend_pages(const u16* query,                         // [b, hq, d]
     Partial<D, HEAD_TILES>* const part = partials ? partials + i64(item) * gridDim.x + blockIdx.x : nullptr;
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group, part);
     cluster_wait();
-    merge_cluster(attention, staged + QUERY_WORDS<D, HEAD_TILES>, result);
+    const int sums = num_warps() * Words<T, D, HEAD_TILES>(group).count();
+    merge_cluster(attention, staged + max(sums, QUERY_WORDS<D, HEAD_TILES>), staged, result);
 }
 
 // Puts the parts of a (sequence, kv head) together; the CTAs of a row share its words.

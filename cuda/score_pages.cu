@@ -7,15 +7,18 @@
 template <int D, int HEAD_TILES>
 struct Share {
     int row, head, num_kv_heads, first, stride;
+    int of_head, warps;  // this warp's number among the CTA's warps with the same head, and theirs
     uint4* query;  // staged, of this warp's head
 
     // Heads of a CTA: a power of two that divides the number of kv heads and the number of warps.
     __device__ Share(uint4* staged, int heads, int num_kv_heads) : num_kv_heads(num_kv_heads) {
-        const int tiles = num_warps() / heads, of_cta = warp_id() & (heads - 1);
+        const int of_cta = warp_id() & (heads - 1);
+        warps = num_warps() / heads;
+        of_head = warp_id() / heads;
         row = blockIdx.z;
         head = blockIdx.x * heads + of_cta;
-        first = blockIdx.y * tiles + warp_id() / heads;
-        stride = gridDim.y * tiles;
+        first = blockIdx.y * warps + of_head;
+        stride = gridDim.y * warps;
         query = staged + of_cta * 2 * QUERY_WORDS<D, HEAD_TILES>;
     }
     __device__ int item() const { return row * num_kv_heads + head; }
@@ -31,12 +34,11 @@ __device__ void score_share(const Share<D, HEAD_TILES>& share, const u16* query,
     };
     const int slot = share.first * TILE + lane_id() / 4;
     const int low = id_of(slot), high = id_of(slot + 8);  // on their way while the query is staged
-    // Warps with the same head stage the same words, each all of them: it is not worth a barrier.
-    stage_query<D, HEAD_TILES>(share.query, query + i64(share.item()) * group * D, group, 0, 1);
+    stage_query<D, HEAD_TILES>(share.query, query + i64(share.item()) * group * D, group, share.of_head, share.warps);
     Scorer<T, D, HEAD_TILES> scorer;
     scorer.aim(digest_of(slot, low), digest_of(slot + 8, high));
     if (share.first * TILE < count) scorer.load_first();
-    __syncwarp();
+    __syncthreads();  // the query is staged
 #pragma unroll 1
     for (int tile = share.first; tile * TILE < max_pages; tile += share.stride) {
         const int next = (tile + share.stride) * TILE + lane_id() / 4;

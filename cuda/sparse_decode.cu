@@ -9,30 +9,35 @@
 #include "common/select.cuh"
 
 // What a CTA works with in shared memory. Other CTAs write into `select.keys` and the room of the merge.
-template <int D, int HEAD_TILES>
+template <typename T, int D, int HEAD_TILES>
 struct Room {
     uint4 *query, *signed_query;
     SelectRoom select;
-    int* table;  // [max_pages] the pages' ids, where there is room for all pages' keys
-    void* merge;
+    int* table;          // [max_pages] the pages' ids, where there is room for all pages' keys
+    void *merge, *sums;  // the merge's own room; the warps' sums, in the place of what selecting needed
 
-    // `direct`: there is.
-    __device__ Room(uint4* base, int max_pages, int k, bool direct) {
-        const auto padded = [](int n) { return (n + 3) & ~3; };
+    // `direct`: there is room.
+    __device__ Room(uint4* base, int max_pages, int k, bool direct, int group) {
+        const auto words = [](int n) { return (n + 3) >> 2; };  // of 16 bytes
         query = base;
         signed_query = query + QUERY_WORDS<D, HEAD_TILES>;
-        select.chosen = reinterpret_cast<int*>(signed_query + 2 * QUERY_WORDS<D, HEAD_TILES>);
-        select.keys = reinterpret_cast<u32*>(select.chosen + padded(k));
-        table = select.tiles = reinterpret_cast<int*>(select.keys + padded(direct ? max_pages : ceil_div(max_pages, TILE)));
-        select.candidates = reinterpret_cast<u32*>(select.tiles + padded(k));
-        merge = direct ? reinterpret_cast<u32*>(table + padded(max_pages)) : select.candidates + TILE * k;
+        uint4* const reused = signed_query + 2 * QUERY_WORDS<D, HEAD_TILES>;
+        uint4* const keys = reused + words(k);
+        uint4* const ids = keys + words(direct ? max_pages : ceil_div(max_pages, TILE));
+        uint4* const end = ids + (direct ? words(max_pages) : words(k) + words(TILE * k));
+        select.chosen = reinterpret_cast<int*>(reused);
+        select.keys = reinterpret_cast<u32*>(keys);
+        table = select.tiles = reinterpret_cast<int*>(ids);
+        select.candidates = reinterpret_cast<u32*>(ids + words(k));
+        sums = reused;
+        merge = reused + max(static_cast<int>(end - reused), num_warps() * Words<T, D, HEAD_TILES>(group).count());
     }
 };
 
 // Scores this CTA's share of the pages. `keys` is null if every CTA has room for the pages' keys; else they go there, and
 // to the CTAs the best of each tile. The first store to another CTA waits until all of them run.
 template <typename T, int D, int HEAD_TILES>
-__device__ void score_share(const Pages& pages, int max_pages, const u16* digests, const Room<D, HEAD_TILES>& room,
+__device__ void score_share(const Pages& pages, int max_pages, const u16* digests, const Room<T, D, HEAD_TILES>& room,
                             u32* keys, const u16* query, int group, GroupPooling pooling, const Forced& forced) {
     const int size = cluster_size(), count = pages.count(), stride = size * num_warps();
     const auto id_of = [&](int slot) { return pages.block_table[min(slot, max_pages - 1)]; };
@@ -99,7 +104,7 @@ sparse_decode(const u16* query,        // [b, hq, d]
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
     const Pages pages = {block_table + i64(row) * max_pages, seq_lens[row], page_shift, num_kv_heads, head};
     const bool direct = keys == nullptr;
-    const Room<D, HEAD_TILES> room(base, max_pages, k, direct);
+    const Room<T, D, HEAD_TILES> room(base, max_pages, k, direct, group);
     const int count = min(pages.count(), max_pages), most = min(limits ? limits[row] : k, k);
     const bool choose = count > most;
     const int warps = cluster_size() * num_warps(), first = cluster_rank() * num_warps() + warp_id();
@@ -147,5 +152,5 @@ sparse_decode(const u16* query,        // [b, hq, d]
                      Logits(scaling, softcap),
                      [&](int i) { return pages.locate(choose ? room.select.chosen : nullptr, table, i); });
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group);
-    merge_cluster(attention, room.merge, result);
+    merge_cluster(attention, room.merge, room.sums, result);
 }

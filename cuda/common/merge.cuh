@@ -82,22 +82,23 @@ struct Heads {
     float peak[HEADS], mass[HEADS];
 };
 
-// Room in a CTA's shared memory to merge in.
+// Room in a CTA's shared memory to merge in. What other CTAs write, and what a warp writes while others still attend,
+// has a place of its own; the warps' sums may take one that was used until then.
 template <int D, int HEAD_TILES>
 struct MergeRoom {
     static constexpr int HEADS = HEAD_TILES * MMA_HEADS;
 
-    Heads<HEADS>* of_warp;  // [num_warps]
-    float4* sums;           // [num_warps][words]
     Heads<HEADS>* of_cta;   // [cluster_size], written by all CTAs of the cluster
     float4* slices;         // [cluster_size][width + 1], too: this CTA's slice of every CTA's sums; the extra word
     int width;              // spreads parts over the banks
+    Heads<HEADS>* of_warp;  // [num_warps]
+    float4* sums;           // [num_warps][words]
 
-    __device__ MergeRoom(void* room, int ctas, int words) : width(ceil_div(words, ctas)) {
-        of_cta = static_cast<Heads<HEADS>*>(room);
+    __device__ MergeRoom(void* own, void* reused, int ctas, int words) : width(ceil_div(words, ctas)) {
+        of_cta = static_cast<Heads<HEADS>*>(own);
         slices = reinterpret_cast<float4*>(of_cta + ctas);
         of_warp = reinterpret_cast<Heads<HEADS>*>(slices + ctas * (width + 1));
-        sums = reinterpret_cast<float4*>(of_warp + num_warps());
+        sums = static_cast<float4*>(reused);
     }
 };
 
@@ -156,12 +157,14 @@ __device__ void write_merged(int count, int first, int words, const Result<D, HE
 
 // The warps of a cluster put their results together and write the output: first the warps of each CTA, then every CTA
 // sends slices of its sums to the CTAs that will write them, so that one cluster barrier is all there is to wait for.
-// `memory` is the same place in every CTA and used for nothing else: a CTA that is ahead writes into those behind.
+// `own` is the same place in every CTA and used for nothing else: a CTA that is ahead writes into those behind. `reused`
+// may be what this CTA's warps read while they attended.
 template <typename T, int D, int HEAD_TILES>
-__device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* memory, const Result<D, HEAD_TILES>& result) {
+__device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* own, void* reused,
+                              const Result<D, HEAD_TILES>& result) {
     const Words<T, D, HEAD_TILES> shape(result.group);
     const int rank = cluster_rank(), size = cluster_size(), words = shape.count();
-    const MergeRoom<D, HEAD_TILES> room(memory, size, words);
+    const MergeRoom<D, HEAD_TILES> room(own, reused, size, words);
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
         float mass = mine.mass[tile];
@@ -197,13 +200,13 @@ __device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* memory, c
             }
         mine.rescale(tile, exp2_fast(mine.peak[tile] - peak));
     }
-    float4* const own = room.sums + warp_id() * words;
+    float4* const sums = room.sums + warp_id() * words;
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile)
 #pragma unroll
         for (int row = 0; row < D / 16; ++row) {
             const float(&some)[4] = mine.out[tile][row];
-            if (shape.has_lane()) own[shape.at(tile, row)] = {some[0], some[1], some[2], some[3]};
+            if (shape.has_lane()) sums[shape.at(tile, row)] = {some[0], some[1], some[2], some[3]};
         }
     __syncthreads();
 #pragma unroll 1

@@ -187,7 +187,7 @@ def attend_pages(
     args += arguments(partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide)
     spec = instances.grouped("attend_pages", query.dtype, head_dim, group)
     cluster = split.ctas if split.clustered else 1
-    shared = _query_bytes(head_dim, group) + _merge_bytes(head_dim, group, cluster, split.warps)
+    shared = _attend_bytes(split, head_dim, group)
     launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, cluster)
     if partials is not None:
         args = arguments(partials, sinks, out, lse, split.ctas, group, wide)
@@ -294,20 +294,31 @@ def _query_bytes(head_dim: int, group: int) -> int:
     return instances.head_tiles(group) * head_dim * UNIT
 
 
-def _merge_bytes(head_dim: int, group: int, ctas: int, warps: int) -> int:
-    """`MergeRoom` of cuda/common/merge.cuh, for a cluster of so many CTAs."""
-    tiles, columns = instances.head_tiles(group), (min(group, instances.MMA_HEADS) + 1) // 2
-    words = tiles * head_dim // 2 * columns
-    return (ctas + warps) * tiles * instances.MMA_HEADS * 8 + 16 * (ctas * (-(-words // ctas) + 1) + warps * words)
+def _words(head_dim: int, group: int) -> int:
+    """`Words::count` of cuda/common/merge.cuh."""
+    return instances.head_tiles(group) * head_dim // 2 * ((min(group, instances.MMA_HEADS) + 1) // 2)
+
+
+def _merge_bytes(head_dim: int, group: int, split: Split) -> tuple[int, int]:
+    """`MergeRoom` of cuda/common/merge.cuh: its own room, and the warps' sums."""
+    words, ctas = _words(head_dim, group), split.ctas if split.clustered else 1
+    heads = 8 * instances.head_tiles(group) * instances.MMA_HEADS
+    return (ctas + split.warps) * heads + 16 * ctas * (-(-words // ctas) + 1), 16 * split.warps * words
+
+
+def _attend_bytes(split: Split, head_dim: int, group: int) -> int:
+    """Shared memory of cuda/attend_pages.cu."""
+    own, sums = _merge_bytes(head_dim, group, split)
+    return own + max(sums, _query_bytes(head_dim, group))
 
 
 def _step_bytes(split: Split, head_dim: int, group: int, max_pages: int, k: int) -> int:
     """`Room` of cuda/sparse_decode.cu."""
+    own, sums = _merge_bytes(head_dim, group, split)
     selected, direct = 16 * -(-k // 4), max_pages <= DIRECT_PAGES
     keys = 16 * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
-    choice = keys if direct else selected + 4 * UNIT * k
-    merge = _merge_bytes(head_dim, group, split.ctas, split.warps)
-    return 3 * _query_bytes(head_dim, group) + selected + keys + choice + merge
+    select = selected + keys + (keys if direct else selected + 4 * UNIT * k)
+    return 3 * _query_bytes(head_dim, group) + max(select, sums) + own
 
 
 def _partials(query: Tensor, rows: int, split: Split, group: int) -> Tensor:

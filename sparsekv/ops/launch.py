@@ -72,13 +72,13 @@ def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
     a second launch.
     """
     slots = facts.sms * 16 // 8  # CTAs of 8 warps that run at once
-    if units * rows >= LONG * facts.sms * 16 and slots // rows != 1:
-        return Split(max(1, min(slots // rows, MAX_SPLITS)), slots // rows == 0, min(warps, 8))
+    if units >= LONG and slots // rows > 1:
+        return Split(min(slots // rows, MAX_SPLITS), False, min(warps, 8))
     wanted = min(-(-units // 8), max(1, slots // rows))
     return Split(min(_power_of_two(wanted), facts.max_cluster), True, min(warps, 8))
 
 
-LONG = 8  # units of a warp beyond which a second launch is worth an even load
+LONG = 1024  # units of a sequence beyond which a second launch is worth an even load
 
 
 def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int]) -> Split:
