@@ -22,6 +22,7 @@ from sparsekv.ops.launch import (
     Split,
     arguments,
     capacity,
+    fitted,
     gpu,
     launch,
     max_warps,
@@ -31,7 +32,6 @@ from sparsekv.ops.launch import (
 
 POOLINGS = {"max": 0, "sum": 1}
 DIRECT_PAGES = 8192  # pages whose keys and ids the fused kernel keeps in shared memory
-MAX_SHARED = 200_000  # bytes of shared memory a CTA of the fused kernel may want
 PER_HEAD = 2  # in place of a pooling: a score for every query head
 
 
@@ -177,8 +177,9 @@ def attend_pages(
     (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
     group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
     k = max_pages if slots is None else slots.shape[2]
-    warps = max_warps(head_dim, group)
-    split = split_attention(gpu(query.device.index), b * num_kv_heads, k * page_size // UNIT, warps)
+    facts = gpu(query.device.index)
+    split = split_attention(facts, b * num_kv_heads, k * page_size // UNIT, max_warps(head_dim, group))
+    split = fitted(split, facts, lambda split: _attend_bytes(split, head_dim, group))
     out, lse = _outputs(query)
     partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
     sinks, wide = _sink_logits(sinks, query)
@@ -284,10 +285,10 @@ def _split_step(query: Tensor, num_kv_heads: int, max_pages: int, k: int) -> Spl
 
     def room(ctas: int, warps: int) -> int:
         shared = _step_bytes(Split(ctas, True, warps), head_dim, group, max_pages, k)
-        return 0 if shared > MAX_SHARED else capacity(spec, query.device.index, ctas, warps, shared)
+        return 0 if shared > facts.shared else capacity(spec, query.device.index, ctas, warps, shared)
 
     split = split_step(facts, b * num_kv_heads, max_warps(head_dim, group), room)
-    return split if _step_bytes(split, head_dim, group, max_pages, k) <= MAX_SHARED else None
+    return split if _step_bytes(split, head_dim, group, max_pages, k) <= facts.shared else None
 
 
 def _query_bytes(head_dim: int, group: int) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +27,17 @@ if TYPE_CHECKING:
 WARP = 32
 UNIT = 16  # tokens that a warp attends to at a time; also pages that it scores at a time
 MAX_SPLITS = 128  # parts that merge_attention puts together
+LONG = 1024  # units of a sequence beyond which a second launch is worth an even load
+STATIC_SHARED = 12_288  # bytes of shared memory, at most, that a kernel has without asking
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What splitting depends on."""
+    """What splitting depends on: SMs, compute capability, and bytes of shared memory that a CTA may ask for."""
 
     sms: int
     capability: tuple[int, int]
+    shared: int = 200_000
 
     @property
     def max_cluster(self) -> int:
@@ -47,8 +50,9 @@ class Gpu:
 @functools.cache
 def gpu(device: int) -> Gpu:
     """The facts of a device."""
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, (properties.major, properties.minor))
+    properties: Any = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin - STATIC_SHARED
+    return Gpu(properties.multi_processor_count, (properties.major, properties.minor), shared)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,11 @@ def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
     return Split(min(_power_of_two(wanted), facts.max_cluster), True, min(warps, 8))
 
 
-LONG = 1024  # units of a sequence beyond which a second launch is worth an even load
+def fitted(split: Split, facts: Gpu, shared: Callable[[Split], int]) -> Split:
+    """The same split with as many warps as shared memory has room for; `shared` says what a split needs, in bytes."""
+    while shared(split) > facts.shared and split.warps > 1:
+        split = replace(split, warps=split.warps // 2)
+    return split
 
 
 def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int]) -> Split:

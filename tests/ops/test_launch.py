@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsekv.ops.launch import MAX_SPLITS, Gpu, max_warps, split_attention, split_step
+from sparsekv.ops.launch import MAX_SPLITS, Gpu, Split, fitted, max_warps, split_attention, split_step
 
 H200, A100, B200, RTX = Gpu(132, (9, 0)), Gpu(108, (8, 0)), Gpu(148, (10, 0)), Gpu(170, (12, 0))
 
@@ -33,3 +33,9 @@ def test_the_step_takes_the_largest_cluster_of_which_all_run_at_once() -> None:
 
 def test_registers_limit_the_warps() -> None:
     assert [max_warps(d, g) for d, g in [(64, 8), (128, 8), (64, 9), (128, 9), (256, 1)]] == [16, 16, 16, 8, 8]
+
+
+def test_small_shared_memory_means_fewer_warps() -> None:
+    small = Gpu(84, (8, 6), shared=90_000)
+    assert fitted(Split(4, True, 8), small, lambda split: split.warps * 16_384).warps == 4
+    assert fitted(Split(4, True, 8), H200, lambda split: split.warps * 16_384).warps == 8
