@@ -7,7 +7,6 @@ Nothing here waits for the device or depends on a length, so every call can be c
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,21 +16,10 @@ import torch
 from torch import Tensor
 
 from sparsekv.ops import compiler, instances, reference
-from sparsekv.ops.launch import (
-    UNIT,
-    Split,
-    arguments,
-    capacity,
-    fitted,
-    gpu,
-    launch,
-    max_warps,
-    split_attention,
-    split_step,
-)
+from sparsekv.ops.launch import arguments, launch
+from sparsekv.ops.plans import UNIT, Split, attend_plan, score_plan, selectable, step_plan
 
 POOLINGS = {"max": 0, "sum": 1}
-DIRECT_PAGES = 8192  # pages whose keys and ids the fused kernel keeps in shared memory
 PER_HEAD = 2  # in place of a pooling: a score for every query head
 
 
@@ -76,7 +64,7 @@ def append_kv(
     digest: str,
 ) -> None:
     """See `reference.append_kv`."""
-    other_digest = bool(summary) and digest != instances.DIGEST
+    other_digest = bool(summary) and not _keeps(digest, summary, kv_pool)
     if other_digest or not _served(key, kv_pool):
         reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest)
         return
@@ -109,30 +97,28 @@ def score_pages(
     scaling: float,
 ) -> Tensor:
     """See `reference.score_pages`."""
-    if digest != instances.DIGEST or not _scores_served(query, summary[0], page_size):
+    num_kv_heads, max_pages = summary[0].shape[1], block_table.shape[1]
+    b, num_q_heads, head_dim = query.shape
+    group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
+    served = instances.why_not(query.dtype, head_dim, group, page_size) is None and _keeps(digest, summary, query)
+    if not served or not _usable(query.device.index):
         return reference.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
         )
-    b, num_q_heads, _ = query.shape
-    num_kv_heads, max_pages = summary[0].shape[1], block_table.shape[1]
-    group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
     rows = num_q_heads if pooling == PER_HEAD else num_kv_heads
     scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
     args = arguments(_log2(page_size), max_pages, pooling)
     tables = _int32s(block_table), _int32s(seq_lens)
-    _launch_scores("score_pages", query.contiguous(), summary[0], *tables, [scores], args)
+    _launch_scores(query.contiguous(), summary[0], *tables, scores, args)
     if pooling != PER_HEAD:
         return scores
     by_head = scores.unflatten(1, (num_kv_heads, group))
     return reference.pool_group(by_head, seq_lens, page_size, group_pooling, scaling)
 
 
-def _scores_served(query: Tensor, digests: Tensor, page_size: int) -> bool:
-    if not _usable(query.device.index):
-        return False
-    _, num_q_heads, head_dim = query.shape
-    reason = instances.why_not(query.dtype, head_dim, num_q_heads // digests.shape[1], page_size)
-    return reason is None and digests.dtype == query.dtype and digests.is_contiguous()
+def _keeps(digest: str, summary: Sequence[Tensor], like: Tensor) -> bool:
+    """Whether it is the digest that the kernels keep, in their layout."""
+    return digest == instances.DIGEST and summary[0].is_contiguous() and summary[0].dtype == like.dtype
 
 
 def select_pages(
@@ -146,7 +132,7 @@ def select_pages(
 ) -> Tensor:
     """See `reference.select_pages`."""
     b, num_kv_heads, max_pages = scores.shape
-    served = page_size in instances.PAGE_SIZES and _selectable(max_pages, k) and scores.dtype == torch.float32
+    served = page_size in instances.PAGE_SIZES and selectable(max_pages, k) and scores.dtype == torch.float32
     if not served or not _usable(scores.device.index):
         return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
@@ -155,10 +141,6 @@ def select_pages(
     shared = 16 * -(-max_pages // (4 * UNIT)) + 4 * k * (UNIT + 2)
     launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, shared)
     return slots
-
-
-def _selectable(max_pages: int, k: int) -> bool:
-    return max_pages <= instances.MAX_PAGES and k <= instances.MAX_SELECTED
 
 
 def attend_pages(
@@ -177,19 +159,15 @@ def attend_pages(
     (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
     group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
     k = max_pages if slots is None else slots.shape[2]
-    facts = gpu(query.device.index)
-    split = split_attention(facts, b * num_kv_heads, k * page_size // UNIT, max_warps(head_dim, group))
-    split = fitted(split, facts, lambda split: _attend_bytes(split, head_dim, group))
+    plan = attend_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, k * page_size // UNIT)
+    split = plan.split
     out, lse = _outputs(query)
     partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
     sinks, wide = _sink_logits(sinks, query)
     slots = None if slots is None else _int32s(slots)
     args = arguments(query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), slots, sinks, out, lse)
     args += arguments(partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide)
-    spec = instances.grouped("attend_pages", query.dtype, head_dim, group)
-    cluster = split.ctas if split.clustered else 1
-    shared = _attend_bytes(split, head_dim, group)
-    launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, cluster)
+    launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.cluster)
     if partials is not None:
         args = arguments(partials, sinks, out, lse, split.ctas, group, wide)
         spec = instances.grouped("merge_attention", query.dtype, head_dim, group, source="attend_pages")
@@ -218,10 +196,11 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.sparse_decode`: one kernel where it serves the call, else the ops one after the other."""
     num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
-    split = None
-    if digest == instances.DIGEST and group_pooling in POOLINGS and _served(query, kv_pool):
-        split = _split_step(query, num_kv_heads, block_table.shape[1], k)
-    if split is None:
+    (b, num_q_heads, head_dim), max_pages = query.shape, block_table.shape[1]
+    group, plan = num_q_heads // num_kv_heads, None
+    if _keeps(digest, summary, query) and group_pooling in POOLINGS and _served(query, kv_pool):
+        plan = step_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, max_pages, k)
+    if plan is None:
         ops = torch.ops.sparsekv
         if key is not None and value is not None:
             ops.append_kv(key, value, None, block_table, seq_lens, kv_pool, summary, state, digest)
@@ -231,8 +210,6 @@ def sparse_decode(
         slots = ops.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
         out, lse = ops.attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks)
         return out, lse, slots
-    (b, num_q_heads, head_dim), max_pages = query.shape, block_table.shape[1]
-    group = num_q_heads // num_kv_heads
     key, value = (None if x is None else _readable(x.to(kv_pool.dtype)) for x in (key, value))
     out, lse = _outputs(query)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=query.device)
@@ -240,86 +217,26 @@ def sparse_decode(
     limits = None if limits is None else _int32s(limits)
     query, block_table, seq_lens = query.contiguous(), _int32s(block_table), _int32s(seq_lens)
     keys = None
-    if max_pages > DIRECT_PAGES:
+    if not plan.direct:
         keys = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
     strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
     args = arguments(query, key, value, block_table, seq_lens, kv_pool, summary[0], limits, sinks, keys, slots)
     args += [*arguments(out, lse), *strides, *arguments(group, _log2(page_size), max_pages, k)]
     args += arguments(sink_tokens, recent_tokens, POOLINGS[group_pooling], float(scaling), float(softcap), wide)
-    spec = instances.grouped("sparse_decode", query.dtype, head_dim, group)
-    shared = _step_bytes(split, head_dim, group, max_pages, k)
-    launch(spec, query, (split.ctas, num_kv_heads, b), split.warps, args, shared, split.ctas)
+    split = plan.split
+    launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.ctas)
     return out, lse, slots
 
 
 def _launch_scores(
-    name: str,
-    query: Tensor,
-    digests: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    results: Sequence[Tensor],
-    args: Sequence[Any],
+    query: Tensor, digests: Tensor, block_table: Tensor, seq_lens: Tensor, scores: Tensor, args: Sequence[Any]
 ) -> None:
     (b, num_q_heads, head_dim), num_kv_heads = query.shape, digests.shape[1]
-    group, warps = num_q_heads // num_kv_heads, 8
-    staged = 2 * _query_bytes(head_dim, group)
-    heads = math.gcd(num_kv_heads, warps)  # of a CTA; its warps share them
-    while heads * staged > 64_000:
-        heads //= 2
-    tiles = -(-block_table.shape[1] * heads // (UNIT * warps))
-    chunks = min(tiles, max(1, 2 * gpu(query.device.index).sms * heads // (b * num_kv_heads)))
-    spec = instances.grouped(name, query.dtype, head_dim, group, source="score_pages")
-    args = [*arguments(query, digests, block_table, seq_lens, *results, num_kv_heads, heads, group), *args]
-    launch(spec, query, (num_kv_heads // heads, chunks, b), warps, args, heads * staged)
-
-
-def _split_step(query: Tensor, num_kv_heads: int, max_pages: int, k: int) -> Split | None:
-    """How the fused step runs, or None where the four ops serve better."""
-    facts = gpu(query.device.index)
-    b, num_q_heads, head_dim = query.shape
     group = num_q_heads // num_kv_heads
-    if facts.max_cluster == 1 or not _selectable(max_pages, k):
-        return None
-    spec = instances.grouped("sparse_decode", query.dtype, head_dim, group)
-
-    def room(ctas: int, warps: int) -> int:
-        shared = _step_bytes(Split(ctas, True, warps), head_dim, group, max_pages, k)
-        return 0 if shared > facts.shared else capacity(spec, query.device.index, ctas, warps, shared)
-
-    split = split_step(facts, b * num_kv_heads, max_warps(head_dim, group), room)
-    return split if _step_bytes(split, head_dim, group, max_pages, k) <= facts.shared else None
-
-
-def _query_bytes(head_dim: int, group: int) -> int:
-    return instances.head_tiles(group) * head_dim * UNIT
-
-
-def _words(head_dim: int, group: int) -> int:
-    """`Words::count` of cuda/common/merge.cuh."""
-    return instances.head_tiles(group) * head_dim // 2 * ((min(group, instances.MMA_HEADS) + 1) // 2)
-
-
-def _merge_bytes(head_dim: int, group: int, split: Split) -> tuple[int, int]:
-    """`MergeRoom` of cuda/common/merge.cuh: its own room, and the warps' sums."""
-    words, ctas = _words(head_dim, group), split.ctas if split.clustered else 1
-    heads = 8 * instances.head_tiles(group) * instances.MMA_HEADS
-    return (ctas + split.warps) * heads + 16 * ctas * (-(-words // ctas) + 1), 16 * split.warps * words
-
-
-def _attend_bytes(split: Split, head_dim: int, group: int) -> int:
-    """Shared memory of cuda/attend_pages.cu."""
-    own, sums = _merge_bytes(head_dim, group, split)
-    return own + max(sums, _query_bytes(head_dim, group))
-
-
-def _step_bytes(split: Split, head_dim: int, group: int, max_pages: int, k: int) -> int:
-    """`Room` of cuda/sparse_decode.cu."""
-    own, sums = _merge_bytes(head_dim, group, split)
-    selected, direct = 16 * -(-k // 4), max_pages <= DIRECT_PAGES
-    keys = 16 * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
-    select = selected + keys + (keys if direct else selected + 4 * UNIT * k)
-    return 3 * _query_bytes(head_dim, group) + max(select, sums) + own
+    plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, block_table.shape[1])
+    args = [*arguments(query, digests, block_table, seq_lens, scores, num_kv_heads, plan.heads, group), *args]
+    grid = (num_kv_heads // plan.heads, plan.chunks, b)
+    launch(plan.spec, query, grid, plan.warps, args, plan.shared)
 
 
 def _partials(query: Tensor, rows: int, split: Split, group: int) -> Tensor:

@@ -1,16 +1,11 @@
-"""How a kernel gets onto a GPU: how many CTAs a piece of work is split over, and the launch itself.
-
-The splits depend on shapes alone, never on lengths, which live on the device: a captured launch stays right while
-sequences grow.
-"""
+"""How a kernel gets onto a GPU: what the GPU can do, arguments in C's types, and the launch itself."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,16 +13,13 @@ import torch
 from torch import Tensor
 
 from sparsekv.errors import KernelError
-from sparsekv.ops import compiler, instances
+from sparsekv.ops import compiler
 from sparsekv.ops.compiler import KernelSpec
 
 if TYPE_CHECKING:
     from cuda.core import Kernel, LaunchConfig, Stream
 
 WARP = 32
-UNIT = 16  # tokens that a warp attends to at a time; also pages that it scores at a time
-MAX_SPLITS = 128  # parts that merge_attention puts together
-LONG = 1024  # units of a sequence beyond which a second launch is worth an even load
 STATIC_SHARED = 12_288  # bytes of shared memory, at most, that a kernel has without asking
 
 
@@ -53,58 +45,6 @@ def gpu(device: int) -> Gpu:
     properties: Any = torch.cuda.get_device_properties(device)
     shared = properties.shared_memory_per_block_optin - STATIC_SHARED
     return Gpu(properties.multi_processor_count, (properties.major, properties.minor), shared)
-
-
-@dataclass(frozen=True)
-class Split:
-    """CTAs that share one (sequence, kv head), whether they form a cluster, and the warps of each."""
-
-    ctas: int
-    clustered: bool
-    warps: int
-
-
-def max_warps(head_dim: int, group: int) -> int:
-    """Warps of a CTA for which the attention kernels have registers."""
-    return 16 if head_dim * instances.head_tiles(group) <= 128 else 8
-
-
-def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
-    """How `rows` (sequence, kv head) pairs with up to `units` of sixteen tokens each are attended to.
-
-    A cluster merges in the same launch. It is placed less freely, so long work is split over lone CTAs and merged in
-    a second launch.
-    """
-    slots = facts.sms * 16 // 8  # CTAs of 8 warps that run at once
-    if units >= LONG and slots // rows > 1:
-        return Split(min(slots // rows, MAX_SPLITS), False, min(warps, 8))
-    wanted = min(-(-units // 8), max(1, slots // rows))
-    return Split(min(_power_of_two(wanted), facts.max_cluster), True, min(warps, 8))
-
-
-def fitted(split: Split, facts: Gpu, shared: Callable[[Split], int]) -> Split:
-    """The same split with as many warps as shared memory has room for; `shared` says what a split needs, in bytes."""
-    while shared(split) > facts.shared and split.warps > 1:
-        split = replace(split, warps=split.warps // 2)
-    return split
-
-
-def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int]) -> Split:
-    """How the fused step splits `rows` (sequence, kv head) pairs: into the largest clusters of which all run at once.
-
-    Args:
-        capacity: how many clusters of so many CTAs, of so many warps each, the GPU runs at once. It is not what the
-            number of SMs suggests: a cluster lies within one part of the GPU, and the parts differ in size.
-    """
-    for ctas in range(facts.max_cluster, 0, -1):
-        if capacity(ctas, warps) >= rows:
-            return Split(ctas, True, warps)
-    return Split(1, True, min(warps, 8))
-
-
-def _power_of_two(number: int) -> int:
-    """The largest that is not larger."""
-    return 1 << (max(number, 1).bit_length() - 1)
 
 
 def address(tensor: Tensor | None) -> int:

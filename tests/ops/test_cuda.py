@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekv.ops import cuda, instances, launch, reference
-from sparsekv.ops.launch import Split
+from sparsekv.ops import cuda, instances, launch, plans, reference
+from sparsekv.ops.plans import Split
 from sparsekv.testing import naive
 from sparsekv.testing.pages import Pages, edge_lengths, fresh_summary, random_pages
 from sparsekv.testing.soak import Case, Tally, check, same_slots, soak
@@ -74,7 +74,11 @@ def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.Mo
     expected, expected_lse = reference.attend_pages(
         query, pages.kv_pool, pages.block_table, pages.seq_lens, None, 0.1
     )
-    monkeypatch.setattr(cuda, "split_attention", lambda *args: split)
+
+    def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, units: int) -> plans.Plan:
+        return plans.planned_attention(split, dtype, head_dim, group)
+
+    monkeypatch.setattr(cuda, "attend_plan", plan)
     out, lse = on_gpu(OPS.attend_pages, query, pages, None, 0.1)
     assert (out - expected).float().norm() < 1e-2 * expected.float().norm()
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
@@ -83,8 +87,10 @@ def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("ctas", [1, 2, 3, 8, 16])
 @pytest.mark.parametrize("direct", [True, False])
 def test_any_cluster_gives_the_same_step(ctas: int, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "split_step", lambda *args: Split(ctas, True, 8))
-    monkeypatch.setattr(cuda, "DIRECT_PAGES", 8192 if direct else 0)
+    def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, width: int, k: int) -> plans.Plan:
+        return plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, width, k, direct)
+
+    monkeypatch.setattr(cuda, "step_plan", plan)
     rng = random.Random(ctas)
     for _ in range(10):
         check(Case.draw(rng), CUDA, Tally())

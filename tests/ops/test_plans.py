@@ -2,7 +2,8 @@
 
 import pytest
 
-from sparsekv.ops.launch import MAX_SPLITS, Gpu, Split, fitted, max_warps, split_attention, split_step
+from sparsekv.ops.launch import Gpu
+from sparsekv.ops.plans import MAX_SPLITS, Split, fitted, max_warps, split_attention, split_step
 
 H200, A100, B200, RTX = Gpu(132, (9, 0)), Gpu(108, (8, 0)), Gpu(148, (10, 0)), Gpu(170, (12, 0))
 
@@ -21,6 +22,7 @@ def test_long_work_fills_the_gpu_and_short_work_merges_in_one_launch() -> None:
     assert split_attention(H200, 8, 8192, 16).ctas * 8 >= 2 * 120
     assert not split_attention(H200, 8, 8192, 16).clustered
     assert split_attention(H200, 8, 128, 16).clustered
+    assert split_attention(A100, 8, 128, 16) == Split(16, False, 8)  # no clusters there
 
 
 def test_the_step_takes_the_largest_cluster_of_which_all_run_at_once() -> None:

@@ -1,0 +1,209 @@
+"""How work is split over a GPU, and the shared memory that takes.
+
+Plans depend on shapes alone, never on lengths, which live on the device: a captured launch stays right while its
+sequences grow.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsekv.ops import instances
+from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops.launch import Gpu, capacity, gpu
+
+UNIT = 16  # tokens that a warp attends to at a time; also pages that it scores at a time
+MAX_SPLITS = 128  # parts that merge_attention puts together
+LONG = 1024  # units of a sequence beyond which a second launch is worth an even load
+DIRECT_PAGES = 8192  # pages whose keys and ids the fused kernel keeps in shared memory
+WIDTHS = 512  # tables are planned for in steps of so many pages, so that a growing one seldom needs another plan
+
+
+@dataclass(frozen=True)
+class Split:
+    """CTAs that share one (sequence, kv head), whether they form a cluster, and the warps of each."""
+
+    ctas: int
+    clustered: bool
+    warps: int
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.ctas if self.clustered else 1
+
+
+def max_warps(head_dim: int, group: int) -> int:
+    """Warps of a CTA for which the attention kernels have registers."""
+    return 16 if head_dim * instances.head_tiles(group) <= 128 else 8
+
+
+def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
+    """How `rows` (sequence, kv head) pairs with up to `units` of sixteen tokens each are attended to.
+
+    A cluster merges in the same launch. It is placed less freely, so long work is split over lone CTAs and merged in
+    a second launch.
+    """
+    slots = facts.sms * 16 // 8  # CTAs of 8 warps that run at once
+    if units >= LONG and slots // rows > 1:
+        return Split(min(slots // rows, MAX_SPLITS), False, min(warps, 8))
+    wanted = min(-(-units // 8), max(1, slots // rows))
+    if facts.max_cluster == 1 and wanted > 1:
+        return Split(min(wanted, MAX_SPLITS), False, min(warps, 8))
+    return Split(min(_power_of_two(wanted), facts.max_cluster), True, min(warps, 8))
+
+
+def fitted(split: Split, facts: Gpu, shared: Callable[[Split], int]) -> Split:
+    """The same split with as many warps as shared memory has room for; `shared` says what a split needs, in bytes."""
+    while shared(split) > facts.shared and split.warps > 1:
+        split = replace(split, warps=split.warps // 2)
+    return split
+
+
+def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int]) -> Split:
+    """How the fused step splits `rows` (sequence, kv head) pairs: into the largest clusters of which all run at once.
+
+    Args:
+        capacity: how many clusters of so many CTAs, of so many warps each, the GPU runs at once. It is not what the
+            number of SMs suggests: a cluster lies within one part of the GPU, and the parts differ in size.
+    """
+    for ctas in range(facts.max_cluster, 0, -1):
+        if capacity(ctas, warps) >= rows:
+            return Split(ctas, True, warps)
+    return Split(1, True, min(warps, 8))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not larger."""
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch that splits rows; `direct`: whether the fused kernel keeps all pages' keys in shared memory."""
+
+    spec: KernelSpec
+    split: Split
+    shared: int  # bytes
+    direct: bool = False
+
+
+def planned_attention(split: Split, dtype: torch.dtype, head_dim: int, group: int) -> Plan:
+    """attend_pages over a given split."""
+    spec = instances.grouped("attend_pages", dtype, head_dim, group)
+    return Plan(spec, split, _attend_bytes(split, head_dim, group))
+
+
+@functools.lru_cache(1024)
+def attend_plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, units: int) -> Plan:
+    """attend_pages for `rows` (sequence, kv head) pairs of up to `units` of sixteen tokens."""
+    facts = gpu(device)
+    split = split_attention(facts, rows, units, max_warps(head_dim, group))
+    split = fitted(split, facts, lambda split: _attend_bytes(split, head_dim, group))
+    return planned_attention(split, dtype, head_dim, group)
+
+
+def planned_step(
+    split: Split, dtype: torch.dtype, head_dim: int, group: int, max_pages: int, k: int, direct: bool
+) -> Plan:
+    """sparse_decode over a given split."""
+    spec = instances.grouped("sparse_decode", dtype, head_dim, group)
+    return Plan(spec, split, _step_bytes(split, head_dim, group, max_pages, k, direct), direct)
+
+
+def step_plan(
+    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, max_pages: int, k: int
+) -> Plan | None:
+    """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better."""
+    width = -(-max_pages // WIDTHS) * WIDTHS
+    return _step_plan(device, dtype, rows, head_dim, group, width, k)
+
+
+@functools.lru_cache(1024)
+def _step_plan(
+    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, width: int, k: int
+) -> Plan | None:
+    facts = gpu(device)
+    if facts.max_cluster == 1 or not selectable(width, k):
+        return None
+    direct = width <= DIRECT_PAGES
+
+    def plan(ctas: int, warps: int) -> Plan:
+        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, width, k, direct)
+
+    def room(ctas: int, warps: int) -> int:
+        made = plan(ctas, warps)
+        return 0 if made.shared > facts.shared else capacity(made.spec, device, ctas, warps, made.shared)
+
+    split = split_step(facts, rows, max_warps(head_dim, group), room)
+    made = plan(split.ctas, split.warps)
+    return made if made.shared <= facts.shared else None
+
+
+def selectable(max_pages: int, k: int) -> bool:
+    """Whether a selection fits the kernels."""
+    return max_pages <= instances.MAX_PAGES and k <= instances.MAX_SELECTED
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """How scoring is split: kv heads of a CTA, and CTAs that share the pages of a sequence."""
+
+    spec: KernelSpec
+    heads: int
+    chunks: int
+    warps: int
+    shared: int  # bytes
+
+
+@functools.lru_cache(1024)
+def score_plan(
+    device: int, dtype: torch.dtype, b: int, num_kv_heads: int, head_dim: int, group: int, max_pages: int
+) -> ScorePlan:
+    """score_pages for b sequences of up to `max_pages` pages."""
+    warps, staged = 8, 2 * _query_bytes(head_dim, group)
+    heads = math.gcd(num_kv_heads, warps)
+    while heads * staged > 64_000:
+        heads //= 2
+    tiles = -(-max_pages * heads // (UNIT * warps))
+    chunks = min(tiles, max(1, 2 * gpu(device).sms * heads // (b * num_kv_heads)))
+    return ScorePlan(instances.grouped("score_pages", dtype, head_dim, group), heads, chunks, warps, heads * staged)
+
+
+# -- shared memory, as the kernels lay it out
+
+
+def _query_bytes(head_dim: int, group: int) -> int:
+    return instances.head_tiles(group) * head_dim * UNIT
+
+
+def _words(head_dim: int, group: int) -> int:
+    """`Words::count` of cuda/common/merge.cuh."""
+    return instances.head_tiles(group) * head_dim // 2 * ((min(group, instances.MMA_HEADS) + 1) // 2)
+
+
+def _merge_bytes(head_dim: int, group: int, split: Split) -> tuple[int, int]:
+    """`MergeRoom` of cuda/common/merge.cuh: its own room, and the warps' sums."""
+    words, ctas = _words(head_dim, group), split.cluster
+    heads = 8 * instances.head_tiles(group) * instances.MMA_HEADS
+    return (ctas + split.warps) * heads + 16 * ctas * (-(-words // ctas) + 1), 16 * split.warps * words
+
+
+def _attend_bytes(split: Split, head_dim: int, group: int) -> int:
+    """Of cuda/attend_pages.cu."""
+    own, sums = _merge_bytes(head_dim, group, split)
+    return own + max(sums, _query_bytes(head_dim, group))
+
+
+def _step_bytes(split: Split, head_dim: int, group: int, max_pages: int, k: int, direct: bool) -> int:
+    """`Room` of cuda/sparse_decode.cu."""
+    own, sums = _merge_bytes(head_dim, group, split)
+    selected = 16 * -(-k // 4)
+    keys = 16 * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
+    select = selected + keys + (keys if direct else selected + 4 * UNIT * k)
+    return 3 * _query_bytes(head_dim, group) + max(select, sums) + own

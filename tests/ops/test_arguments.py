@@ -1,0 +1,128 @@
+"""What Python hands to a kernel is what its source asks for, in number and type. No GPU needed."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparsekv.digests import DIGESTS
+from sparsekv.ops import compiler, cuda, plans
+from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops.launch import Gpu
+from sparsekv.ops.plans import Split
+from sparsekv.testing.pages import fresh_summary, random_pages
+
+TYPES = {"i64": np.int64, "int": np.int32, "float": np.float32}
+
+
+def parameter_types(spec: KernelSpec) -> list[type]:
+    """Of a kernel, read from its source; a pointer is a Python int."""
+    name = spec.expression.partition("<")[0]
+    source = re.sub(r"//.*", "", (compiler.sources_dir() / spec.source).read_text())
+    found = re.search(rf"__global__[^;{{]*?\b{name}\s*\(([^{{]*)\)\s*{{", source)
+    assert found is not None, spec
+    parameters = [parameter.split() for parameter in re.sub(r"<[^>]*>", "", found[1]).split(",")]
+    return [int if "*" in " ".join(words) else TYPES[words[0]] for words in parameters]
+
+
+class Launches:
+    """What would have been launched."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def __call__(
+        self,
+        spec: KernelSpec,
+        like: torch.Tensor,
+        grid: tuple[int, int, int],
+        warps: int,
+        args: list[Any],
+        shared: int = 0,
+        cluster: int = 1,
+    ) -> None:
+        assert [type(argument) for argument in args] == parameter_types(spec), spec
+        assert min(grid) > 0
+        assert grid[0] % cluster == 0
+        assert warps in (4, 8, 16)
+        assert 0 <= shared <= 220_000
+        self.made.append(spec.expression.partition("<")[0])
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Calls of the CUDA ops end here, for tensors on the CPU, as if on an H200."""
+    launches = Launches()
+    for function in (plans.attend_plan, plans._step_plan, plans.score_plan):
+        function.cache_clear()
+    monkeypatch.setattr(cuda, "launch", launches)
+    monkeypatch.setattr(cuda, "_usable", lambda device: True)
+    monkeypatch.setattr(plans, "gpu", lambda device: Gpu(132, (9, 0), 220_000))
+    monkeypatch.setattr(plans, "capacity", lambda spec, device, cluster, warps, shared: 7 * (18 // cluster))
+    yield launches
+    for function in (plans.attend_plan, plans._step_plan, plans.score_plan):
+        function.cache_clear()
+
+
+def arguments(group: int, head_dim: int, page_size: int = 16) -> dict[str, tuple[Any, ...]]:
+    """Of every op, for a ragged batch."""
+    pages = random_pages([70, 9], head_dim=head_dim, page_size=page_size, dtype=torch.bfloat16)
+    summary = fresh_summary("minmax", pages, [])
+    query, new = torch.randn(2, 2 * group, head_dim).bfloat16(), torch.randn(2, 2, 1, head_dim).bfloat16()
+    where = (pages.block_table, pages.seq_lens)
+    slots = torch.zeros(2, 2, 3, dtype=torch.int32)
+    sinks = torch.zeros(2 * group)
+    valid = torch.ones(2, 1, dtype=torch.bool)
+    settings = (None, "minmax", "max", 3, 4, 4, 0.1)
+    return {
+        "append_kv": (new, new, valid, *where, pages.kv_pool, summary, [], "minmax"),
+        "score_pages": (query, summary, [], *where, page_size, "minmax", "mean_softmax", 0.1),
+        "select_pages": (torch.randn(2, 2, 7), pages.seq_lens, page_size, 3, 4, 4, None),
+        "attend_pages": (query, pages.kv_pool, *where, slots, 0.1, 5.0, sinks),
+        "sparse_decode": (query, new, new, *where, pages.kv_pool, summary, [], *settings, 0.0, sinks),
+    }
+
+
+@pytest.mark.parametrize("group", [1, 5, 16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("name", ["append_kv", "score_pages", "select_pages", "attend_pages", "sparse_decode"])
+def test_arguments_are_those_of_the_source(name: str, head_dim: int, group: int, launches: Launches) -> None:
+    getattr(cuda, name)(*arguments(group, head_dim)[name])
+    assert launches.made == [name]
+
+
+def test_long_dense_attention_is_two_launches(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "split_attention", lambda *args: Split(5, False, 8))
+    cuda.attend_pages(*arguments(4, 128)["attend_pages"])
+    assert launches.made == ["attend_pages", "merge_attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("append_kv", {8: "sign_sketch"}),
+        ("score_pages", {6: "sign_sketch"}),
+        ("select_pages", {2: 8}),
+        ("attend_pages", {0: torch.zeros(2, 8, 64)}),
+    ],
+)
+def test_what_no_kernel_serves_launches_none(name: str, change: dict[int, Any], launches: Launches) -> None:
+    changed = list(arguments(4, 64)[name])
+    for place, value in change.items():
+        changed[place] = value
+    if name in ("append_kv", "score_pages"):  # another digest, with its own fields
+        pages = random_pages([70, 9], head_dim=64, dtype=torch.bfloat16)
+        digest = DIGESTS.get("sign_sketch")()
+        state = digest.fit(torch.randn(1, 2, 20, 64).bfloat16(), None)
+        place = 6 if name == "append_kv" else 1
+        changed[place], changed[place + 1] = fresh_summary("sign_sketch", pages, state), state
+    getattr(cuda, name)(*changed)
+    assert launches.made == []
+
+
+def test_a_gpu_without_clusters_takes_the_step_op_by_op(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "gpu", lambda device: Gpu(108, (8, 0), 150_000))
+    assert plans.step_plan(0, torch.bfloat16, 8, 128, 4, 2048, 128) is None
+    assert plans.attend_plan(0, torch.bfloat16, 8, 128, 4, 128).split.cluster == 1
