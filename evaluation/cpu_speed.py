@@ -98,7 +98,7 @@ class Bench:
 
     def sparse(self) -> Tensor:
         """A whole sparse step, bookkeeping included."""
-        self.append()
+        self.layer.update(*self.new)
         return self.layer.decode(self.query, self.shape.scaling, 0.0, None)
 
     def dense(self) -> Tensor:

@@ -47,7 +47,13 @@ class PageStore:
     def append(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
     ) -> None:
-        """Stores a layer's new tokens.
+        """Stores a layer's new tokens: `accept`, then `write`."""
+        self.write(layer_idx, *self.accept(layer_idx, length, key, value, visible, scored))
+
+    def accept(
+        self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Makes room for a layer's new tokens, which are then to be written: returns what `write` wants.
 
         Args:
             length: columns this layer holds already.
@@ -71,8 +77,9 @@ class PageStore:
             digest = self.digest if scored else None
             wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
             self.layers[layer_idx] = LayerPages(wide, valid, self.config.page_size, digest)
-        dtype = self.layers[layer_idx].kv.dtype
-        self._write(layer_idx, key.to(dtype), value.to(dtype), valid)
+        pages, pool = self.layers[layer_idx], self.table.pool
+        pages.ensure(max(pool.num_pages, self.reserve_pages, 1), pool.max_pages)
+        return key.to(pages.kv.dtype), value.to(pages.kv.dtype), valid
 
     def crop(self, num_tokens: int) -> None:
         """Drops the last columns in every layer; digests of pages that became partly filled are made anew."""
@@ -80,7 +87,7 @@ class PageStore:
         self._copy(copies)
         for layer_idx, pages in self.layers.items():
             no_tokens = pages.kv.new_empty(self.table.batch_size, pages.kv.shape[2], 0, pages.kv.shape[4])
-            self._write(layer_idx, no_tokens, no_tokens, None)
+            self.write(layer_idx, no_tokens, no_tokens, None)
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows (repeats share their pages)."""
@@ -147,9 +154,9 @@ class PageStore:
                 "were visible when they were appended. Start from a new cache, or unpatch the model for such masks."
             )
 
-    def _write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-        pool = self.table.pool
-        self.layers[layer_idx].ensure(max(pool.num_pages, self.reserve_pages, 1), pool.max_pages)
+    def write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        """Puts tokens `[b, hkv, t, d]` into the pages that the table has for them; without tokens, only renews the
+        digests of partly filled pages."""
         pages, block_table, seq_lens = self.on(layer_idx)
         self.ops.append_kv(
             key, value, valid, block_table, seq_lens, pages.kv, pages.summary, pages.state, self.config.digest

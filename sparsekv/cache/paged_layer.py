@@ -27,6 +27,7 @@ _TAG = "_sparsekv_layer"
 
 Observer = Callable[[DecodeStep, "Tensor | None"], None]
 FallbackListener = Callable[[int, str], None]
+Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what PageStore.accept returns
 
 
 class Mode(Enum):
@@ -147,27 +148,31 @@ class PagedLayer(DynamicLayer):
         Args:
             visible: `[b, n]` bool, which columns are no padding; None: the new ones are not.
         """
-        if self._pending is None or self.mode is Mode.DENSE:
-            return
-        key, value = self._pending
-        if key.shape != value.shape:
-            self.refuse(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
-            return
-        self._pending = None  # also if the store refuses the tokens: they must not come back with the next ones
-        with torch.no_grad(), _own_precision(key.device):
-            self.store.append(self.layer_idx, self.length, key, value, visible, self.policy.reads is Reads.DIGESTS)
-        self.mode = Mode.PAGED
-        self.length += key.shape[-2]
-        self._step_is_new = True
+        accepted = self._accept(visible)
+        if accepted is not None:
+            with torch.no_grad(), _own_precision(accepted[0].device):
+                self.store.write(self.layer_idx, *accepted)
+            self._advance(accepted[0])
 
-    def decode(self, query: Tensor, scaling: float, softcap: float, sinks: Tensor | None) -> Tensor:
-        """Attention of one new token over the pages the policy selects: query `[b, hq, 1, d]` -> the same shape."""
-        step = self._step(query.squeeze(2), scaling)
+    def decode(
+        self, query: Tensor, scaling: float, softcap: float, sinks: Tensor | None, visible: Tensor | None = None
+    ) -> Tensor:
+        """Attention of one new token over the pages the policy selects: query `[b, hq, 1, d]` -> the same shape.
+
+        If the token is not committed yet, it is stored on the way; `visible` is what `commit` would get.
+        """
+        accepted = self._accept(visible)
+        if accepted is not None and accepted[2] is not None:  # some rows' token is padding
+            with torch.no_grad(), _own_precision(query.device):
+                self.store.write(self.layer_idx, *accepted)
+            self._advance(accepted[0])
+            accepted = None
+        step = self._step(query.squeeze(2), scaling, accepted)
         with _own_precision(query.device):
-            if step.k >= step.block_table.shape[1]:  # everything fits the budget: there is nothing to choose
-                out, slots = step.attend(None, softcap, sinks), None
-            else:
-                out, slots = self.policy.decode(step, softcap, sinks)
+            out, slots = self.policy.decode(step, softcap, sinks)
+            if accepted is not None:
+                self._advance(accepted[0])
+            slots = None if step.fits else slots
             self._record(slots)
             for observe in self.observers:
                 observe(step, slots)
@@ -181,7 +186,26 @@ class PagedLayer(DynamicLayer):
 
     # -- how
 
-    def _step(self, query: Tensor, scaling: float) -> DecodeStep:
+    def _accept(self, visible: Tensor | None) -> Accepted | None:
+        """Room for the tokens of the last `update`, which are to be written next; None if there are none to store."""
+        if self._pending is None or self.mode is Mode.DENSE:
+            return None
+        key, value = self._pending
+        if key.shape != value.shape:
+            self.refuse(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
+            return None
+        self._pending = None  # also if the store refuses the tokens: they must not come back with the next ones
+        scored = self.policy.reads is Reads.DIGESTS
+        with torch.no_grad(), _own_precision(key.device):
+            return self.store.accept(self.layer_idx, self.length, key, value, visible, scored)
+
+    def _advance(self, key: Tensor) -> None:
+        """Counts tokens that were written."""
+        self.mode = Mode.PAGED
+        self.length += key.shape[-2]
+        self._step_is_new = True
+
+    def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
         k = min(self.config.budget_pages(int(self.store.table.lengths.max())), block_table.shape[1])
         return DecodeStep(
@@ -196,6 +220,8 @@ class PagedLayer(DynamicLayer):
             scaling=scaling,
             config=self.config,
             ops=self.store.ops,
+            key=None if new is None else new[0],
+            value=None if new is None else new[1],
         )
 
     def _record(self, slots: Tensor | None) -> None:

@@ -100,9 +100,11 @@ def _paged(
     special = [name for name in _SPECIAL_ARGUMENTS if kwargs.get(name) is not None]
     if special:
         layer.refuse(f"its attention uses {', '.join(special)}")
-    layer.commit(visible_columns(attention_mask))
+    visible = visible_columns(attention_mask)
+    if query.shape[2] > 1 or not layer.is_paged:
+        layer.commit(visible)
     if layer.is_paged and query.shape[2] == 1:
-        return _sparse(module, layer, query, **kwargs), None
+        return _sparse(module, layer, query, visible, **kwargs), None
     if layer.is_paged:
         layer.record_pass()
     return _dense(module, query, key, value, attention_mask, **kwargs)
@@ -112,6 +114,7 @@ def _sparse(
     module: torch.nn.Module,
     layer: PagedLayer,
     query: Tensor,
+    visible: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -120,7 +123,7 @@ def _sparse(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if original_implementation(module.config) == "sdpa":
         softcap = None  # transformers' sdpa path has no softcap: stay equal to it
-    out = layer.decode(query, scaling, softcap or 0.0, s_aux)
+    out = layer.decode(query, scaling, softcap or 0.0, s_aux, visible)
     return out.transpose(1, 2).contiguous()
 
 

@@ -204,6 +204,9 @@ def sparse_decode(
         ops = torch.ops.sparsekv
         if key is not None and value is not None:
             ops.append_kv(key, value, None, block_table, seq_lens, kv_pool, summary, state, digest)
+        if k >= max_pages and limits is None:  # every page is read: there is nothing to choose
+            out, lse = ops.attend_pages(query, kv_pool, block_table, seq_lens, None, scaling, softcap, sinks)
+            return out, lse, reference.every_slot(block_table, seq_lens, kv_pool, k)
         scores = ops.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
         )

@@ -299,9 +299,19 @@ def sparse_decode(
     page_size = kv_pool.shape[3]
     if key is not None and value is not None:
         append_kv(key, value, None, block_table, seq_lens, kv_pool, summary, state, digest)
+    if k >= block_table.shape[1] and limits is None:  # every page is read: there is nothing to choose
+        slots = every_slot(block_table, seq_lens, kv_pool, k)
+        return *attend_pages(query, kv_pool, block_table, seq_lens, None, scaling, softcap, sinks), slots
     scores = score_pages(query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling)
     slots = select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
     return *attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks), slots
+
+
+def every_slot(block_table: Tensor, seq_lens: Tensor, kv_pool: Tensor, k: int) -> Tensor:
+    """The selection of all pages: slots `[b, hkv, k]` int32."""
+    slot = torch.arange(k, dtype=torch.int32, device=block_table.device)
+    slots = torch.where(slot * kv_pool.shape[3] < seq_lens[:, None], slot, -1)
+    return slots[:, None].expand(-1, kv_pool.shape[2], -1).contiguous()
 
 
 def _take_rows(source: Tensor, rows: Tensor) -> Tensor:

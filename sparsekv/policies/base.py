@@ -43,7 +43,8 @@ class DecodeStep:
         k: the width of a selection, in pages: what the longest sequence may read.
         scaling: the attention's factor on dot products.
         config: the settings in force.
-        ops: the namespace of the four ops.
+        ops: the namespace of the ops.
+        key, value: `[b, hkv, 1, d]` of the new token while it is not in its page yet; None: it is.
     """
 
     layer_idx: int
@@ -57,6 +58,19 @@ class DecodeStep:
     scaling: float
     config: SparseConfig
     ops: Any
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every page may be read: there is nothing to choose."""
+        return self.k >= self.block_table.shape[1]
+
+    def append(self) -> None:
+        """Puts the new token into its page, if it is not there yet. Before anything else is read."""
+        if self.key is not None and self.value is not None:
+            where = (self.block_table, self.seq_lens, self.kv_pool, self.summary, self.state)
+            self.ops.append_kv(self.key, self.value, None, *where, self.config.digest)
 
     def digest_scores(self) -> Tensor:
         """The digest's score of every page, `[b, hkv, max_pages]` float32."""
@@ -89,12 +103,12 @@ class DecodeStep:
         return out
 
     def attend_best(self, softcap: float = 0.0, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`digest_scores`, `select` and `attend` in one op: output `[b, hq, d]` and slots `[b, hkv, k]` int32."""
+        """`append`, `digest_scores`, `select`, `attend` in one op: output `[b, hq, d]`, slots `[b, hkv, k]` int32."""
         config = self.config
         out, _, slots = self.ops.sparse_decode(
             self.query,
-            None,
-            None,
+            self.key,
+            self.value,
             self.block_table,
             self.seq_lens,
             self.kv_pool,
@@ -130,8 +144,10 @@ class Policy(ABC):
         """Slots `[b, hkv, k]` int32 to read, ascending, -1 for none; None: every page."""
 
     def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Output `[b, hq, d]` and the slots that were read. To be overridden where an op does both at once."""
-        slots = self.select(step)
+        """Stores the new token; output `[b, hq, d]` and the slots that were read. To be overridden where one op does
+        all of it."""
+        step.append()
+        slots = None if step.fits else self.select(step)
         return step.attend(slots, softcap, sinks), slots
 
 

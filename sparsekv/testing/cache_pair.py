@@ -82,10 +82,12 @@ class CachePair:
         keys, values = self.paged.update(key, value, layer_idx)
         layer = tagged_layer(keys, values)
         assert layer is self.paged.layers[layer_idx]
-        layer.commit(None if bool(mask.all()) else mask)
+        visible = None if bool(mask.all()) else mask
+        if t > 1 or not layer.is_paged:
+            layer.commit(visible)
         expected = self.plain.update(key, value, layer_idx)
         if t == 1:
-            return layer.decode(self.queries[layer_idx], self.d**-0.5, 0.0, None)[:, :, 0]
+            return layer.decode(self.queries[layer_idx], self.d**-0.5, 0.0, None, visible)[:, :, 0]
         layer.record_pass()
         for handed_out, held in zip((keys, values), expected, strict=True):
             assert torch.equal(self.unpadded(handed_out, mask), self.unpadded(held, mask))
