@@ -125,7 +125,7 @@ sparse_decode(const u16* query,        // [b, hq, d]
     for (int i = threadIdx.x; direct && choose && i < count; i += blockDim.x)
         copy_async(room.table + i, pages.block_table + i);
     const int newest = pages.length - 1, offset = newest & ((1 << page_shift) - 1);
-    const int newest_unit = ((min(count, most) - 1) << pages.unit_shift()) + offset / UNIT;
+    const int newest_unit = ((max(min(count, most), 1) - 1) << pages.unit_shift()) + offset / UNIT;
     if (key && newest >= 0 && newest_unit % warps == first) {
         const int slot = newest >> page_shift;
         const Page page(kv_pool, digests, pages.block_table[slot], head, num_kv_heads, page_shift, D);

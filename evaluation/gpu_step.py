@@ -66,15 +66,13 @@ class DecodeStep:
         return self.attend(i, slots, self.inputs.sinks), slots
 
     def sparse(self, i: int) -> tuple[Tensor, Tensor | None]:
-        """The whole step as a cache takes it: by one operator, where there is something to choose."""
-        if self.point.fits:
-            return self.composed(i)
+        """The whole step as a cache takes it, by one operator; slots are None where everything is read."""
         layer = self.inputs.layers[i]
         out, _, slots = self.ops.sparse_decode(
             layer.query, layer.key, layer.value, *self._lengths, layer.kv_pool, [layer.summary], [], None,
             "minmax", "max", *self._chosen, self.point.scaling, 0.0, self.inputs.sinks,
         )  # fmt: skip
-        return out, slots
+        return out, None if self.point.fits else slots
 
     @property
     def _lengths(self) -> tuple[Tensor, Tensor]:

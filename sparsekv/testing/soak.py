@@ -166,7 +166,7 @@ class Inputs:
         shape = (len(case.lengths), case.num_kv_heads * case.group, case.head_dim)
         self.query = torch.randn(shape, device=device, generator=generator).to(case.dtype)
         self.sinks = torch.randn(shape[1], device=device, generator=generator) if case.with_sinks else None
-        most = torch.randint(1, case.k + 1, shape[:1], device=device, generator=generator)
+        most = torch.randint(case.k + 1, shape[:1], device=device, generator=generator)
         self.limits = most.int() if case.with_limits else None
         self.where = (self.pages.block_table, self.pages.seq_lens)
         self.scaling = case.head_dim**-0.5
