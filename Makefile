@@ -62,16 +62,19 @@ $(GPU_VENV)/.ready: pyproject.toml setup.cfg
 	$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
 	@touch $@
 
+KERNELS := $(wildcard cuda/*.cu cuda/common/*.cuh)
 .PHONY: lint
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
 	$(BIN)/mypy
 
 .PHONY: format
-format: $(READY) ## let ruff format and fix
+format: $(READY) ## let ruff and clang-format format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 .PHONY: bench
 bench: $(READY) ## time sparse attention beside dense

@@ -4,16 +4,16 @@
 
 template <typename T, int D>
 __global__ void __launch_bounds__(256)
-append_kv(const u16* key,          // [b, hkv, t, d], strides in elements
-          const u16* value,        // [b, hkv, t, d], strides in elements
-          const int* columns,      // [b, t] the tokens that are no padding, in order; null: all
-          const int* num_new,      // [b] how many those are; null: t
-          const int* block_table,  // [b, max_pages]
-          const int* seq_lens,     // [b] after the append
-          u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
-          u16* digests,            // [num_pages, hkv, 2, d]; null: none is kept
-          i64 key_batch, i64 key_head, i64 key_token, i64 value_batch, i64 value_head, i64 value_token, int t,
-          int num_kv_heads, int page_shift, int max_pages, int most_touched) {
+    append_kv(const u16* key,          // [b, hkv, t, d], strides in elements
+              const u16* value,        // [b, hkv, t, d], strides in elements
+              const int* columns,      // [b, t] the tokens that are no padding, in order; null: all
+              const int* num_new,      // [b] how many those are; null: t
+              const int* block_table,  // [b, max_pages]
+              const int* seq_lens,     // [b] after the append
+              u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
+              u16* digests,            // [num_pages, hkv, 2, d]; null: none is kept
+              i64 key_batch, i64 key_head, i64 key_token, i64 value_batch, i64 value_head, i64 value_token, int t,
+              int num_kv_heads, int page_shift, int max_pages, int most_touched) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int row = blockIdx.y, item = blockIdx.x * num_warps() + warp_id();

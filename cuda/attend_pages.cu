@@ -7,16 +7,16 @@
 
 template <typename T, int D, int HEAD_TILES>
 __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
-attend_pages(const u16* query,                         // [b, hq, d]
-             const u16* kv_pool,                       // [num_pages, 2, hkv, page_size, d]
-             const int* block_table,                   // [b, max_pages]
-             const int* seq_lens,                      // [b]
-             const int* slots,                         // [b, hkv, k], -1: none; null: all pages
-             const void* sinks,                        // [hq] or null, float32 or as the query
-             u16* out,                                 // [b, hq, d]
-             float* lse,                               // [b, hq]
-             Partial<D, HEAD_TILES>* partials,      // [b, hkv, gridDim.x]; null: the CTAs of a row are one cluster
-             int group, int page_shift, int max_pages, int k, float scaling, float softcap, int wide_sinks) {
+    attend_pages(const u16* query,                  // [b, hq, d]
+                 const u16* kv_pool,                // [num_pages, 2, hkv, page_size, d]
+                 const int* block_table,            // [b, max_pages]
+                 const int* seq_lens,               // [b]
+                 const int* slots,                  // [b, hkv, k], -1: none; null: all pages
+                 const void* sinks,                 // [hq] or null, float32 or as the query
+                 u16* out,                          // [b, hq, d]
+                 float* lse,                        // [b, hq]
+                 Partial<D, HEAD_TILES>* partials,  // [b, hkv, gridDim.x]; null: the CTAs of a row are one cluster
+                 int group, int page_shift, int max_pages, int k, float scaling, float softcap, int wide_sinks) {
     extern __shared__ uint4 staged[];  // the query, later the warps' sums; then the merge's own room
     __shared__ int used;
     cluster_arrive();  // "this CTA runs": the merge writes into others
@@ -47,22 +47,24 @@ attend_pages(const u16* query,                         // [b, hq, d]
 
 // Puts the parts of a (sequence, kv head) together; the CTAs of a row share its words.
 template <typename T, int D, int HEAD_TILES>
-__global__ void __launch_bounds__(256)
-merge_attention(const Partial<D, HEAD_TILES>* partials,  // [b, hkv, count]
-                const void* sinks,                          // [hq] or null, float32 or as the query
-                u16* out,                                   // [b, hq, d]
-                float* lse,                                 // [b, hq]
-                int count, int group, int wide_sinks) {
+__global__ void __launch_bounds__(256) merge_attention(const Partial<D, HEAD_TILES>* partials,  // [b, hkv, count]
+                                                       const void* sinks,  // [hq] or null, float32 or as the query
+                                                       u16* out,           // [b, hq, d]
+                                                       float* lse,         // [b, hq]
+                                                       int count, int group, int wide_sinks) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int head = blockIdx.y, item = blockIdx.z * gridDim.y + head;
-    const int all = Words<T, D, HEAD_TILES>(group).count(), words = ceil_div(all, gridDim.x), first = blockIdx.x * words;
+    const int all = Words<T, D, HEAD_TILES>(group).count(), words = ceil_div(all, gridDim.x),
+              first = blockIdx.x * words;
     const Partial<D, HEAD_TILES>* const mine = partials + i64(item) * count;
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group);
-    write_merged<T>(count, first, min(words, all - first), result,
-                    [&](int part, int head) {  // their outputs are divided by the weights' sum already: it is 1, or 0
-                        const float *lse = mine[part].lse + head;
-                        return float4{fmaxf(lse[0], LOWEST), float(lse[0] > LOWEST), fmaxf(lse[1], LOWEST), float(lse[1] > LOWEST)};
-                    },
-                    [&](int part, int word) { return mine[part].sums[word]; });
+    write_merged<T>(
+        count, first, min(words, all - first), result,
+        [&](int part, int head) {  // their outputs are divided by the weights' sum already: it is 1, or 0
+            const float* lse = mine[part].lse + head;
+            return float4{fmaxf(lse[0], LOWEST), float(lse[0] > LOWEST), fmaxf(lse[1], LOWEST),
+                          float(lse[1] > LOWEST)};
+        },
+        [&](int part, int word) { return mine[part].sums[word]; });
 }

@@ -1,5 +1,5 @@
-// score_pages: a score per (sequence, kv head, page), -inf past a sequence's end. A warp takes sixteen pages at a time;
-// the CTAs split the pages of every sequence and head.
+// score_pages: a score per (sequence, kv head, page), -inf past a sequence's end. A warp takes sixteen pages at a
+// time; the CTAs split the pages of every sequence and head.
 #include "common/score.cuh"
 
 // What a warp scores: tiles first, first + stride, ... of one sequence and kv head. The digests of a page's heads lie
@@ -8,7 +8,7 @@ template <int D, int HEAD_TILES>
 struct Share {
     int row, head, num_kv_heads, first, stride;
     int of_head, warps;  // this warp's number among the CTA's warps with the same head, and theirs
-    uint4* query;  // staged, of this warp's head
+    uint4* query;        // staged, of this warp's head
 
     // Heads of a CTA: a power of two that divides the number of kv heads and the number of warps.
     __device__ Share(uint4* staged, int heads, int num_kv_heads) : num_kv_heads(num_kv_heads) {
@@ -53,19 +53,19 @@ __device__ void score_share(const Share<D, HEAD_TILES>& share, const u16* query,
 
 template <typename T, int D, int HEAD_TILES>
 __global__ void __launch_bounds__(256)
-score_pages(const u16* query,        // [b, hq, d]
-            const u16* digests,      // [num_pages, hkv, 2, d]
-            const int* block_table,  // [b, max_pages]
-            const int* seq_lens,     // [b]
-            float* scores,           // [b, hkv, max_pages]; POOL_NONE: [b, hq, max_pages]
-            int num_kv_heads, int heads, int group, int page_shift, int max_pages, int pooling) {
+    score_pages(const u16* query,        // [b, hq, d]
+                const u16* digests,      // [num_pages, hkv, 2, d]
+                const int* block_table,  // [b, max_pages]
+                const int* seq_lens,     // [b]
+                float* scores,           // [b, hkv, max_pages]; POOL_NONE: [b, hq, max_pages]
+                int num_kv_heads, int heads, int group, int page_shift, int max_pages, int pooling) {
     extern __shared__ uint4 staged[];
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Share<D, HEAD_TILES> share(staged, heads, num_kv_heads);
     const i64 item = share.item();
     const int count = (seq_lens[share.row] + (1 << page_shift) - 1) >> page_shift;
-    const auto take = [&](int tile, const float(&by_head)[HEAD_TILES][4]) {
+    const auto take = [&](int tile, const float (&by_head)[HEAD_TILES][4]) {
         const int slot = tile * TILE + lane_id() / 4;
         if (pooling == POOL_NONE) {
 #pragma unroll

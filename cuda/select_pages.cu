@@ -1,15 +1,16 @@
-// select_pages: the k pages to read of every sequence and kv head, one CTA for each. Forced pages first, then the best
-// scores; of equal scores the earlier page.
+// select_pages: the k pages to read of every sequence and kv head, one CTA for each. Forced pages first, then the
+// best scores; of equal scores the earlier page.
 #include "common/select.cuh"
 
 __global__ void __launch_bounds__(512)
-select_pages(const float* scores,  // [b, hkv, max_pages]
-             const int* seq_lens,  // [b]
-             const int* limits,    // [b] fewer than k for some; null: k
-             int* slots,           // [b, hkv, k] ascending, then -1
-             u32* keys,           // [b, hkv, max_pages] scratch
-             int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens) {
-    extern __shared__ __align__(16) u32 base[];  // tile keys [ceil(max_pages / 16)], candidates [16 k], tiles [k], chosen [k]
+    select_pages(const float* scores,  // [b, hkv, max_pages]
+                 const int* seq_lens,  // [b]
+                 const int* limits,    // [b] fewer than k for some; null: k
+                 int* slots,           // [b, hkv, k] ascending, then -1
+                 u32* keys,            // [b, hkv, max_pages] scratch
+                 int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens) {
+    extern __shared__ __align__(16)
+        u32 base[];  // tile keys [ceil(max_pages / 16)], candidates [16 k], tiles [k], chosen [k]
     __shared__ SelectScratch scratch;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -23,7 +24,8 @@ select_pages(const float* scores,  // [b, hkv, max_pages]
     room.tiles = reinterpret_cast<int*>(room.candidates + k * TILE);
     room.chosen = room.tiles + k;
 #pragma unroll 4
-    for (int base = warp_id() * WARP * 4; base < count; base += blockDim.x * 4) {  // four pages to a lane, a tile to four
+    for (int base = warp_id() * WARP * 4; base < count;
+         base += blockDim.x * 4) {  // four pages to a lane, a tile to four
         const int first = base + lane_id() * 4;
         u32 best = NO_PAGE;
 #pragma unroll

@@ -1,9 +1,9 @@
 // sparse_decode: append, score, select and attend in one launch, for the policy top_k over min/max digests.
 //
-// A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA the keys they are sorted
-// by; after one cluster barrier every CTA makes the same selection for itself, attends to its share of it, and the
-// cluster merges. The new token's page is read whatever its score, so the token need not be there when the pages are
-// scored: the warp that will attend to it writes it, and nobody waits for it.
+// A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA the keys they are
+// sorted by; after one cluster barrier every CTA makes the same selection for itself, attends to its share of it, and
+// the cluster merges. The new token's page is read whatever its score, so the token need not be there when the pages
+// are scored: the warp that will attend to it writes it, and nobody waits for it.
 #include "common/append.cuh"
 #include "common/merge.cuh"
 #include "common/select.cuh"
@@ -34,8 +34,8 @@ struct Room {
     }
 };
 
-// Scores this CTA's share of the pages. `keys` is null if every CTA has room for the pages' keys; else they go there, and
-// to the CTAs the best of each tile. The first store to another CTA waits until all of them run.
+// Scores this CTA's share of the pages. `keys` is null if every CTA has room for the pages' keys; else they go there,
+// and to the CTAs the best of each tile. The first store to another CTA waits until all of them run.
 template <typename T, int D, int HEAD_TILES>
 __device__ void score_share(const Pages& pages, int max_pages, const u16* digests, const Room<T, D, HEAD_TILES>& room,
                             u32* keys, const u16* query, int group, GroupPooling pooling, const Forced& forced) {
@@ -61,7 +61,8 @@ __device__ void score_share(const Pages& pages, int max_pages, const u16* digest
             scorer.aim(digest_of(later, id_of(later)), digest_of(later + 8, id_of(later + 8)));
         });
         const float2 pooled = pool_heads<HEAD_TILES>(by_head, group, pooling);
-        const int mine = slot + lane_id() % 2 * 8;  // even lanes hold the page's score, odd ones that of the page 8 later
+        const int mine =
+            slot + lane_id() % 2 * 8;  // even lanes hold the page's score, odd ones that of the page 8 later
         u32 key = forced.has(mine) ? FORCED : sort_key(lane_id() % 2 ? pooled.y : pooled.x);
         if (!waited) cluster_wait();
         waited = true;
@@ -81,21 +82,22 @@ __device__ void score_share(const Pages& pages, int max_pages, const u16* digest
 
 template <typename T, int D, int HEAD_TILES>
 __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
-sparse_decode(const u16* query,        // [b, hq, d]
-              const u16* key,          // [b, hkv, d] of the new token, strides in elements; null: it is in its page
-              const u16* value,        // [b, hkv, d]
-              const int* block_table,  // [b, max_pages]
-              const int* seq_lens,     // [b] the new token counted
-              u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
-              u16* digests,            // [num_pages, hkv, 2, d]
-              const int* limits,       // [b] fewer than k pages for some; null: k
-              const void* sinks,       // [hq] or null, float32 or as the query
-              u32* keys,               // [b, hkv, max_pages] scratch; null: they fit shared memory
-              int* slots,              // [b, hkv, k] what was read
-              u16* out,                // [b, hq, d]
-              float* lse,              // [b, hq]
-              i64 key_batch, i64 key_head, i64 value_batch, i64 value_head, int group, int page_shift, int max_pages,
-              int k, int sink_tokens, int recent_tokens, int pooling, float scaling, float softcap, int wide_sinks) {
+    sparse_decode(const u16* query,  // [b, hq, d]
+                  const u16* key,    // [b, hkv, d] of the new token, strides in elements; null: it is in its page
+                  const u16* value,  // [b, hkv, d]
+                  const int* block_table,  // [b, max_pages]
+                  const int* seq_lens,     // [b] the new token counted
+                  u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
+                  u16* digests,            // [num_pages, hkv, 2, d]
+                  const int* limits,       // [b] fewer than k pages for some; null: k
+                  const void* sinks,       // [hq] or null, float32 or as the query
+                  u32* keys,               // [b, hkv, max_pages] scratch; null: they fit shared memory
+                  int* slots,              // [b, hkv, k] what was read
+                  u16* out,                // [b, hq, d]
+                  float* lse,              // [b, hq]
+                  i64 key_batch, i64 key_head, i64 value_batch, i64 value_head, int group, int page_shift,
+                  int max_pages, int k, int sink_tokens, int recent_tokens, int pooling, float scaling, float softcap,
+                  int wide_sinks) {
     extern __shared__ uint4 base[];
     __shared__ SelectScratch scratch;
     cluster_arrive();  // "this CTA runs": others write into it
@@ -113,8 +115,8 @@ sparse_decode(const u16* query,        // [b, hq, d]
 
     if (choose) {
         const Forced forced(pages.length, page_shift, sink_tokens, recent_tokens);
-        score_share<T, D, HEAD_TILES>(pages, max_pages, digests, room, my_keys, my_query, group, GroupPooling(pooling),
-                                      forced);
+        score_share<T, D, HEAD_TILES>(pages, max_pages, digests, room, my_keys, my_query, group,
+                                      GroupPooling(pooling), forced);
     } else {
         cluster_wait();
     }
@@ -129,8 +131,8 @@ sparse_decode(const u16* query,        // [b, hq, d]
     if (key && newest >= 0 && newest_unit % warps == first) {
         const int slot = newest >> page_shift;
         const Page page(kv_pool, digests, pages.block_table[slot], head, num_kv_heads, page_shift, D);
-        const NewTokens fresh = {key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
-                                 nullptr, 0, 0};
+        const NewTokens fresh = {key + row * key_batch + head * key_head,
+                                 value + row * value_batch + head * value_head, nullptr, 0, 0};
         append_to_page<T, D>(page, fresh, slot << page_shift, newest, pages.length, 1 << page_shift);
     }
     __syncwarp();

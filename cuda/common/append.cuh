@@ -37,8 +37,8 @@ struct NewTokens {
     __device__ int column(int i) const { return columns ? columns[i] : i; }
 };
 
-// Any number of tokens. The page holds positions [first, first + page_size); those from `start` on are new, the sequence
-// ends at `length`. The digest is made from all the page's keys.
+// Any number of tokens. The page holds positions [first, first + page_size); those from `start` on are new, the
+// sequence ends at `length`. The digest is made from all the page's keys.
 template <typename T, int D>
 __device__ void append_to_page(const Page& page, const NewTokens& fresh, int first, int start, int length,
                                int page_size) {
@@ -57,7 +57,8 @@ __device__ void append_to_page(const Page& page, const NewTokens& fresh, int fir
             if (!active || position >= end) continue;
             const u16* const old = page.keys + i64(position - first) * D;
             const bool is_new = position >= start;
-            loaded[j] = load16((is_new ? fresh.key + fresh.column(position - start) * fresh.key_stride : old) + channel);
+            loaded[j] =
+                load16((is_new ? fresh.key + fresh.column(position - start) * fresh.key_stride : old) + channel);
         }
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {

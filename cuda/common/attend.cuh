@@ -27,13 +27,14 @@ template <typename T, int D, int HEAD_TILES>
 struct Attention {
     // Head sizes above 128 go in steps of 128 channels, so that loads in flight fit the registers.
     static constexpr int STEP = D <= 128 ? D : 128, STEPS = D / STEP;
-    static constexpr int BLOCKS = STEP / 64, TAIL = STEP % 64 / 32;  // channels in blocks of 64, and one of 32 for d 96
-    static constexpr int ROWS = D / 16, STEP_ROWS = STEP / 16;       // tiles of sixteen channels
+    static constexpr int BLOCKS = STEP / 64,
+                         TAIL = STEP % 64 / 32;                 // channels in blocks of 64, and one of 32 for d 96
+    static constexpr int ROWS = D / 16, STEP_ROWS = STEP / 16;  // tiles of sixteen channels
 
     float out[HEAD_TILES][ROWS][4];
     float peak[HEAD_TILES], mass[HEAD_TILES];
-    uint4 keys[2][STEP / 32];               // of tokens r and r + 8
-    uint4 values[4][BLOCKS ? BLOCKS : 1];   // of tokens 2c, 2c + 1, 2c + 8, 2c + 9
+    uint4 keys[2][STEP / 32];              // of tokens r and r + 8
+    uint4 values[4][BLOCKS ? BLOCKS : 1];  // of tokens 2c, 2c + 1, 2c + 8, 2c + 9
     uint2 tail[4];
 
     __device__ Attention() {
@@ -73,8 +74,8 @@ struct Attention {
 #pragma unroll
         for (int j = 0; j < STEP / 32; ++j) {
             const uint4 low = query[(step * (STEP / 32) + j) * WARP + lane_id()];
-            const uint4 high = HEAD_TILES == 2 ? query[(D / 32 + step * (STEP / 32) + j) * WARP + lane_id()]
-                                               : uint4{0, 0, 0, 0};
+            const uint4 high =
+                HEAD_TILES == 2 ? query[(D / 32 + step * (STEP / 32) + j) * WARP + lane_id()] : uint4{0, 0, 0, 0};
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 T::mma(dots[half], low.x, high.x, low.y, high.y, keys[half][j].x, keys[half][j].y);
@@ -155,8 +156,8 @@ struct Attention {
         }
     }
 
-    // Units first, first + stride, ... below `end`; `locate(i)` says where the i-th lies. Registers are loaded again as
-    // soon as they were used, so a warp always has loads in flight.
+    // Units first, first + stride, ... below `end`; `locate(i)` says where the i-th lies. Registers are loaded again
+    // as soon as they were used, so a warp always has loads in flight.
     template <typename Locate>
     __device__ void attend(const u16* pool, int values_after, const uint4* query, int first, int stride, int end,
                            const Logits& logits, Locate locate) {
@@ -172,8 +173,10 @@ struct Attention {
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 multiply_keys(dots, query, step);
-                if (step + 1 < STEPS) load_keys(pool, now.block, step + 1);
-                else if (more) load_keys(pool, next.block, 0);
+                if (step + 1 < STEPS)
+                    load_keys(pool, now.block, step + 1);
+                else if (more)
+                    load_keys(pool, next.block, 0);
             }
             u32 weights[HEAD_TILES][2];
             weigh(weights, dots, now.count, logits);
@@ -181,8 +184,10 @@ struct Attention {
             for (int step = 0; step < STEPS; ++step) {
                 if (now.count < UNIT) clear_missing_values(now.count);
                 multiply_values(weights, step);
-                if (step + 1 < STEPS) load_values(pool, now.block + values_after, step + 1);
-                else if (more) load_values(pool, next.block + values_after, 0);
+                if (step + 1 < STEPS)
+                    load_values(pool, now.block + values_after, step + 1);
+                else if (more)
+                    load_values(pool, next.block + values_after, 0);
             }
             now = next;
         }

@@ -1,8 +1,8 @@
 // What every kernel here stands on: element types, tensor-core products, loads, warps, clusters. No CUDA header is
 // included anywhere, so NVRTC needs nothing but these files; what C++ lacks is a line of PTX.
 //
-// A decode step runs most instructions once, so fetching them costs as much as executing them: loops are unrolled only
-// where registers or loads in flight need it, and integer divisions by run-time numbers are avoided.
+// A decode step runs most instructions once, so fetching them costs as much as executing them: loops are unrolled
+// only where registers or loads in flight need it, and integer divisions by run-time numbers are avoided.
 #pragma once
 
 using u16 = unsigned short;
@@ -36,16 +36,19 @@ __device__ inline float reciprocal(float x) {
 // c[16 x 8] += a[16 x 16] b[16 x 8] in float32. Of lane l, r = l / 4 and c = l % 4: a.x, a.z hold row r, a.y, a.w row
 // r + 8; b holds column r; of both, the first two words' columns (rows of b) are 2c, 2c + 1 and the last's 2c + 8,
 // 2c + 9. c[0], c[1] are row r, columns 2c and 2c + 1; c[2], c[3] are row r + 8.
-#define SPARSEKV_MMA(type)                                                                                        \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
-        "{%0, %1, %2, %3};"                                                                                       \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                          \
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+#define SPARSEKV_MMA(type)                                              \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "  \
+                 "{%0, %1, %2, %3};"                                    \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])       \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
 
 struct bf16 {
     static constexpr u32 INF2 = 0x7F807F80u, NEG_INF2 = 0xFF80FF80u;
 
-    static __device__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { SPARSEKV_MMA("bf16"); }
+    static __device__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        SPARSEKV_MMA("bf16");
+    }
     static __device__ u32 pack(float low, float high) {
         u32 packed;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -174,7 +177,8 @@ __device__ inline void store_remote(u32 address, u32 value) {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 __device__ inline void store_remote4(u32 address, float4 v) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+                 "f"(v.w)
                  : "memory");
 }
 // A kernel launched early (programmatic dependent launch) waits here for the results of the one before.

@@ -10,8 +10,8 @@ struct Sinks {
 
     template <typename T>
     __device__ float of(int head) const {
-        const float logit = wide ? static_cast<const float*>(logits)[head]
-                                 : T::to_float(static_cast<const u16*>(logits)[head]);
+        const float logit =
+            wide ? static_cast<const float*>(logits)[head] : T::to_float(static_cast<const u16*>(logits)[head]);
         return logit * LOG2_E;
     }
 };
@@ -34,8 +34,12 @@ struct Result {
 
     __device__ Result(u16* out, float* lse, Sinks sinks, int item, int head, int group,
                       Partial<D, HEAD_TILES>* partial = nullptr)
-        : out(out + i64(item) * group * D), lse(lse + i64(item) * group), sinks(sinks), first_head(head * group),
-          group(group), partial(partial) {}
+        : out(out + i64(item) * group * D),
+          lse(lse + i64(item) * group),
+          sinks(sinks),
+          first_head(head * group),
+          group(group),
+          partial(partial) {}
     // The sink logits of this head and the next; -inf where there is none.
     template <typename T>
     __device__ float2 sink(int head) const {
@@ -44,13 +48,15 @@ struct Result {
                 head + 1 < group ? sinks.of<T>(first_head + head + 1) : -infinity()};
     }
     __device__ void write_lse(int head, float base2) const {
-        if (partial) partial->lse[head] = base2;
-        else if (head < group) lse[head] = base2 * LN_2;
+        if (partial)
+            partial->lse[head] = base2;
+        else if (head < group)
+            lse[head] = base2 * LN_2;
     }
 };
 
-// The weighted sums come in words of 16 bytes, one lane's registers for one tile of sixteen channels: two heads' sums of
-// two channels. Words of heads that the group does not have are left out.
+// The weighted sums come in words of 16 bytes, one lane's registers for one tile of sixteen channels: two heads' sums
+// of two channels. Words of heads that the group does not have are left out.
 template <typename T, int D, int HEAD_TILES>
 struct Words {
     static constexpr int HEADS = HEAD_TILES * MMA_HEADS, ROWS = D / 16;
@@ -59,7 +65,9 @@ struct Words {
     __device__ explicit Words(int group) : columns(min((min(group, MMA_HEADS) + 1) / 2, MMA_HEADS / 2)) {}
     __device__ int count() const { return HEAD_TILES * ROWS * 8 * columns; }
     // This lane's word of a row of a tile, if its column is left in.
-    __device__ int at(int tile, int row) const { return ((tile * ROWS + row) * 8 + lane_id() / 4) * columns + lane_id() % 4; }
+    __device__ int at(int tile, int row) const {
+        return ((tile * ROWS + row) * 8 + lane_id() / 4) * columns + lane_id() % 4;
+    }
     __device__ bool has_lane() const { return lane_id() % 4 < columns; }
 
     // The heads of a word are this one (.x, .z) and the next (.y, .w).
@@ -102,9 +110,9 @@ struct MergeRoom {
     }
 };
 
-// Words [first, first + words) of a result out of `count` parts, and the log-sum-exp. `heads_of(part, head)` has a part's
-// largest logits (.x, .z) and weights' sums (.y, .w) of this head and the next, `sum_of(part, word)` its weighted values.
-// Sixteen lanes share a word and a sixteenth of the parts each.
+// Words [first, first + words) of a result out of `count` parts, and the log-sum-exp. `heads_of(part, head)` has a
+// part's largest logits (.x, .z) and weights' sums (.y, .w) of this head and the next, `sum_of(part, word)` its
+// weighted values. Sixteen lanes share a word and a sixteenth of the parts each.
 template <typename T, int D, int HEAD_TILES, typename HeadsOf, typename SumOf>
 __device__ void write_merged(int count, int first, int words, const Result<D, HEAD_TILES>& result, HeadsOf heads_of,
                              SumOf sum_of) {
@@ -149,7 +157,8 @@ __device__ void write_merged(int count, int first, int words, const Result<D, HE
         if (lane_id() % LANES || base + lane_id() / LANES >= words) continue;
         const float2 scale = {mass.x > 0.f ? reciprocal(mass.x) : 0.f, mass.y > 0.f ? reciprocal(mass.y) : 0.f};
         shape.write(result, word, {sum.x * scale.x, sum.y * scale.y, sum.z * scale.x, sum.w * scale.y});
-        if (word % (shape.count() / HEAD_TILES) >= shape.columns) continue;  // a tile's first words have all its heads
+        if (word % (shape.count() / HEAD_TILES) >= shape.columns)
+            continue;  // a tile's first words have all its heads
         result.write_lse(head, mass.x > 0.f ? peak.x + __log2f(mass.x) : -infinity());
         result.write_lse(head + 1, mass.y > 0.f ? peak.y + __log2f(mass.y) : -infinity());
     }
@@ -157,8 +166,8 @@ __device__ void write_merged(int count, int first, int words, const Result<D, HE
 
 // The warps of a cluster put their results together and write the output: first the warps of each CTA, then every CTA
 // sends slices of its sums to the CTAs that will write them, so that one cluster barrier is all there is to wait for.
-// `own` is the same place in every CTA and used for nothing else: a CTA that is ahead writes into those behind. `reused`
-// may be what this CTA's warps read while they attended.
+// `own` is the same place in every CTA and used for nothing else: a CTA that is ahead writes into those behind.
+// `reused` may be what this CTA's warps read while they attended.
 template <typename T, int D, int HEAD_TILES>
 __device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* own, void* reused,
                               const Result<D, HEAD_TILES>& result) {
@@ -205,7 +214,7 @@ __device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* own, void
     for (int tile = 0; tile < HEAD_TILES; ++tile)
 #pragma unroll
         for (int row = 0; row < D / 16; ++row) {
-            const float(&some)[4] = mine.out[tile][row];
+            const float (&some)[4] = mine.out[tile][row];
             if (shape.has_lane()) sums[shape.at(tile, row)] = {some[0], some[1], some[2], some[3]};
         }
     __syncthreads();
@@ -223,10 +232,11 @@ __device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* own, void
     cluster_arrive();
     cluster_wait();
     const int first = rank * room.width;
-    write_merged<T>(size, first, min(room.width, words - first), result,
-                    [&](int part, int head) {
-                        const Heads<HEAD_TILES * MMA_HEADS>& some = room.of_cta[part];
-                        return float4{some.peak[head], some.mass[head], some.peak[head + 1], some.mass[head + 1]};
-                    },
-                    [&](int part, int word) { return room.slices[part * (room.width + 1) + word - first]; });
+    write_merged<T>(
+        size, first, min(room.width, words - first), result,
+        [&](int part, int head) {
+            const Heads<HEAD_TILES * MMA_HEADS>& some = room.of_cta[part];
+            return float4{some.peak[head], some.mass[head], some.peak[head + 1], some.mass[head + 1]};
+        },
+        [&](int part, int word) { return room.slices[part * (room.width + 1) + word - first]; });
 }

@@ -20,7 +20,8 @@ struct Pages {
     __device__ int unit_shift() const { return page_shift - UNIT_SHIFT; }  // log2 of a page's units
     __device__ int values_after() const { return num_kv_heads << unit_shift(); }
 
-    // The i-th unit of the listed slots (null: of all), a slot of -1 being empty; `table` may be a copy of block_table.
+    // The i-th unit of the listed slots (null: of all), a slot of -1 being empty; `table` may be a copy of
+    // block_table.
     __device__ Unit locate(const int* slots, const int* table, int i) const {
         const int index = i >> unit_shift(), unit = i - (index << unit_shift());
         const int slot = slots ? slots[index] : index;

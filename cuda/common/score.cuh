@@ -1,11 +1,11 @@
-// Quest's bound of a page's best dot product: sum over channels of max(q * min, q * max), which is q- * min + q+ * max
-// and hence a matrix product on the tensor cores: pages [16, 2 d] x query heads [2 d, 8]. Products of 16-bit floats are
-// exact in float32, so nothing is lost by it.
+// Quest's bound of a page's best dot product: sum over channels of max(q * min, q * max), which is q- * min + q+ *
+// max and hence a matrix product on the tensor cores: pages [16, 2 d] x query heads [2 d, 8]. Products of 16-bit
+// floats are exact in float32, so nothing is lost by it.
 //
 // A lane loads 16 bytes, 8 consecutive channels of one page, and uses them as the columns the tensor core wants it to
 // hold (2c, 2c + 1, 2c + 8, 2c + 9 of two products). Which channel is called which column does not matter to a dot
-// product as long as the query is staged in the same order. Two loads, of neighbouring 16 bytes, make the four lanes of a
-// page fetch a whole line of 128 bytes: by halves of lines, requests to L2 are the limit, not memory.
+// product as long as the query is staged in the same order. Two loads, of neighbouring 16 bytes, make the four lanes
+// of a page fetch a whole line of 128 bytes: by halves of lines, requests to L2 are the limit, not memory.
 #pragma once
 #include "common/device.cuh"
 
@@ -20,7 +20,8 @@ constexpr int QUERY_WORDS = HEAD_TILES * (D / 32) * WARP;
 
 template <int D, int HEAD_TILES>
 __device__ inline uint4 query_word(const u16* query /* [group, d] */, int group, int word) {
-    const int lane = word % WARP, chunk = word / WARP % (D / 32), head = word / (WARP * (D / 32)) * MMA_HEADS + lane / 4;
+    const int lane = word % WARP, chunk = word / WARP % (D / 32),
+              head = word / (WARP * (D / 32)) * MMA_HEADS + lane / 4;
     if (head >= group) return {0, 0, 0, 0};
     return load16(query + head * D + chunk * 32 + lane % 4 * 8);
 }
@@ -30,10 +31,11 @@ __device__ inline u32 negative_part(u32 two) { return two & (two >> 15 & 0x00010
 // Where in a digest [2, d] the 8 channels of a lane's word begin.
 __device__ inline int digest_channel(int chunk, int lane) { return chunk / 2 * 64 + lane % 4 * 16 + chunk % 2 * 8; }
 
-// Stages a query in shared memory: its negative parts for the minimum, its positive parts for the maximum. Warps first,
-// first + stride, ... of those that share the work call it, or one does all with 0 and 1.
+// Stages a query in shared memory: its negative parts for the minimum, its positive parts for the maximum. Warps
+// first, first + stride, ... of those that share the work call it, or one does all with 0 and 1.
 template <int D, int HEAD_TILES>
-__device__ void stage_query(uint4* staged /* [2 * QUERY_WORDS] */, const u16* query, int group, int first, int stride) {
+__device__ void stage_query(uint4* staged /* [2 * QUERY_WORDS] */, const u16* query, int group, int first,
+                            int stride) {
     constexpr int CHUNKS = 2 * D / 32;
 #pragma unroll 2
     for (int i = first; i < HEAD_TILES * CHUNKS; i += stride) {
@@ -41,12 +43,13 @@ __device__ void stage_query(uint4* staged /* [2 * QUERY_WORDS] */, const u16* qu
         uint4 q = {0, 0, 0, 0};
         if (head < group) q = load16(query + head * D + channel % D);
         const uint4 below = {negative_part(q.x), negative_part(q.y), negative_part(q.z), negative_part(q.w)};
-        staged[i * WARP + lane_id()] = channel < D ? below : uint4{q.x ^ below.x, q.y ^ below.y, q.z ^ below.z, q.w ^ below.w};
+        staged[i * WARP + lane_id()] =
+            channel < D ? below : uint4{q.x ^ below.x, q.y ^ below.y, q.z ^ below.z, q.w ^ below.w};
     }
 }
 
-// One warp scores tiles of 16 pages, one after the other, for all query heads of a group. Registers are loaded with the
-// next tile as soon as they were used, so a warp always has loads in flight.
+// One warp scores tiles of 16 pages, one after the other, for all query heads of a group. Registers are loaded with
+// the next tile as soon as they were used, so a warp always has loads in flight.
 template <typename T, int D, int HEAD_TILES>
 struct Scorer {
     static constexpr int CHUNKS = 2 * D / 32, BATCH = CHUNKS < 8 ? CHUNKS : 8;

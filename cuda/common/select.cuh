@@ -1,6 +1,6 @@
-// The k best of many, exactly, by one CTA, keys in shared memory. A histogram over the range of the keys tells the bin
-// in which the k-th largest lies; the few keys in it are ranked one by one, or it becomes the next range. Of equal keys
-// the earlier wins, so a selection is the same on every run, and the same as the reference's.
+// The k best of many, exactly, by one CTA, keys in shared memory. A histogram over the range of the keys tells the
+// bin in which the k-th largest lies; the few keys in it are ranked one by one, or it becomes the next range. Of
+// equal keys the earlier wins, so a selection is the same on every run, and the same as the reference's.
 #pragma once
 #include "common/score.cuh"
 
@@ -29,9 +29,9 @@ constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;
 
 struct alignas(16) SelectScratch {
     u32 histogram[BINS];
-    u32 sums[32];                                    // a number of each warp
+    u32 sums[32];                                   // a number of each warp
     u32 largest[32], smallest[32], num_forced[32];  // of each warp's keys
-    u32 bin, above, inside;  // the bin that holds the k-th largest; keys above it, and in it
+    u32 bin, above, inside;                         // the bin that holds the k-th largest; keys above it, and in it
     u32 num_listed;
     int listed[WARP];  // indices of the keys in the last bin
 
@@ -56,10 +56,11 @@ __device__ inline u32 sum_to_lane(u32 value) {
     return value;
 }
 
-// Finds the bin in which, counted from the top, the `need`-th key lies. A thread sums its bins, the warps' sums tell in
-// which warp the bin lies, and that warp alone looks closer.
+// Finds the bin in which, counted from the top, the `need`-th key lies. A thread sums its bins, the warps' sums tell
+// in which warp the bin lies, and that warp alone looks closer.
 __device__ inline void find_bin(u32 need, SelectScratch& scratch) {
-    const int bins = BINS / blockDim.x, top = BINS - 1 - threadIdx.x * bins;  // this thread's bins, downwards from top
+    const int bins = BINS / blockDim.x,
+              top = BINS - 1 - threadIdx.x * bins;  // this thread's bins, downwards from top
     u32 mine = 0;
 #pragma unroll 1
     for (int i = 0; i < bins; i += 4) {
@@ -90,8 +91,8 @@ struct Range {
     __device__ bool has(u32 key) const { return first <= key && key <= last; }
 };
 
-// A thread's keys, four consecutive ones at a time; a warp's lie together. Up to QUADS times four are held in registers;
-// with QUADS 0 they are read again at every visit. Past the n-th, keys are NO_PAGE.
+// A thread's keys, four consecutive ones at a time; a warp's lie together. Up to QUADS times four are held in
+// registers; with QUADS 0 they are read again at every visit. Past the n-th, keys are NO_PAGE.
 template <int QUADS>
 struct Mine {
     u32* keys;
@@ -140,8 +141,8 @@ struct Mine {
     }
 };
 
-// Narrows down where the k-th largest key lies, until all keys there are chosen, or so few that they can be ranked one
-// by one, or all equal.
+// Narrows down where the k-th largest key lies, until all keys there are chosen, or so few that they can be ranked
+// one by one, or all equal.
 template <int QUADS>
 __device__ inline Range find_range(const Mine<QUADS>& mine, int k, SelectScratch& scratch) {
     u32 largest = 0, smallest = FORCED, forced = 0;
@@ -225,7 +226,8 @@ __device__ inline void choose_from(u32* keys, int n, int k, int* chosen, SelectS
     u32 count = 0;
     mine.each([&](u32 key, int index) {
         count += key > above;
-        if (!all && range.inside <= WARP && range.has(key)) scratch.listed[atomicAdd(&scratch.num_listed, 1u)] = index;
+        if (!all && range.inside <= WARP && range.has(key))
+            scratch.listed[atomicAdd(&scratch.num_listed, 1u)] = index;
     });
     count = __reduce_add_sync(ALL_LANES, count);
     if (lane_id() == 0) scratch.sums[warp_id()] = count;
@@ -242,7 +244,8 @@ __device__ inline void choose_from(u32* keys, int n, int k, int* chosen, SelectS
         const u32 xs = __ballot_sync(ALL_LANES, x), ys = __ballot_sync(ALL_LANES, y);
         const u32 zs = __ballot_sync(ALL_LANES, z), ws = __ballot_sync(ALL_LANES, w);
         if (!(xs | ys | zs | ws)) return;
-        u32 place = position + __popc(xs & earlier) + __popc(ys & earlier) + __popc(zs & earlier) + __popc(ws & earlier);
+        u32 place =
+            position + __popc(xs & earlier) + __popc(ys & earlier) + __popc(zs & earlier) + __popc(ws & earlier);
         if (x) chosen[place++] = index;
         if (y) chosen[place++] = index + 1;
         if (z) chosen[place++] = index + 2;
@@ -252,8 +255,8 @@ __device__ inline void choose_from(u32* keys, int n, int k, int* chosen, SelectS
     __syncthreads();
 }
 
-// The indices of the k largest of keys[n], ascending, to chosen[k]; all if n <= k. Returns how many. Keys are lost. By a
-// whole CTA of a power of two of threads, after a barrier that follows the writing of the keys; ends with one.
+// The indices of the k largest of keys[n], ascending, to chosen[k]; all if n <= k. Returns how many. Keys are lost.
+// By a whole CTA of a power of two of threads, after a barrier that follows the writing of the keys; ends with one.
 __device__ inline int choose_largest(u32* keys, int n, int k, int* chosen, SelectScratch& scratch) {
     if (k <= 0) return 0;
     if (n <= k) {
@@ -262,9 +265,12 @@ __device__ inline int choose_largest(u32* keys, int n, int k, int* chosen, Selec
         __syncthreads();
         return n;
     }
-    if (n <= 4 * blockDim.x) choose_from<1>(keys, n, k, chosen, scratch);
-    else if (n <= 16 * blockDim.x) choose_from<4>(keys, n, k, chosen, scratch);
-    else choose_from<0>(keys, n, k, chosen, scratch);
+    if (n <= 4 * blockDim.x)
+        choose_from<1>(keys, n, k, chosen, scratch);
+    else if (n <= 16 * blockDim.x)
+        choose_from<4>(keys, n, k, chosen, scratch);
+    else
+        choose_from<0>(keys, n, k, chosen, scratch);
     return k;
 }
 
