@@ -29,7 +29,7 @@ DEVICE_KINDS = ("cpu", "cuda")
 
 # Distributions, in the order shown. None of the second row is needed to run.
 REQUIRED = ("sparsekv", "torch", "transformers", "tokenizers", "safetensors", "numpy", "einops")
-OPTIONAL = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "flashinfer-python")
+OPTIONAL = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "flashinfer-python")
 
 Report = dict[str, Any]
 

@@ -1,8 +1,8 @@
 // What every kernel here stands on: element types, tensor-core products, loads, warps, clusters. No CUDA header is
 // included anywhere, so NVRTC needs nothing but these files; what C++ lacks is a line of PTX.
 //
-// A decode step runs most instructions once, so fetching them costs as much as executing them: loops are unrolled
-// only where registers or loads in flight need it, and integer divisions by run-time numbers are avoided.
+// A decode step runs most instructions once in every warp: loops are unrolled only where registers or loads in flight
+// need it, and integer divisions by run-time numbers are avoided.
 #pragma once
 
 using u16 = unsigned short;

@@ -59,7 +59,7 @@ struct Result {
 // of two channels. Words of heads that the group does not have are left out.
 template <typename T, int D, int HEAD_TILES>
 struct Words {
-    static constexpr int HEADS = HEAD_TILES * MMA_HEADS, ROWS = D / 16;
+    static constexpr int ROWS = D / 16;
     int columns;  // pairs of heads in a tile
 
     __device__ explicit Words(int group) : columns(min((min(group, MMA_HEADS) + 1) / 2, MMA_HEADS / 2)) {}
@@ -97,8 +97,8 @@ struct MergeRoom {
     static constexpr int HEADS = HEAD_TILES * MMA_HEADS;
 
     Heads<HEADS>* of_cta;   // [cluster_size], written by all CTAs of the cluster
-    float4* slices;         // [cluster_size][width + 1], too: this CTA's slice of every CTA's sums; the extra word
-    int width;              // spreads parts over the banks
+    float4* slices;         // [cluster_size][width + 1], too: this CTA's slice of every CTA's sums
+    int width;              // words of a slice; the one more spreads parts over the banks
     Heads<HEADS>* of_warp;  // [num_warps]
     float4* sums;           // [num_warps][words]
 

@@ -24,11 +24,16 @@ PER_HEAD = 2  # in place of a pooling: a score for every query head
 
 
 def why_reference(
-    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, page_size: int, digest: str
+    device: torch.device, dtype: torch.dtype, geometry: tuple[int, int] | None, page_size: int, digest: str
 ) -> str | None:
-    """Why a geometry, or a digest, runs in plain torch on a device, or None if kernels serve it."""
+    """Why a model runs in plain torch on a device, or None if kernels serve it.
+
+    Args:
+        geometry: head_dim and query heads of a kv head; None: not the same in all layers.
+    """
     if device.type != "cuda":
         return f"there are kernels for CUDA, and the device is {device.type}"
+    head_dim, group = geometry or (instances.HEAD_DIMS[0], 1)
     reason = compiler.unavailable(device.index or 0) or instances.why_not(dtype, head_dim, group, page_size)
     if reason is None and digest != instances.DIGEST:
         return f"digest {digest!r} is appended and scored in plain torch (kernels: {instances.DIGEST!r})"
@@ -78,9 +83,8 @@ def append_kv(
     warps = 4
     grid = (-(-touched * num_kv_heads // warps), b, 1)
     strides = [np.int64(stride) for tensor in (key, value) for stride in tensor.stride()[:3]]
-    args = arguments(
-        key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool, *_digest(summary)
-    )
+    digests = summary[0] if summary else None
+    args = arguments(key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool, digests)
     args += [*strides, *arguments(t, num_kv_heads, _log2(page_size), block_table.shape[1], touched)]
     launch(instances.append_kv(kv_pool.dtype, head_dim), kv_pool, grid, warps, args)
 
@@ -201,18 +205,9 @@ def sparse_decode(
     if _keeps(digest, summary, query) and group_pooling in POOLINGS and _served(query, kv_pool):
         plan = step_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, max_pages, k)
     if plan is None:
-        ops = torch.ops.sparsekv
-        if key is not None and value is not None:
-            ops.append_kv(key, value, None, block_table, seq_lens, kv_pool, summary, state, digest)
-        if k >= max_pages and limits is None:  # every page is read: there is nothing to choose
-            out, lse = ops.attend_pages(query, kv_pool, block_table, seq_lens, None, scaling, softcap, sinks)
-            return out, lse, reference.every_slot(block_table, seq_lens, kv_pool, k)
-        scores = ops.score_pages(
-            query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
-        )
-        slots = ops.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
-        out, lse = ops.attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks)
-        return out, lse, slots
+        new = (key, value, block_table, seq_lens, kv_pool, summary, state, limits, digest, group_pooling)
+        chosen = (k, sink_tokens, recent_tokens, scaling, softcap, sinks)
+        return reference.step_by_step(torch.ops.sparsekv, query, *new, *chosen)
     key, value = (None if x is None else _readable(x.to(kv_pool.dtype)) for x in (key, value))
     out, lse = _outputs(query)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=query.device)
@@ -256,17 +251,14 @@ def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sink_logits(sinks: Tensor | None, query: Tensor) -> tuple[Tensor | None, int]:
     """The sinks as a kernel reads them, and whether they are float32."""
-    if sinks is None or sinks.dtype in (query.dtype, torch.float32):
-        return sinks if sinks is None else sinks.contiguous(), int(sinks is not None and sinks.dtype == torch.float32)
-    return sinks.float().contiguous(), 1
+    if sinks is None:
+        return None, 0
+    readable = sinks if sinks.dtype == query.dtype else sinks.float()
+    return readable.contiguous(), int(readable.dtype == torch.float32)
 
 
 def _log2(page_size: int) -> int:
     return page_size.bit_length() - 1
-
-
-def _digest(summary: Sequence[Tensor]) -> list[Tensor | None]:
-    return [summary[0] if summary else None]
 
 
 def _int32s(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Gpu:
 
     sms: int
     capability: tuple[int, int]
-    shared: int = 200_000
+    shared: int
 
     @property
     def max_cluster(self) -> int:
@@ -47,11 +47,6 @@ def gpu(device: int) -> Gpu:
     return Gpu(properties.multi_processor_count, (properties.major, properties.minor), shared)
 
 
-def address(tensor: Tensor | None) -> int:
-    """A kernel's pointer argument; null for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @functools.lru_cache(4096)
 def _int32(number: int) -> np.int32:
     return np.int32(number)
@@ -63,8 +58,10 @@ def arguments(*values: Any) -> list[Any]:
 
 
 def _argument(value: Any) -> Any:
-    if value is None or isinstance(value, Tensor):
-        return address(value)
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        return value.data_ptr()
     if isinstance(value, int):
         return _int32(value)
     return np.float32(value) if isinstance(value, float) else value

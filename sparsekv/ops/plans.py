@@ -59,8 +59,11 @@ def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
 
 
 def fitted(split: Split, facts: Gpu, shared: Callable[[Split], int]) -> Split:
-    """The same split with as many warps as shared memory has room for; `shared` says what a split needs, in bytes."""
-    while shared(split) > facts.shared and split.warps > 1:
+    """The same split with as many warps as shared memory has room for; `shared` says what a split needs, in bytes.
+
+    Not below two: a merge wants a warp for each tile of query heads.
+    """
+    while shared(split) > facts.shared and split.warps > 2:
         split = replace(split, warps=split.warps // 2)
     return split
 

@@ -1,6 +1,6 @@
 """The four ops as PyTorch operators: signatures, shapes under tracing, and the implementation for every device.
 
-`torch.ops.sparsekv.*` is the backend switch: the reference serves every device for which no kernel is registered.
+`torch.ops.sparsekv.*` is the backend switch: kernels serve CUDA (`sparsekv/ops/cuda.py`), the reference all else.
 What each op means is said in `sparsekv/ops/reference.py`.
 """
 

@@ -114,7 +114,7 @@ class DecodeStep:
             self.kv_pool,
             self.summary,
             self.state,
-            self._limits(),
+            None if self.fits else self._limits(),
             config.digest,
             config.group_pooling,
             self.k,

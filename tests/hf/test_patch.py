@@ -6,13 +6,17 @@ import copy
 import io
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import sparsekv
-from sparsekv import ConfigError, PatchError, UnknownNameError
+from sparsekv import ConfigError, PatchError, SparseConfig, UnknownNameError
+from sparsekv.hf import support
+from sparsekv.ops import compiler
 
 SMALL = {"budget": 16, "page_size": 4, "sinks": 2, "recent": 4, "dense_layers": 1}
 STEPS = 7  # single-token steps of `decode`, which generates 8 tokens
@@ -256,3 +260,32 @@ def test_a_compiled_patched_forward(tiny, prompt) -> None:
             results.append(torch.cat(logits, dim=1))
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
     assert patch.stats.sparse_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "digest", "status"),
+    [
+        ({"head_dim": 64}, "minmax", "CUDA kernels"),
+        ({"head_dim": 40}, "minmax", "plain torch (head_dim 40 (kernels: 64, 96, 128, 256))"),
+        ({"head_dim": 64}, "sign_sketch", "plain torch (digest 'sign_sketch' is appended and scored in plain torch"),
+        ({"num_key_value_heads": [8, 4]}, "minmax", "CUDA kernels, in layers whose head size they serve"),
+    ],
+)
+def test_the_report_says_what_runs_in_kernels(sizes, digest, status, monkeypatch) -> None:
+    """Of a config alone, as if the model were on a GPU: the model itself need not be."""
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512} | sizes
+    model = SimpleNamespace(config=SimpleNamespace(**config), device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    monkeypatch.setattr(support, "text_config", lambda model: model.config)
+    monkeypatch.setattr(compiler, "unavailable", lambda device=None: None)
+    assert support.kernel_status(model, SparseConfig(digest=digest)).startswith(status)
+
+
+def test_every_family_of_transformers_gets_a_report(monkeypatch) -> None:
+    monkeypatch.setattr(support, "text_config", lambda model: model.config.get_text_config(decoder=True))
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[family]()
+        except Exception:  # needs arguments, or another library: nothing to report on
+            continue
+        model = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=torch.bfloat16)
+        assert "plain torch" in support.kernel_status(model, SparseConfig())

@@ -1,6 +1,7 @@
 """What Python hands to a kernel is what its source asks for, in number and type. No GPU needed."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Launches:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """Calls of the CUDA ops end here, for tensors on the CPU, as if on an H200."""
     launches = Launches()
     for function in (plans.attend_plan, plans._step_plan, plans.score_plan):

@@ -1,16 +1,19 @@
 """The kernels against the reference and against float64, on a GPU. Run by `make test-gpu`."""
 
 import random
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sparsekv.digests import DIGESTS
+from sparsekv.errors import KernelError
 from sparsekv.ops import cuda, instances, launch, plans, reference
 from sparsekv.ops.plans import Split
 from sparsekv.testing import naive
-from sparsekv.testing.pages import Pages, edge_lengths, fresh_summary, random_pages
+from sparsekv.testing.pages import Pages, edge_lengths, fitted_state, fresh_summary, random_pages
 from sparsekv.testing.soak import Case, Tally, check, same_slots, soak
 from sparsekv.testing.tolerance import assert_as_good_as, plain_attention
 
@@ -126,9 +129,6 @@ def test_what_no_kernel_serves_runs_in_plain_torch() -> None:
         query = torch.randn(2, 4, head_dim).to(dtype)
         state = [] if digest == "minmax" else None
         if state is None:
-            from sparsekv.digests import DIGESTS
-            from sparsekv.testing.pages import fitted_state
-
             state = fitted_state(DIGESTS.get(digest)(), pages)
         summary = fresh_summary(digest, pages, state)
         results = []
@@ -217,8 +217,6 @@ def test_a_missing_compiler_is_one_warning_and_plain_torch(monkeypatch: pytest.M
 
 def test_another_thread_and_another_stream() -> None:
     """A thread has no CUDA context of its own yet, and a side stream is the current one only there."""
-    import threading
-
     pages = random_pages([70], head_dim=64, dtype=torch.bfloat16)
     query = torch.randn(1, 4, 64).bfloat16()
     expected = on_gpu(OPS.attend_pages, query, pages, None, 0.1)[0]
@@ -235,7 +233,5 @@ def test_another_thread_and_another_stream() -> None:
 
 
 def test_launches_say_what_was_wrong() -> None:
-    from sparsekv.errors import KernelError
-
     with pytest.raises(KernelError, match="select_pages"):
         launch.launch(instances.SELECT_PAGES, torch.zeros(1, device=CUDA), (1, 1, 1), 64, [], 0)

@@ -5,7 +5,12 @@ import pytest
 from sparsekv.ops.launch import Gpu
 from sparsekv.ops.plans import MAX_SPLITS, Split, fitted, max_warps, split_attention, split_step
 
-H200, A100, B200, RTX = Gpu(132, (9, 0)), Gpu(108, (8, 0)), Gpu(148, (10, 0)), Gpu(170, (12, 0))
+H200, A100, B200, RTX = (
+    Gpu(132, (9, 0), 220_000),
+    Gpu(108, (8, 0), 150_000),
+    Gpu(148, (10, 0), 220_000),
+    Gpu(170, (12, 0), 90_000),
+)
 
 
 @pytest.mark.parametrize("gpu", [H200, A100, B200, RTX], ids=str)
@@ -40,4 +45,5 @@ def test_registers_limit_the_warps() -> None:
 def test_small_shared_memory_means_fewer_warps() -> None:
     small = Gpu(84, (8, 6), shared=90_000)
     assert fitted(Split(4, True, 8), small, lambda split: split.warps * 16_384).warps == 4
+    assert fitted(Split(4, True, 8), small, lambda split: split.warps * 1_000_000).warps == 2
     assert fitted(Split(4, True, 8), H200, lambda split: split.warps * 16_384).warps == 8
