@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group, part);
     cluster_wait();
     const int sums = num_warps() * Words<T, D, HEAD_TILES>(group).count();
-    merge_cluster(attention, staged + max(sums, QUERY_WORDS<D, HEAD_TILES>), staged, result);
+    merge_cluster(attention, staged + max(sums, QUERY_WORDS<D, HEAD_TILES>), staged, result, [] {});
 }
 
 // Puts the parts of a (sequence, kv head) together; the CTAs of a row share its words.

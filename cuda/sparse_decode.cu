@@ -3,7 +3,8 @@
 // A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA the keys they are
 // sorted by; after one cluster barrier every CTA makes the same selection for itself, attends to its share of it, and
 // the cluster merges. The new token's page is read whatever its score, so the token need not be there when the pages
-// are scored: the warp that will attend to it writes it, and nobody waits for it.
+// are scored: the warp that will attend to it writes it, and nobody waits for it. Its page's digest is for the next
+// step; it is made while the cluster waits to merge.
 #include "common/append.cuh"
 #include "common/merge.cuh"
 #include "common/select.cuh"
@@ -117,10 +118,8 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
         const Forced forced(pages.length, page_shift, sink_tokens, recent_tokens);
         score_share<T, D, HEAD_TILES>(pages, max_pages, digests, room, my_keys, my_query, group,
                                       GroupPooling(pooling), forced);
-    } else {
-        cluster_wait();
+        cluster_arrive();
     }
-    cluster_arrive();
     for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
         room.query[i] = query_word<D, HEAD_TILES>(my_query, group, i);
 #pragma unroll 1
@@ -128,15 +127,15 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
         copy_async(room.table + i, pages.block_table + i);
     const int newest = pages.length - 1, offset = newest & ((1 << page_shift) - 1);
     const int newest_unit = ((max(min(count, most), 1) - 1) << pages.unit_shift()) + offset / UNIT;
-    if (key && newest >= 0 && newest_unit % warps == first) {
-        const int slot = newest >> page_shift;
-        const Page page(kv_pool, digests, pages.block_table[slot], head, num_kv_heads, page_shift, D);
-        const NewTokens fresh = {key + row * key_batch + head * key_head,
-                                 value + row * value_batch + head * value_head, nullptr, 0, 0};
-        append_to_page<T, D>(page, fresh, slot << page_shift, newest, pages.length, 1 << page_shift);
-    }
+    const auto newest_page = [&] {
+        return Page(kv_pool, digests, pages.block_table[newest >> page_shift], head, num_kv_heads, page_shift, D);
+    };
+    const bool appends = key && newest >= 0 && newest_unit % warps == first;
+    if (appends)
+        store_token<D>(newest_page(), offset, key + row * key_batch + head * key_head,
+                       value + row * value_batch + head * value_head);
     __syncwarp();
-    cluster_wait();
+    cluster_wait();  // for all keys, or if nothing is chosen for all CTAs to run
     __syncthreads();
 
     int found = count;
@@ -154,5 +153,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
                      Logits(scaling, softcap),
                      [&](int i) { return pages.locate(choose ? room.select.chosen : nullptr, table, i); });
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group);
-    merge_cluster(attention, room.merge, room.sums, result);
+    merge_cluster(attention, room.merge, room.sums, result, [&] {
+        if (appends) summarize_page<T, D>(newest_page(), offset + 1);
+    });
 }

@@ -84,3 +84,19 @@ __device__ void append_to_page(const Page& page, const NewTokens& fresh, int fir
     store16(page.digest + channel, low);
     store16(page.digest + D + channel, high);
 }
+
+// One new token into a page, at `offset` tokens from its start. The digest is left as it is.
+template <int D>
+__device__ void store_token(const Page& page, int offset, const u16* key /* [d] */, const u16* value /* [d] */) {
+    const int channel = lane_id() * 8;
+    if (channel >= D) return;
+    const uint4 k = load16(key + channel), v = load16(value + channel);
+    store16(page.keys + offset * D + channel, k);
+    store16(page.values + offset * D + channel, v);
+}
+
+// The digest of a page that holds `count` tokens.
+template <typename T, int D>
+__device__ void summarize_page(const Page& page, int count) {
+    append_to_page<T, D>(page, NewTokens{}, 0, count, count, count);
+}

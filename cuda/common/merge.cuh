@@ -167,10 +167,11 @@ __device__ void write_merged(int count, int first, int words, const Result<D, HE
 // The warps of a cluster put their results together and write the output: first the warps of each CTA, then every CTA
 // sends slices of its sums to the CTAs that will write them, so that one cluster barrier is all there is to wait for.
 // `own` is the same place in every CTA and used for nothing else: a CTA that is ahead writes into those behind.
-// `reused` may be what this CTA's warps read while they attended.
-template <typename T, int D, int HEAD_TILES>
+// `reused` may be what this CTA's warps read while they attended. `meanwhile()` is done before the barrier is waited
+// for.
+template <typename T, int D, int HEAD_TILES, typename Meanwhile>
 __device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* own, void* reused,
-                              const Result<D, HEAD_TILES>& result) {
+                              const Result<D, HEAD_TILES>& result, Meanwhile meanwhile) {
     const Words<T, D, HEAD_TILES> shape(result.group);
     const int rank = cluster_rank(), size = cluster_size(), words = shape.count();
     const MergeRoom<D, HEAD_TILES> room(own, reused, size, words);
@@ -230,6 +231,7 @@ __device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* own, void
         store_remote4(remote_address(room.slices + rank * (room.width + 1) + word - owner * room.width, owner), sum);
     }
     cluster_arrive();
+    meanwhile();
     cluster_wait();
     const int first = rank * room.width;
     write_merged<T>(

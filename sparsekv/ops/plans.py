@@ -21,6 +21,7 @@ UNIT = 16  # tokens that a warp attends to at a time; also pages that it scores 
 MAX_SPLITS = 128  # parts that merge_attention puts together
 LONG = 1024  # units of a sequence beyond which a second launch is worth an even load
 DIRECT_PAGES = 8192  # pages whose keys and ids the fused kernel keeps in shared memory
+FITTING = 8  # CTAs, and warps of each, that attend to all of a short sequence
 WIDTHS = 512  # tables are planned for in steps of so many pages, so that a growing one seldom needs another plan
 
 
@@ -68,14 +69,17 @@ def fitted(split: Split, facts: Gpu, shared: Callable[[Split], int]) -> Split:
     return split
 
 
-def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int]) -> Split:
+def split_step(facts: Gpu, rows: int, warps: int, capacity: Callable[[int, int], int], fits: bool = False) -> Split:
     """How the fused step splits `rows` (sequence, kv head) pairs: into the largest clusters of which all run at once.
 
     Args:
+        fits: nothing is chosen: the work is short, and fewer warps merge sooner.
         capacity: how many clusters of so many CTAs, of so many warps each, the GPU runs at once. It is not what the
             number of SMs suggests: a cluster lies within one part of the GPU, and the parts differ in size.
     """
-    for ctas in range(facts.max_cluster, 0, -1):
+    if fits:
+        warps = min(warps, FITTING)
+    for ctas in range(min(facts.max_cluster, FITTING) if fits else facts.max_cluster, 0, -1):
         if capacity(ctas, warps) >= rows:
             return Split(ctas, True, warps)
     return Split(1, True, min(warps, 8))
@@ -124,12 +128,12 @@ def step_plan(
 ) -> Plan | None:
     """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better."""
     width = -(-max_pages // WIDTHS) * WIDTHS
-    return _step_plan(device, dtype, rows, head_dim, group, width, k)
+    return _step_plan(device, dtype, rows, head_dim, group, width, k, k >= max_pages)
 
 
 @functools.lru_cache(1024)
 def _step_plan(
-    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, width: int, k: int
+    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, width: int, k: int, fits: bool
 ) -> Plan | None:
     facts = gpu(device)
     if facts.max_cluster == 1 or not selectable(width, k):
@@ -143,7 +147,7 @@ def _step_plan(
         made = plan(ctas, warps)
         return 0 if made.shared > facts.shared else capacity(made.spec, device, ctas, warps, made.shared)
 
-    split = split_step(facts, rows, max_warps(head_dim, group), room)
+    split = split_step(facts, rows, max_warps(head_dim, group), room, fits)
     made = plan(split.ctas, split.warps)
     return made if made.shared <= facts.shared else None
 

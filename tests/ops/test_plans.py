@@ -38,6 +38,11 @@ def test_the_step_takes_the_largest_cluster_of_which_all_run_at_once() -> None:
     assert (crowded.ctas, crowded.warps) == (1, 8)  # two CTAs to an SM, so that one works while the other waits
 
 
+def test_a_step_that_reads_everything_takes_few_warps() -> None:
+    assert split_step(H200, 8, 16, lambda c, warps: 100, fits=True) == Split(8, True, 8)
+    assert split_step(RTX, 2, 16, lambda c, warps: 100, fits=True) == Split(8, True, 8)
+
+
 def test_registers_limit_the_warps() -> None:
     assert [max_warps(d, g) for d, g in [(64, 8), (128, 8), (64, 9), (128, 9), (256, 1)]] == [16, 16, 16, 8, 8]
 
