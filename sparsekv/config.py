@@ -30,6 +30,7 @@ class SparseConfig:
         group_pooling: how the scores of the query heads that share a kv head become one: `max`, `sum`, or
             `mean_softmax` (mean over heads of the softmax over pages).
         backend: `auto` (kernels where there are any) or `reference` (plain torch on any device).
+        capture: whether `generate` on a GPU replays its decode step as a CUDA graph where it can.
         max_tokens: the most tokens the page pool of a cache may hold over all its sequences; None: no limit.
 
     Raises:
@@ -46,6 +47,7 @@ class SparseConfig:
     recent: int = 64
     group_pooling: str = "max"
     backend: str = "auto"
+    capture: bool = True
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class SparseConfig:
             _check_int("max_tokens", self.max_tokens, self.page_size)
         _check_choice("group_pooling", self.group_pooling, GROUP_POOLINGS)
         _check_choice("backend", self.backend, BACKENDS)
+        if not isinstance(self.capture, bool):
+            raise ConfigError(f"capture={self.capture!r} must be True or False.")
         _check_dense_layers(self.dense_layers)
         self._check_budget()
 

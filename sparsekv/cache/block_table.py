@@ -7,6 +7,7 @@ not (`seq_lens`), and `valid` leads from one to the other.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparsekv.cache.device_table import DeviceTable
 from sparsekv.cache.page_pool import PageIds, PagePool
 from sparsekv.errors import CacheFullError, CacheStateError
+
+Width = Callable[[int, torch.device], int]
+DeviceTables = dict[tuple[torch.device, int, int], DeviceTable]  # by device, batch size and width
+MOST_TABLES = 16  # that are kept for batch sizes and widths that may come back
 
 
 @dataclass(frozen=True)
@@ -30,21 +36,25 @@ class PageCopies:
 class BlockTable:
     """The page lists of a batch of sequences. A page that several refer to is copied before one writes to it.
 
+    Args:
+        pool: the pages.
+        width: how wide a table is on a device for so many pages a sequence; None: no wider than it must be.
+        tables: tables of an earlier batch that are used again where they fit.
+
     Attributes:
         num_tokens: columns of the batch so far, padding counted (transformers' sequence length).
         lengths: `[b]` int64, tokens each sequence holds.
         valid: `[b, n]` bool for the first n columns, False for padding; None: no padding. Later columns are valid.
     """
 
-    def __init__(self, pool: PagePool) -> None:
-        self.pool = pool
+    def __init__(self, pool: PagePool, width: Width | None = None, tables: DeviceTables | None = None) -> None:
+        self.pool, self.width = pool, width
         self.num_tokens = 0
         self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
         self.valid: Tensor | None = None
         self._pages: NDArray[np.int32] = np.zeros((0, 0), np.int32)
-        # Copies on each device, dropped when they become stale; most steps change the lengths and no page.
-        self._device_pages: dict[torch.device, Tensor] = {}
-        self._device_lengths: dict[torch.device, Tensor] = {}
+        self._tables: DeviceTables = {} if tables is None else tables
+        self._current: dict[torch.device, DeviceTable] = {}  # those of `_tables` that follow this batch
 
     @property
     def batch_size(self) -> int:
@@ -57,6 +67,11 @@ class BlockTable:
         return -(-self.lengths // self.pool.page_size)
 
     @property
+    def total_pages(self) -> int:
+        """Pages of all sequences together, shared ones counted for each."""
+        return int(self.num_pages.sum())
+
+    @property
     def max_pages(self) -> int:
         """Pages of the longest sequence, at least 1: tables of width 0 would be a special case everywhere."""
         return int(self.num_pages.max(initial=1))
@@ -66,13 +81,22 @@ class BlockTable:
         return self._pages[row, : self.num_pages[row]]
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`block_table [b, max_pages]` and `seq_lens [b]`, both int32, on a device."""
-        if device not in self._device_pages:
-            pages = torch.from_numpy(self._pages[:, : self.max_pages].copy())
-            self._device_pages[device] = pages.to(device)
-        if device not in self._device_lengths:
-            self._device_lengths[device] = torch.from_numpy(self.lengths.astype(np.int32)).to(device)
-        return self._device_pages[device], self._device_lengths[device]
+        """`block_table [b, width]` and `seq_lens [b]`, both int32, on a device. They are changed in place."""
+        width = self.max_pages if self.width is None else self.width(self.max_pages, device)
+        table = self._current.get(device)
+        if table is None or table.shape != (self.batch_size, width):
+            table = self._current[device] = self._table(device, width)
+        table.sync(self._pages, self.lengths)
+        return table.pages, table.lengths
+
+    def _table(self, device: torch.device, width: int) -> DeviceTable:
+        key = device, self.batch_size, width
+        if key not in self._tables:
+            if len(self._tables) >= MOST_TABLES:
+                self._tables.clear()
+            self._tables[key] = DeviceTable(self.batch_size, width, device)
+        self._tables[key].forget()
+        return self._tables[key]
 
     # -- what changes the table
 
@@ -146,7 +170,7 @@ class BlockTable:
     # -- how
 
     def _twin(self, pool: PagePool) -> BlockTable:
-        twin = BlockTable(pool)
+        twin = BlockTable(pool, self.width)
         twin.num_tokens, twin.valid = self.num_tokens, self.valid
         twin.lengths, twin._pages = self.lengths.copy(), self._pages.copy()
         pool.share(self._all_pages())
@@ -186,32 +210,43 @@ class BlockTable:
         target = self.pool.allocate(len(rows))
         self.pool.release(source)
         if len(rows):
-            self._pages[rows, lengths[rows] // self.pool.page_size] = target
-            self._device_pages.clear()
+            columns = lengths[rows] // self.pool.page_size
+            self._pages[rows, columns] = target
+            for table in self._current.values():
+                table.entries_changed(rows, columns, target)
         return PageCopies(source, target)
 
     def _extend(self, old: NDArray[np.int64], new: NDArray[np.int64]) -> None:
         page_size = self.pool.page_size
         before, after = -(-old // page_size), -(-new // page_size)
         self.lengths = new
-        self._device_lengths.clear()
+        for table in self._current.values():
+            table.lengths_changed()
         if len(self._pages) and (before == after).all():
             return
-        pages = np.zeros((len(new), max(int(after.max(initial=1)), self._pages.shape[1])), np.int32)
-        pages[: len(self._pages), : self._pages.shape[1]] = self._pages
-        column = np.arange(pages.shape[1])
-        fresh = (column >= before[:, None]) & (column < after[:, None])
-        pages[fresh] = self.pool.allocate(int(fresh.sum()))
-        self._pages = pages
-        self._device_pages.clear()
+        self._widen(len(new), int(after.max(initial=1)))
+        grown = after - before
+        rows = np.repeat(np.arange(len(new)), grown)
+        columns = np.arange(len(rows)) - np.repeat(np.cumsum(grown) - grown, grown) + before[rows]
+        pages = self._pages[rows, columns] = self.pool.allocate(len(rows))
+        for table in self._current.values():
+            table.entries_changed(rows, columns, pages)
+
+    def _widen(self, batch_size: int, width: int) -> None:
+        """Room for more pages, an eighth more than asked for, so that a decode step seldom copies the table."""
+        if self._pages.shape[1] >= width and len(self._pages):
+            return
+        wider = np.zeros((batch_size, width + width // 8), np.int32)
+        wider[: len(self._pages), : self._pages.shape[1]] = self._pages
+        self._pages = wider
 
     def _replace(self, lengths: NDArray[np.int64], pages: PageIds) -> None:
         """Refers to other pages, all of them in use already."""
         self.pool.release(self._all_pages())
         self.lengths, self._pages = lengths, pages
         self.pool.share(self._all_pages())
-        self._device_pages.clear()
-        self._device_lengths.clear()
+        for table in self._current.values():
+            table.forget()
 
     def _append_valid(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
         """Columns after the last padding are valid by convention, so decode steps add nothing."""

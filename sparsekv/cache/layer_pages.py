@@ -10,6 +10,8 @@ from sparsekv.digests import Digest
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom
 
+RESERVE_SLACK = 64  # pages more than reserved, at most
+
 
 class LayerPages:
     """Tensors of one layer, indexed by page id; caches forked from one another share them.
@@ -48,11 +50,22 @@ class LayerPages:
         """Bytes of one page's digest of one kv head."""
         return sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
 
-    def ensure(self, num_pages: int, most: int | None = None) -> None:
-        """Makes room for the page ids below `num_pages`, with slack (up to `most`); tensors are copied one by one."""
+    def is_like(self, other: LayerPages) -> bool:
+        """Whether pages of both hold the same, in the same places."""
+        mine, theirs = ((p.kv, *p.summary, *p.state) for p in (self, other))
+        return [(t.shape[1:], t.dtype, t.device) for t in mine] == [(t.shape[1:], t.dtype, t.device) for t in theirs]
+
+    def ensure(self, num_pages: int, most: int | None = None, reserve: int = 0) -> None:
+        """Makes room for the page ids below `num_pages`; tensors are copied one by one.
+
+        Args:
+            most: never more than this, unless asked for.
+            reserve: pages to make room for at once; some more are, as last pages may be partly filled.
+        """
         if num_pages <= self.capacity:
             return
-        capacity = num_pages + num_pages // GROWTH_SLACK
+        slack = max(num_pages, reserve) // GROWTH_SLACK
+        capacity = reserve + min(slack, RESERVE_SLACK) if num_pages <= reserve else num_pages + slack
         capacity = capacity if most is None else max(num_pages, min(capacity, most))
         self.kv = _grown(self.kv, capacity)
         for i in range(len(self.summary)):

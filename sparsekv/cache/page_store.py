@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekv import ops
+from sparsekv.cache.arena import Arena, Loan
 from sparsekv.cache.block_table import BlockTable, PageCopies
+from sparsekv.cache.device_table import width_for
 from sparsekv.cache.layer_pages import LayerPages
 from sparsekv.cache.page_pool import PagePool
 from sparsekv.config import SparseConfig
@@ -24,15 +27,27 @@ class PageStore:
     Args:
         config: page size, digest, limit and backend.
         reserve_pages: pages to allocate at once, for a cache of known size.
+        arena: lends the tensors; None: they are this store's and its forks' alone.
     """
 
-    def __init__(self, config: SparseConfig, reserve_pages: int = 0) -> None:
+    def __init__(self, config: SparseConfig, reserve_pages: int = 0, arena: Arena | None = None) -> None:
         self.config = config
         self.digest: Digest = DIGESTS.get(config.digest)()
-        self.table = BlockTable(PagePool(config.page_size, config.max_tokens))
-        self.layers: dict[int, LayerPages] = {}
+        self.arena, self.loan = arena, Loan(arena)
+        least = 1 if config.is_fraction else config.budget_pages(0)
+        pool = PagePool(config.page_size, config.max_tokens)
+        self.table = BlockTable(pool, partial(width_for, least=least), self.loan.tables)
         self.reserve_pages = min(reserve_pages, self.table.pool.max_pages or reserve_pages)
+        self.capturing: list[tuple[int, bool]] | None = (
+            None  # reads of a step that is being captured: layer, whether all
+        )
+        self.step_begun = False  # the table is ahead of the layers by the token of this step
         self._newest_valid: Tensor | None = None  # of the columns appended last; layers after the leader need it
+
+    @property
+    def layers(self) -> dict[int, LayerPages]:
+        """The pages of each layer that has stored something."""
+        return self.loan.layers
 
     @property
     def ops(self) -> Any:
@@ -43,6 +58,16 @@ class PageStore:
         """A layer's tensors, and `block_table`, `seq_lens` on their device."""
         pages = self.layers[layer_idx]
         return pages, *self.table.on(pages.kv.device)
+
+    def selected(self, width: int) -> int:
+        """Pages that a step lists of every sequence, for a table of so many columns: a number that stays the same
+        while the sequences grow within it."""
+        return min(self.config.budget_pages(width * self.config.page_size), width)
+
+    def num_selected(self) -> int:
+        """Pages that a policy which fills its budget reads of all sequences together, for each kv head."""
+        limits = [self.config.budget_pages(int(length)) for length in self.table.lengths]
+        return int(np.minimum(self.table.num_pages, limits).sum())
 
     def append(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
@@ -74,12 +99,37 @@ class PageStore:
             )
         valid = None if self._newest_valid is None else self._newest_valid.to(key.device)
         if layer_idx not in self.layers:
-            digest = self.digest if scored else None
             wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
-            self.layers[layer_idx] = LayerPages(wide, valid, self.config.page_size, digest)
-        pages, pool = self.layers[layer_idx], self.table.pool
-        pages.ensure(max(pool.num_pages, self.reserve_pages, 1), pool.max_pages)
+            if not self.layers:
+                self.loan.draw()
+            digest = self.digest if scored else None
+            self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest))
+        pages = self.layers[layer_idx]
+        self._ensure(pages)
         return key.to(pages.kv.dtype), value.to(pages.kv.dtype), valid
+
+    def begin_step(self) -> None:
+        """Makes room for one more token of every sequence before any layer runs, so that the layers' part of the
+        step changes nothing but tensors where they are.
+
+        Raises:
+            CacheFullError: no room. OutOfMemoryError: no memory. In both cases the table is what it was.
+        """
+        self._advance(self.table.batch_size, 1, None)
+        try:
+            for pages in self.layers.values():
+                self._ensure(pages)
+                self.table.on(pages.kv.device)
+        except torch.OutOfMemoryError:
+            self.table.crop(1)
+            raise
+        self.step_begun = True
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors lie: as long as it is the same, so is what a captured step reads."""
+        tensors = [t for pages in self.layers.values() for t in (pages.kv, *pages.summary, *pages.state)]
+        tensors += [t for device in {t.device for t in tensors} for t in self.table.on(device)]
+        return tuple(tensor.data_ptr() for tensor in tensors)
 
     def crop(self, num_tokens: int) -> None:
         """Drops the last columns in every layer; digests of pages that became partly filled are made anew."""
@@ -98,7 +148,7 @@ class PageStore:
         twin = PageStore(config, self.reserve_pages)
         if not self.layers:  # nothing to share: each decides for itself what its layers keep
             return twin
-        twin.digest, twin.layers, twin.table = self.digest, self.layers, self.table.fork()
+        twin.digest, twin.loan, twin.table = self.digest, self.loan, self.table.fork()
         twin._newest_valid = self._newest_valid
         return twin
 
@@ -119,6 +169,21 @@ class PageStore:
         if real is not None:
             kv = kv.masked_fill(~real[:, :, None, None, None], 0)
         keys, values = kv.permute(2, 0, 3, 1, 4)
+        return keys, values
+
+    def _ensure(self, pages: LayerPages) -> None:
+        pool = self.table.pool
+        pages.ensure(max(pool.num_pages, 1), pool.max_pages, self.reserve_pages)
+
+    def sequence(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
+        kv, ids = self.layers[layer_idx].kv, self.table.pages_of(row)
+        if (np.diff(ids) == 1).all():  # as in a fresh pool: no copy before the one into order
+            pages = kv[ids[0] : ids[0] + len(ids)]
+        else:
+            pages = kv[torch.from_numpy(ids).to(kv.device)]
+        length = int(self.table.lengths[row])
+        keys, values = (pages[:, i].transpose(0, 1).flatten(1, 2)[None, :, :length] for i in (0, 1))
         return keys, values
 
     def _positions(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -166,5 +231,5 @@ class PageStore:
         if not len(copies.source):
             return
         for pages in self.layers.values():
-            pages.ensure(self.table.pool.num_pages, self.table.pool.max_pages)
+            self._ensure(pages)
             pages.copy_pages(copies)

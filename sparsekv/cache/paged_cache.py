@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sparsekv.cache.arena import Arena
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Mode, Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
-from sparsekv.errors import ConfigError
+from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.policies import POLICIES, Reads
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
@@ -36,6 +38,7 @@ class PagedCache(DynamicCache):
         reserve_tokens: tokens to allocate pages for at once, over all sequences.
         on_fallback: called with (layer_idx, reason) when a layer turns out not to be servable sparsely; default:
             a warning.
+        arena: lends the tensors, and gets them back for the next cache; default: they are freed with the cache.
 
     Raises:
         ConfigError, UnknownNameError: a setting is not allowed.
@@ -51,6 +54,7 @@ class PagedCache(DynamicCache):
         stats: DecodeStats | None = None,
         reserve_tokens: int = 0,
         on_fallback: FallbackListener | None = None,
+        arena: Arena | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(config=model_config)
@@ -59,10 +63,29 @@ class PagedCache(DynamicCache):
         self.stats = stats if stats is not None else DecodeStats()
         self.observers: list[Observer] = []
         self._on_fallback = on_fallback or _warn_fallback
-        self._store = PageStore(self.config, self.config.pages_for(reserve_tokens))
+        self._updated: PagedLayer | None = None  # the layer that took tokens last
+        self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
         self.layers = [
             self._paged(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
         ]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes a layer's new keys and values; see `PagedLayer.update`.
+
+        Raises:
+            CacheStateError: the layer before was in pages, and its attention has not asked for them.
+        """
+        if self._updated is not None and self._updated.is_unanswered:
+            raise CacheStateError(
+                f"Layer {self._updated.layer_idx} of this cache lives in pages, but its attention now runs without "
+                "them: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
+            )
+        layer = self.layers[layer_idx]
+        self._updated = layer if isinstance(layer, PagedLayer) else None
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +100,68 @@ class PagedCache(DynamicCache):
     def check_room(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> None:
         """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, and
         CacheStateError if the batch does not continue this one. `valid [b, num_new]`: which are no padding."""
-        self._store.table.check_room(batch_size, num_new, valid)
+        if not self._store.step_begun:
+            self._store.table.check_room(batch_size, num_new, valid)
+
+    # -- steps whose tensors change where they are, so that they can be captured in a CUDA graph and replayed
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether a decode step changes nothing but tensors where they are: every layer lives in pages and holds the
+        same tokens."""
+        table = self._store.table
+        return all(
+            isinstance(layer, PagedLayer) and layer.is_paged and layer.length == table.num_tokens
+            for layer in self.layers
+        )
+
+    @property
+    def step_key(self) -> tuple[Any, ...]:
+        """What a captured step depends on beside the model's inputs: the same key, the same step."""
+        return self.config, self.step_shape, id(self.stats), *self._store.addresses()
+
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """Batch size and width of the page table."""
+        device = next(iter(self._store.layers.values())).kv.device
+        return tuple(self._store.table.on(device)[0].shape)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Within it, one decode step of every layer is run: room for its token is made before.
+
+        Raises:
+            CacheFullError, OutOfMemoryError: there is none; nothing has changed.
+        """
+        self._settle()
+        self._store.begin_step()
+        try:
+            yield
+        finally:
+            self._store.step_begun = False
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[list[tuple[int, bool]]]:
+        """Within it (and within `step`), the layers' part of a step is run to be captured, not to count: yields the
+        reads that `follow` is to be told of at every replay."""
+        reads: list[tuple[int, bool]] = []
+        self._store.capturing = reads
+        try:
+            yield reads
+        finally:
+            self._store.capturing = None
+            for layer in self.paged_layers:
+                layer.drop_pending()
+
+    def follow(self, reads: Sequence[tuple[int, bool]]) -> None:
+        """Brings lengths and counters to where a replayed step has left the tensors."""
+        num_pages, num_selected = self._store.table.total_pages, self._store.num_selected()
+        for layer in self.layers:
+            layer.length += 1
+        seen: set[int] = set()
+        for layer_idx, read_all in reads:
+            self.layers[layer_idx].record_step(read_all, num_pages, num_selected, layer_idx not in seen)
+            seen.add(layer_idx)
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -150,7 +234,7 @@ class PagedCache(DynamicCache):
 
     def reset(self) -> None:
         """Empties the cache."""
-        self._store = PageStore(self.config, self._store.reserve_pages)
+        self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena)
         for layer in self.layers:
             layer.reset()
             if isinstance(layer, PagedLayer):
@@ -201,6 +285,7 @@ class PagedCache(DynamicCache):
             getattr(layer, method)(argument)
 
     def _settle(self) -> None:
+        self._updated = None
         for layer in self.paged_layers:
             layer._settle()
 

@@ -85,10 +85,8 @@ class PagedLayer(DynamicLayer):
     # -- transformers' protocol
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes new keys and values `[b, hkv, t, d]`; returns what the attention function gets.
-
-        For one token that is the token alone (the pages are read where they lie); for several, all keys and values.
-        """
+        """Takes new keys and values `[b, hkv, t, d]`; returns what the attention function gets: the new ones
+        alone, as the pages are read where they lie (`with_past` has all)."""
         self._settle()
         if self.mode is Mode.DENSE:
             keys, values = super().update(key_states, value_states)
@@ -97,12 +95,7 @@ class PagedLayer(DynamicLayer):
             self.store.table.check_batch(key_states.shape[0])
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._pending = (key_states, value_states)
-        if self.length and key_states.shape[-2] > 1:
-            past_keys, past_values = self.store.dense(self.layer_idx, self.length)
-            keys = torch.cat([past_keys, key_states], dim=-2)
-            values = torch.cat([past_values, value_states], dim=-2)
-        else:
-            keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
+        keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
         setattr(keys, _TAG, self)
         setattr(values, _TAG, self)
         return keys, values
@@ -119,6 +112,15 @@ class PagedLayer(DynamicLayer):
         self.mode, self.length, self._pending = Mode.NEW, 0, None
         self.keys = self.values = None
         self.is_initialized = False
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether a paged layer's attention has not asked for the tokens of the last `update`."""
+        return self.mode is Mode.PAGED and self._pending is not None
+
+    def drop_pending(self) -> None:
+        """Forgets tokens of a forward pass that was given up."""
+        self._pending = None
 
     # -- what the attention function asks for
 
@@ -173,10 +175,19 @@ class PagedLayer(DynamicLayer):
             if accepted is not None:
                 self._advance(accepted[0])
             slots = None if step.fits else slots
-            self._record(slots)
+            self._record(slots, self._step_is_new)
+            self._step_is_new = False
             for observe in self.observers:
                 observe(step, slots)
         return out.unsqueeze(2)
+
+    def with_past(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values `[b, hkv, n, d]` in transformers' order, given the newest, which are stored already."""
+        past = self.length - key.shape[-2]
+        if not past:
+            return key, value
+        past_keys, past_values = self.store.dense(self.layer_idx, past)
+        return torch.cat([past_keys, key], dim=-2), torch.cat([past_values, value], dim=-2)
 
     def record_pass(self) -> None:
         """Counts a dense forward of several tokens, once for all modules that share the layer."""
@@ -200,14 +211,15 @@ class PagedLayer(DynamicLayer):
             return self.store.accept(self.layer_idx, self.length, key, value, visible, scored)
 
     def _advance(self, key: Tensor) -> None:
-        """Counts tokens that were written."""
+        """Counts tokens that were written; those of a captured step are counted when it is replayed."""
+        if self.store.capturing is not None:
+            return
         self.mode = Mode.PAGED
         self.length += key.shape[-2]
         self._step_is_new = True
 
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
-        k = min(self.config.budget_pages(int(self.store.table.lengths.max())), block_table.shape[1])
         return DecodeStep(
             layer_idx=self.layer_idx,
             query=query,
@@ -216,7 +228,7 @@ class PagedLayer(DynamicLayer):
             state=pages.state,
             block_table=block_table,
             seq_lens=seq_lens,
-            k=k,
+            k=self.store.selected(block_table.shape[1]),
             scaling=scaling,
             config=self.config,
             ops=self.store.ops,
@@ -224,14 +236,37 @@ class PagedLayer(DynamicLayer):
             value=None if new is None else new[1],
         )
 
-    def _record(self, slots: Tensor | None) -> None:
+    def _record(self, slots: Tensor | None, new: bool) -> None:
         """Counts what a step read: the listed pages, or all, and what it took to choose them."""
+        read_all = slots is None
+        if slots is not None and not self.policy.fills_budget:
+            self.stats.count_listed(self.layer_idx, slots)
+        if self.store.capturing is not None:
+            self.store.capturing.append((self.layer_idx, read_all))
+            return
+        self.record_step(read_all, self.store.table.total_pages, self.store.num_selected(), new)
+
+    def record_step(self, read_all: bool, num_pages: int, num_selected: int, new: bool) -> None:
+        """Counts what is known of a step without asking the device.
+
+        Args:
+            read_all: whether it read every page.
+            num_pages, num_selected: pages of all sequences, and those a policy that fills its budget reads of them.
+            new: False if another module has read the same step's cache already (shared KV).
+        """
         pages = self.store.layers[self.layer_idx]
-        num_pages = int(self.store.table.num_pages.sum()) * pages.kv.shape[2]
+        num_kv_heads = pages.kv.shape[2]
         scoring = {Reads.NOTHING: 0, Reads.DIGESTS: pages.digest_nbytes, Reads.KEYS: pages.page_nbytes // 2}
-        cost = 0 if slots is None else scoring[self.policy.reads] * num_pages
-        self.stats.record_step(self.layer_idx, slots, num_pages, pages.page_nbytes, cost, self._step_is_new)
-        self._step_is_new = False
+        cost = 0 if read_all else scoring[self.policy.reads] * num_pages * num_kv_heads
+        listed = num_selected * num_kv_heads if self.policy.fills_budget else 0
+        self.stats.record_step(
+            self.layer_idx,
+            None if read_all else listed,
+            num_pages * num_kv_heads,
+            pages.page_nbytes,
+            cost,
+            new,
+        )
 
     def _settle(self) -> None:
         """Deals with tokens whose attention never came: without a handshake the layer is no plain attention layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,7 @@ class DecodeStats:
     """
 
     def __init__(self) -> None:
+        self._counted: dict[int, Tensor] = {}  # pages, summed where they were listed; a captured step adds to it
         self.reset()
 
     def reset(self) -> None:
@@ -23,7 +25,9 @@ class DecodeStats:
         self._sparse_steps: Counter[int] = Counter()
         self._dense_steps: Counter[int] = Counter()
         self._dense_passes: Counter[int] = Counter()
-        self._listed: dict[int, Tensor] = {}
+        self._listed: Counter[int] = Counter()  # pages, where their number is known without the device
+        for counted in self._counted.values():
+            counted.zero_()
         self._page_nbytes: Counter[int] = Counter()
         self.pages_total = 0
         self.bytes_total = 0
@@ -39,7 +43,7 @@ class DecodeStats:
     def record_step(
         self,
         layer_idx: int,
-        slots: Tensor | None,
+        listed: int | None,
         pages: int,
         page_nbytes: int,
         scoring_nbytes: int,
@@ -48,7 +52,7 @@ class DecodeStats:
         """A layer decoded one token.
 
         Args:
-            slots: `[b, hkv, k]` pages it read; None: all.
+            listed: pages it read, times kv heads, 0 if `count_listed` has counted them; None: all.
             pages: pages its sequences hold, times kv heads.
             page_nbytes: bytes of a page's keys and values in one kv head.
             scoring_nbytes: bytes read to choose the pages.
@@ -57,7 +61,7 @@ class DecodeStats:
         self.pages_total += pages
         self.bytes_total += pages * page_nbytes
         self._scoring_bytes += scoring_nbytes
-        if slots is None:
+        if listed is None:
             self._dense_steps[layer_idx] += new
             self._whole_pages += pages
             self._whole_bytes += pages * page_nbytes
@@ -65,9 +69,13 @@ class DecodeStats:
         self._sparse_steps[layer_idx] += new
         self._chosen_from_bytes += pages * page_nbytes
         self._page_nbytes[layer_idx] = page_nbytes
-        # Summed on the device and read when asked for: a decode step never waits for it.
-        listed = (slots >= 0).sum()
-        self._listed[layer_idx] = self._listed[layer_idx] + listed if layer_idx in self._listed else listed
+        self._listed[layer_idx] += listed
+
+    def count_listed(self, layer_idx: int, slots: Tensor) -> None:
+        """Counts the pages of a selection `[b, hkv, k]` on the device; read when asked for, so no step waits."""
+        if layer_idx not in self._counted:
+            self._counted[layer_idx] = torch.zeros((), dtype=torch.int64, device=slots.device)
+        self._counted[layer_idx].add_((slots >= 0).sum())
 
     @property
     def sparse_steps(self) -> int:
@@ -89,7 +97,7 @@ class DecodeStats:
     @property
     def pages_read(self) -> int:
         """Pages read."""
-        return self._whole_pages + sum(int(n) for n in self._listed.values())
+        return self._whole_pages + sum(self._chosen_pages.values())
 
     @property
     def bytes_read(self) -> int:
@@ -108,8 +116,13 @@ class DecodeStats:
 
     @property
     def _chosen_bytes(self) -> int:
-        listed = sum(int(n) * self._page_nbytes[layer] for layer, n in self._listed.items())
+        listed = sum(n * self._page_nbytes[layer] for layer, n in self._chosen_pages.items())
         return listed + self._scoring_bytes
+
+    @property
+    def _chosen_pages(self) -> Counter[int]:
+        """By layer."""
+        return self._listed + Counter({layer: int(n) for layer, n in self._counted.items()})
 
     def as_dict(self) -> dict[str, float]:
         """All counters, for a report."""

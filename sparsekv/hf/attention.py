@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsekv.cache import PagedLayer, tagged_layer
+from sparsekv.hf import prefill
 
 NAME = "sparsekv"
 
@@ -74,9 +75,21 @@ def sparsekv_attention(
     return _paged(layer, module, query, key, value, attention_mask, **kwargs)
 
 
-def sparsekv_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
-    """The mask that the model's own implementation would get."""
-    return ALL_MASK_ATTENTION_FUNCTIONS[original_implementation(config)](*args, config=config, **kwargs)
+def sparsekv_mask(
+    batch_size: int, q_length: int, kv_length: int, *args: Any, config: Any = None, **kwargs: Any
+) -> Tensor | None:
+    """The mask that the model's own implementation would get. Of a plain causal one that would be large, only what is
+    padding, `[b, kv_length]` bool, or None: `_own_mask` makes the rest of it where it is needed after all."""
+    plain = kwargs.get("mask_function") is causal_mask_function and kwargs.get("local_size") is None
+    large = q_length > 1 and batch_size * q_length * kv_length > prefill.LARGE_MASK
+    original = original_implementation(config)
+    if large and plain and original == "sdpa" and kwargs.get("allow_is_causal_skip", True) and not args:
+        padding = kwargs.get("attention_mask")
+        return None if padding is None or padding.all() else padding.bool()[:, :kv_length]
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[original](
+        batch_size, q_length, kv_length, *args, config=config, **kwargs
+    )
+    return mask
 
 
 def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
@@ -107,7 +120,31 @@ def _paged(
         return _sparse(module, layer, query, visible, **kwargs), None
     if layer.is_paged:
         layer.record_pass()
+        if _is_large(layer, query, attention_mask) and _is_plain(module, kwargs):
+            return prefill.attend(layer, query, key, value, _scaling(query, kwargs)), None
+        key, value = layer.with_past(key, value)
     return _dense(module, query, key, value, attention_mask, **kwargs)
+
+
+def _is_large(layer: PagedLayer, query: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether the mask was not made because of its size (a prompt that needs none is the model's own business)."""
+    no_mask = attention_mask is None and layer.length > query.shape[2]
+    return no_mask or (attention_mask is not None and attention_mask.ndim == 2)
+
+
+def _is_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the attention is softmax(q k^T) v and nothing else."""
+    special = [kwargs.get(name) for name in ("s_aux", "softcap", "output_attentions")]
+    return (
+        original_implementation(module.config) == "sdpa"
+        and not kwargs.get("dropout")
+        and not any(x is not None and x is not False for x in special)
+    )
+
+
+def _scaling(query: Tensor, kwargs: dict[str, Any]) -> float:
+    scaling = kwargs.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def _sparse(
@@ -115,20 +152,33 @@ def _sparse(
     layer: PagedLayer,
     query: Tensor,
     visible: Tensor | None,
-    scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if original_implementation(module.config) == "sdpa":
         softcap = None  # transformers' sdpa path has no softcap: stay equal to it
-    out = layer.decode(query, scaling, softcap or 0.0, s_aux, visible)
+    out = layer.decode(query, _scaling(query, kwargs), softcap or 0.0, s_aux, visible)
     return out.transpose(1, 2).contiguous()
 
 
-def _dense(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _dense(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(module.config), eager)
-    result: tuple[Tensor, Tensor | None] = implementation(module, *args, **kwargs)
+    mask = _own_mask(module, query, key, attention_mask)
+    result: tuple[Tensor, Tensor | None] = implementation(module, query, key, value, mask, **kwargs)
     return result
+
+
+def _own_mask(module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The mask for the model's own implementation, made whole where `sparsekv_mask` has left it out."""
+    (b, _, t, _), n = query.shape, key.shape[2]
+    left_out = n > t > 1 if attention_mask is None else attention_mask.ndim == 2
+    if not left_out or original_implementation(module.config) != "sdpa":
+        return attention_mask
+    made: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+        b, t, n, n - t, attention_mask=attention_mask, device=query.device, config=module.config
+    )
+    return made

@@ -10,10 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv.cache import PagedCache
+from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
+from sparsekv.hf import prefill
+from sparsekv.hf.captured import CapturedDecoder, Run
 
+AHEAD = 8192  # new tokens that memory is reserved for before the first: a captured step need not move
 MakeCache = Callable[[int], PagedCache]  # tokens to reserve -> cache
 
+_TEXT = {"attention_mask", "position_ids"}
 _DYNAMIC = (None, "dynamic")
 _STATIC = ("static",)
 
@@ -33,18 +38,66 @@ def prepare_cache(
 
     A cache given by the user, `use_cache=False`, training mode and other cache implementations go to the model's own.
     """
-    wanted = generation_config.cache_implementation
+    _chunk_prefill(generation_config, model_kwargs, batch_size)
     if _wants_own_cache(model, generation_config, model_kwargs):
         model_class: Any = type(model)
         return model_class._prepare_cache_for_generation(
             model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
         )
-    rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    cache = make_cache(rows * max_cache_length if wanted in _STATIC else 0)
+    cache = make_cache(_reserved(model, generation_config, batch_size, max_cache_length))
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
     return None
+
+
+def _chunk_prefill(generation_config: Any, model_kwargs: dict[str, Any], batch_size: int) -> None:
+    """Lets generate prefill a long prompt of nothing but text in chunks, so that what lies between the layers stays
+    small. `generation_config` is this call's own."""
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    ours = isinstance(cache, PagedCache) or (cache is None and generation_config.use_cache is not False)
+    only_text = not {name for name, x in model_kwargs.items() if isinstance(x, Tensor)} - _TEXT
+    if generation_config.prefill_chunk_size is not None or not (ours and only_text) or mask is None or mask.ndim != 2:
+        return
+    num_new = mask.shape[1] - (cache.get_seq_length() if cache is not None else 0)
+    generation_config.prefill_chunk_size = prefill.chunk_size(batch_size, num_new)
+
+
+def _reserved(model: PreTrainedModel, generation_config: Any, batch_size: int, max_cache_length: int) -> int:
+    """Tokens to reserve memory for: all where the user asks for a static cache, the prompt and some more where the
+    decode step is captured, else none."""
+    beams = generation_config.num_beams or 1
+    rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
+    if generation_config.cache_implementation in _STATIC:
+        return rows * max_cache_length
+    if model.device.type != "cuda" or beams > 1:
+        return 0
+    num_new = generation_config.max_new_tokens or max_cache_length
+    return int(rows * (max_cache_length - max(0, num_new - AHEAD)))
+
+
+def may_capture(
+    model: PreTrainedModel, config: SparseConfig, model_kwargs: dict[str, Any], generation_config: Any
+) -> bool:
+    """The model's `_valid_auto_compile_criteria`: whether the decode loop goes to `decode_call`."""
+    if isinstance(model_kwargs.get("past_key_values"), PagedCache):
+        return config.capture and not generation_config.disable_compile
+    model_class: Any = type(model)
+    compiled: bool = model_class._valid_auto_compile_criteria(model, model_kwargs, generation_config)
+    return compiled
+
+
+def decode_call(model: PreTrainedModel, decoder: CapturedDecoder, compile_config: Any) -> Callable[..., Any]:
+    """The model's `get_compiled_call`: what a decode loop calls in the model's place."""
+    run = Run()
+
+    def call(**inputs: Any) -> Any:
+        if isinstance(inputs.get("past_key_values"), PagedCache):
+            return decoder(run, **inputs)
+        model_class: Any = type(model)
+        return model_class.get_compiled_call(model, compile_config)(**inputs)
+
+    return call
 
 
 def _wants_own_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:

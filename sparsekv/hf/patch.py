@@ -9,15 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsekv.cache import DecodeStats, PagedCache
+from sparsekv.cache import Arena, DecodeStats, PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import PatchError
 from sparsekv.hf import attention, generation, support
+from sparsekv.hf.captured import CapturedDecoder
 from sparsekv.policies import POLICIES
 
 _ATTRIBUTE = "_sparsekv_patch"
 _PREPARE = "_prepare_cache_for_generation"
+_MAY_COMPILE = "_valid_auto_compile_criteria"
+_COMPILED = "get_compiled_call"
 
 
 class Patch:
@@ -28,12 +31,15 @@ class Patch:
         config: the settings.
         layers: what each layer does when it decodes; a layer found unfit at its first use turns dense, with a reason.
         stats: what the decode steps of all caches made by this patch have read.
+        decoder: the captured decode steps of `generate`, and how often they were captured and replayed.
     """
 
     def __init__(self, model: PreTrainedModel, config: SparseConfig, layers: list[support.LayerStatus]) -> None:
         self.model, self.config, self.layers = model, config, layers
         self.stats = DecodeStats()
+        self.decoder = CapturedDecoder(model)
         self.is_active = False
+        self._arena = Arena()
 
     def new_cache(self, reserve_tokens: int = 0) -> PagedCache:
         """A cache as `generate` gets it, to be passed as `past_key_values` (and kept for the next turn)."""
@@ -43,7 +49,14 @@ class Patch:
             stats=self.stats,
             reserve_tokens=reserve_tokens,
             on_fallback=partial(_turn_dense, self.layers),  # no reference to the model: caches are copied and pickled
+            arena=self._arena if self._captures else None,
         )
+
+    def free_memory(self) -> None:
+        """Gives back the memory of the last cache, which is kept for the next one while decode steps are captured
+        (on a GPU), and the captured steps."""
+        self._arena.clear()
+        self.decoder.clear()
 
     def undo(self) -> None:
         """Makes the model what it was before; a second call does nothing."""
@@ -52,8 +65,9 @@ class Patch:
         config = support.text_config(self.model)
         if attention.is_patched(config):  # else the user has set another since
             config._attn_implementation_internal = config._attn_implementation.original
-        delattr(self.model, _PREPARE)
-        delattr(self.model, _ATTRIBUTE)
+        for name in (_PREPARE, _MAY_COMPILE, _COMPILED, _ATTRIBUTE):
+            delattr(self.model, name)
+        self.free_memory()
         self._hook.remove()
         self.is_active = False
 
@@ -62,11 +76,17 @@ class Patch:
         config, decoder = support.text_config(self.model), support.decoder_of(self.model)
         config._attn_implementation_internal = attention.AttentionName(config._attn_implementation)
         setattr(self.model, _PREPARE, partial(generation.prepare_cache, self.model, self.new_cache))
+        setattr(self.model, _MAY_COMPILE, partial(generation.may_capture, self.model, self.config))
+        setattr(self.model, _COMPILED, partial(generation.decode_call, self.model, self.decoder))
         parameters = tuple(inspect.signature(decoder.forward).parameters)
         hook = partial(generation.fill_in_cache, self.new_cache, parameters)
         self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
         setattr(self.model, _ATTRIBUTE, self)
         self.is_active = True
+
+    @property
+    def _captures(self) -> bool:
+        return self.config.capture and self.model.device.type == "cuda"
 
     def __enter__(self) -> Patch:
         return self
@@ -80,7 +100,21 @@ class Patch:
         state = "" if self.is_active else ", undone"
         head = f"sparsekv patch of {type(self.model).__name__} (budget {budget}, page_size {config.page_size}{state})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
-        return "\n".join([head, *_layer_lines(self.layers), steps])
+        return "\n".join([head, *_layer_lines(self.layers), steps, f"  decode loop of generate: {self._loop}"])
+
+    @property
+    def _loop(self) -> str:
+        """How generate's decode loop runs, for the report."""
+        not_paged = [str(status.layer_idx) for status in self.layers if not status.is_paged]
+        if not self.config.capture:
+            return "eager (capture=False)"
+        if self.model.device.type != "cuda":
+            return f"eager (CUDA graphs need a GPU, and the device is {self.model.device})"
+        if not_paged:
+            return f"eager (not in pages: layers {', '.join(not_paged)})"
+        if self.decoder.refusal is not None:
+            return f"eager ({self.decoder.refusal})"
+        return f"CUDA graphs ({self.decoder.captures} captured, {self.decoder.replays} replays)"
 
 
 def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings: Any) -> Patch:
@@ -131,7 +165,7 @@ def unpatch(model: PreTrainedModel) -> None:
 
 
 def _turn_dense(layers: list[support.LayerStatus], layer_idx: int, reason: str) -> None:
-    layers[layer_idx] = support.LayerStatus(layer_idx, False, reason)
+    layers[layer_idx] = support.LayerStatus(layer_idx, False, reason, is_paged=False)
 
 
 def _layer_lines(layers: list[support.LayerStatus]) -> list[str]:

@@ -27,6 +27,7 @@ class LayerStatus:
     layer_idx: int
     is_sparse: bool
     reason: str
+    is_paged: bool = True
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -89,7 +90,7 @@ def _status(layer_idx: int, layer: Any, config: SparseConfig) -> LayerStatus:
     if type(layer) is not DynamicLayer:
         window = getattr(layer, "sliding_window", None)
         reason = f"sliding window of {window}" if window else f"transformers' {type(layer).__name__}"
-        return LayerStatus(layer_idx, False, reason)
+        return LayerStatus(layer_idx, False, reason, is_paged=False)
     if config.is_dense_layer(layer_idx):
         return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages")
     if config.policy == "all":

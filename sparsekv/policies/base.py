@@ -135,9 +135,16 @@ class DecodeStep:
 
 
 class Policy(ABC):
-    """Chooses pages. Stateless."""
+    """Chooses pages. Stateless.
+
+    Attributes:
+        reads: what it looks at.
+        fills_budget: whether a selection always lists as many pages as the budget allows, so that their number is
+            known without asking the device.
+    """
 
     reads: Reads = Reads.NOTHING
+    fills_budget: bool = False
 
     @abstractmethod
     def select(self, step: DecodeStep) -> Tensor | None:

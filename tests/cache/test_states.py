@@ -223,13 +223,22 @@ def test_a_paged_layer_cannot_be_refused() -> None:
 def test_tokens_whose_attention_is_skipped_later_are_kept() -> None:
     """Once paged, a pass that nobody attended to is stored when the cache is next operated on as a whole."""
     pair = prefilled(t=10)
-    token = [kv(3) for _ in range(2)]
-    for i in range(2):
-        pair.paged.update(*token[i], i)
-        pair.plain.update(*token[i], i)
-    pair.mask = torch.ones(3, 11, dtype=torch.bool)
+    pair.forward(1, up_to=1)
+    token = kv(3)
+    pair.paged.update(*token, 1)
+    pair.plain.update(*token, 1)
     pair.crop(0)
     pair.check()
+
+
+def test_attention_that_passes_the_pages_by_is_an_error() -> None:
+    """As in a model that is not patched any more: it would see the new tokens alone."""
+    pair = prefilled(t=10)
+    pair.paged.update(*kv(3), 0)
+    with pytest.raises(CacheStateError, match=r"Layer 0 of this cache lives in pages, .*to_dynamic"):
+        pair.paged.update(*kv(3), 1)
+    pair.paged.crop(-1)
+    assert pair.paged.get_seq_length() == 10
 
 
 def test_tags_need_both_tensors() -> None:

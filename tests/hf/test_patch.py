@@ -182,6 +182,7 @@ def test_the_report_says_what_each_layer_does(tiny, prompt, decode) -> None:
         "  layer 4: dense (sliding window of 8)",
         "  layer 5: sparse (top_k over minmax digests)",
         "  decode steps on cpu: plain torch (there are kernels for CUDA, and the device is cpu)",
+        "  decode loop of generate: eager (CUDA graphs need a GPU, and the device is cpu)",
     ]
     decode(model, prompt(40))
     assert str(patch.stats).startswith("DecodeStats(7 sparse and 0 dense steps, 1 dense passes; read ")

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 
 import sparsekv
 from sparsekv import PagedCache
+from sparsekv.errors import CacheStateError
 
 NEW = 8  # tokens that `decode` generates
 FULL = {"budget": 4096, "page_size": 4}
@@ -209,3 +210,13 @@ def test_other_cache_implementations_are_transformers_own_and_warn(name, expecte
             model._prepare_cache_for_generation(settings, arguments, None, 1, 16)
         assert type(arguments["past_key_values"]) is expected
         assert arguments["past_key_values"].offloading
+
+
+def test_a_used_cache_in_a_model_that_is_no_longer_patched_is_refused(tiny, prompt) -> None:
+    """Its attention would see the new token alone: an error before it answers."""
+    model = tiny("llama")
+    with sparsekv.patch(model, budget=64, page_size=4, recent=8) as patch:
+        cache = patch.new_cache()
+        model(**prompt(40), past_key_values=cache)
+    with pytest.raises(CacheStateError, match=r"Layer 0 of this cache lives in pages.*to_dynamic"):
+        model(prompt(40)["input_ids"][:, :1], past_key_values=cache)

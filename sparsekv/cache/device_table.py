@@ -1,0 +1,72 @@
+"""A block table's copy on a device. It is changed in place, so that what a captured step reads stays where it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+WIDTH_STEP = 512  # pages; tables on a GPU grow in such steps
+FEW_CHANGES = 1024  # entries, up to which single ones are sent instead of the whole table
+
+
+class DeviceTable:
+    """Page ids and lengths of a batch on one device.
+
+    Attributes:
+        pages: `[b, width]` int32; entries past a sequence's end are valid page ids and nothing more.
+        lengths: `[b]` int32, tokens of each sequence.
+    """
+
+    def __init__(self, batch_size: int, width: int, device: torch.device) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # else nothing could be written outside of it later
+            self.pages = torch.zeros(batch_size, width, dtype=torch.int32, device=device)
+            self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.forget()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences, and the most pages of one."""
+        return self.pages.shape[0], self.pages.shape[1]
+
+    def forget(self) -> None:
+        """Nothing that it holds is known to be right: the next `sync` sends everything."""
+        self._all_stale = self._lengths_stale = True
+        self._changes: list[NDArray[np.int64]] = []
+
+    def lengths_changed(self) -> None:
+        """Other lengths, to be sent at the next `sync`."""
+        self._lengths_stale = True
+
+    def entries_changed(self, rows: NDArray[np.int64], columns: NDArray[np.int64], pages: NDArray[np.int32]) -> None:
+        """Other page ids at these places, to be sent at the next `sync`."""
+        if self._all_stale:
+            return
+        self._changes.append(np.stack([rows * self.shape[1] + columns, pages]))
+        self._all_stale = sum(change.shape[1] for change in self._changes) > FEW_CHANGES
+
+    def sync(self, pages: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+        """Sends what has changed. Nothing waits for the device."""
+        if self._all_stale:
+            known = np.zeros(self.shape, np.int32)
+            width = min(pages.shape[1], self.shape[1])
+            known[:, :width] = pages[:, :width]
+            self.pages.copy_(torch.from_numpy(known))
+        elif self._changes:
+            where, values = torch.from_numpy(np.concatenate(self._changes, axis=1)).to(self.pages.device)
+            self.pages.view(-1).index_copy_(0, where, values.int())
+        if self._lengths_stale:
+            self.lengths.copy_(torch.from_numpy(lengths.astype(np.int32)), non_blocking=True)
+        self._all_stale = self._lengths_stale = False
+        self._changes = []
+
+
+def width_for(num_pages: int, device: torch.device, least: int) -> int:
+    """How wide a table is for sequences of up to `num_pages` pages.
+
+    On a GPU, where a wider table costs next to nothing and another width another captured graph, it grows in steps,
+    the first of which is `least` (a budget's pages: up to there nothing is chosen). Elsewhere work follows the width.
+    """
+    if device.type != "cuda":
+        return num_pages
+    return least if num_pages <= least else -(-num_pages // WIDTH_STEP) * WIDTH_STEP
