@@ -17,11 +17,19 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
+_OPTIONAL = {"generate_cuda"}  # sections that stay as they are while their result file is not there
 
 
 def render(markdown: str) -> str:
     """The text with every `<!-- figures: NAME -->` section filled from its result file."""
-    return _SECTION.sub(lambda found: found[1] + "\n" + _TABLES[found["name"]]() + "\n" + found[3], markdown)
+    return _SECTION.sub(_filled, markdown)
+
+
+def _filled(section: re.Match[str]) -> str:
+    name = section["name"]
+    if name in _OPTIONAL and not (RESULTS / f"{name}.json").exists():
+        return section[0]
+    return section[1] + "\n" + _TABLES[name]() + "\n" + section[3]
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -94,6 +102,43 @@ def _attention_cuda() -> str:
     return _table(header, rows) + _source("attention_cuda", result)
 
 
+def _generate_cuda() -> str:
+    """A row per point: the modes side by side."""
+    result = _load("generate_cuda")
+    points: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        points.setdefault((row["batch"], row["context"]), {})[row["mode"]] = row
+    rows = [
+        [
+            str(batch),
+            f"{context:,}",
+            *(_ms(modes.get(name)) for name in ("default", "static", "sparse", "sparse-fused")),
+            _times(_faster(modes).get("speedup")),
+            _ms(_faster(modes), "tokens_per_s", ",.0f"),
+        ]
+        for (batch, context), modes in points.items()
+    ]
+    header = ["batch", "context", "unpatched, ms", "static, ms", "sparsekv, ms", "fused, ms", "faster", "tokens/s"]
+    return _table(header, rows) + _source("generate_cuda", result)
+
+
+def _faster(modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The row of the patched mode that is faster."""
+    ours = [modes[name] for name in ("sparse-fused", "sparse") if modes.get(name, {}).get("ms_per_token")]
+    return min(ours, key=lambda row: float(row["ms_per_token"]), default={"ms_per_token": None, "tokens_per_s": None})
+
+
+def _ms(row: dict[str, Any] | None, key: str = "ms_per_token", form: str = ".1f") -> str:
+    """A figure of a mode; why there is none, if it was tried."""
+    if row is None or row[key] is None:
+        return (row or {}).get("error", "-")
+    return format(row[key], form)
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
+
+
 def _us(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
@@ -102,6 +147,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "demo": _demo,
     "attention_cpu": _attention_cpu,
     "attention_cuda": _attention_cuda,
+    "generate_cuda": _generate_cuda,
 }
 
 

@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,4 +190,74 @@ def _plot_ratios(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xticks(places, [f"{row['batch']} x {short(row['context'])}" for row in rows], rotation=45, ha="right")
     axes.set_xlabel("batch x context")
     axes.set_ylabel("times faster than the faster dense competitor")
+    axes.legend(fontsize=8)
+
+
+# mode of the rows, style; in the order of the legend
+_GENERATE_STYLES: dict[str, dict[str, Any]] = {
+    "sparse": {"marker": "s", "color": BLUE, "linewidth": 2},
+    "sparse-fused": {"marker": "P", "color": "#56B4E9", "linewidth": 2},
+    "sparse-eager": {"marker": "s", "color": BLUE, "linestyle": "--", "markerfacecolor": "none"},
+    "all": {"marker": "D", "color": RED},
+    "default": {"marker": "o", "color": ORANGE},
+    "static": {"marker": "^", "color": GREEN},
+}
+
+
+def save_generate_plot(path: Path, rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> None:
+    """Milliseconds of a token of `generate`: against the context at batch 1, and at the other batches.
+
+    Args:
+        rows: of `generate_DEVICE.json`.
+        labels: of the modes.
+    """
+    timed = [row for row in rows if row["ms_per_token"] is not None]
+    several = [row for row in timed if row["batch"] > 1]
+    figure, axes = new_figure(figsize=(11.5 if several else 6.4, 4.6), dpi=120, ncols=2 if several else 1)
+    left, right = axes if several else (axes, None)
+    _plot_tokens(left, [row for row in timed if row["batch"] == 1], labels)
+    if right is not None:
+        _plot_batches(right, several, labels)
+    if rows:
+        figure.suptitle(f"A token of generate: {rows[0]['model']}, budget {rows[0]['budget']} tokens")
+    figure.savefig(path)
+
+
+def _plot_tokens(axes: Any, rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> None:
+    rows = sorted(rows, key=lambda row: row["context"])
+    for mode, style in _GENERATE_STYLES.items():
+        known = [row for row in rows if row["mode"] == mode]
+        if known:
+            values = [row["ms_per_token"] for row in known]
+            axes.plot([row["context"] for row in known], values, label=labels[mode], **style)
+    contexts = sorted({row["context"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [short(context) for context in contexts])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("context [tokens]")
+    axes.set_ylabel("a token [ms]")
+    axes.set_title("batch 1")
+    axes.grid(alpha=0.3, which="both")
+    if rows:
+        axes.legend(fontsize=8)
+
+
+def _plot_batches(axes: Any, rows: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> None:
+    """Bars; where one is missing, the mode was not measured or ran out of memory."""
+    points = sorted({(row["batch"], row["context"]) for row in rows})
+    modes = [mode for mode in _GENERATE_STYLES if any(row["mode"] == mode for row in rows)]
+    width = 0.8 / len(modes)
+    for i, mode in enumerate(modes):
+        known = [row for row in rows if row["mode"] == mode]
+        places = [points.index((row["batch"], row["context"])) + (i - (len(modes) - 1) / 2) * width for row in known]
+        values = [row["ms_per_token"] for row in known]
+        alpha = 0.5 if mode == "sparse-eager" else 1
+        color = _GENERATE_STYLES[mode]["color"]
+        bars = axes.bar(places, values, width, color=color, alpha=alpha, label=labels[mode])
+        axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=7)
+    axes.set_xticks(range(len(points)), [f"{batch} x {short(context)}" for batch, context in points])
+    axes.set_xlabel("batch x context")
+    axes.margins(y=0.15)
+    axes.set_ylabel("a token of every sequence [ms]")
+    axes.set_title("larger batches")
     axes.legend(fontsize=8)

@@ -2,6 +2,7 @@
 
     python -m evaluation.speed attention --device cpu --contexts 64k 256k --budget 1024
     python -m evaluation.speed attention --device cuda --preset full --out evaluation/results
+    python -m evaluation.speed generate --device cuda --preset bars   # a token of a whole model: generate_speed.py
 
 On a CPU a whole cache layer is timed beside PyTorch's scaled_dot_product_attention (SDPA); on a GPU the operators
 are, as CUDA graphs, beside FlashInfer, SDPA, what can be assembled from parts off the shelf, and the memory's speed.
@@ -13,12 +14,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sparsekv import SparseConfig
 from sparsekv.errors import ConfigError
 
-from . import cpu_speed, gpu_speed
+from . import cpu_speed, generate_points, generate_speed, gpu_speed
 from .competitors import COMPETITORS
 from .gpu_points import GEOMETRIES, PRESETS, Point, grid, preset_points
 from .report import choose_device, positive, tokens
@@ -30,7 +31,7 @@ _QUICK_REPEATS, _REPEATS = 5, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `sparsekv bench` and `python -m evaluation.speed attention`."""
+    """The options of `sparsekv bench attention` and `python -m evaluation.speed attention`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     _add_sizes(parser)
     parser.add_argument("--page-size", type=positive, default=16, help="tokens per page (default %(default)s)")
@@ -122,15 +123,36 @@ def _single(values: Sequence[int] | None, default: int) -> int:
     return values[0]
 
 
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """`attention` and `generate`, each with its options and, as `run`, its function."""
+    commands = parser.add_subparsers(title="what is timed", metavar="WHAT", required=True)
+    attention = commands.add_parser(
+        "attention",
+        help="one layer's decode step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(attention)
+    attention.set_defaults(run=run)
+    generate = commands.add_parser(
+        "generate", help="a token of a whole model's generate", description=generate_speed.__doc__
+    )
+    generate_points.add_arguments(generate)
+    generate.set_defaults(run=generate_speed.run)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m evaluation.speed`."""
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m evaluation.speed",
+        description="Times sparse attention beside dense attention.",
+        epilog="`python -m evaluation.speed WHAT --help` lists the options.",
     )
-    commands = parser.add_subparsers(dest="what", required=True)
-    add_arguments(commands.add_parser("attention", help="one layer's decode step"))
+    add_commands(parser)
     arguments = sys.argv[1:] if argv is None else argv
-    return run(parser.parse_args(arguments), shlex.join(["python", "-m", "evaluation.speed", *arguments]))
+    args = parser.parse_args(arguments)
+    measure: Callable[[argparse.Namespace, str], int] = args.run
+    return measure(args, shlex.join(["python", "-m", "evaluation.speed", *arguments]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     0: done; 1: an error, named on stderr; 2: a misspelt option; 130: interrupted.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(arguments)
+    args = _parser().parse_args(_spelt_out(arguments))
     try:
         run: Callable[[argparse.Namespace, str], int] = args.run
         return run(args, shlex.join(["sparsekv", *arguments]))
@@ -36,6 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sparsekv: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _spelt_out(arguments: list[str]) -> list[str]:
+    """`sparsekv bench OPTIONS` is short for `sparsekv bench attention OPTIONS`."""
+    rest = arguments[1:]
+    if arguments[:1] != ["bench"] or (rest and (not rest[0].startswith("-") or rest[0] in ("-h", "--help"))):
+        return arguments
+    return ["bench", "attention", *rest]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,12 +77,12 @@ def _add_bench(commands: Any) -> None:
 
     parser = commands.add_parser(
         "bench",
-        help="time one layer's decode step, sparse beside dense",
-        description=speed.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="time a decode step or a token of generate, sparse beside dense",
+        description="Times sparse attention beside dense attention. `sparsekv bench OPTIONS` is short for "
+        "`sparsekv bench attention OPTIONS`.",
+        epilog="`sparsekv bench WHAT --help` lists the options.",
     )
-    speed.add_arguments(parser)
-    parser.set_defaults(run=speed.run)
+    speed.add_commands(parser)
 
 
 def _add_generate(commands: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparsekv.cache import PagedLayer
-from sparsekv.cli import main
+from sparsekv.cli import _spelt_out, main
 from sparsekv.evaluation.testbed import MODEL_DIR
 
 
@@ -24,6 +24,25 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert stop.value.code == 0
     assert "usage: sparsekv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("what", "option"), [("attention", "--contexts"), ("generate", "--points")])
+def test_everything_that_is_timed_has_help(what: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--help"])
+    assert stop.value.code == 0
+    assert what in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", what, "--help"])
+    assert stop.value.code == 0
+    assert option in capsys.readouterr().out
+
+
+def test_bench_without_a_word_times_attention() -> None:
+    assert _spelt_out(["bench"]) == ["bench", "attention"]
+    assert _spelt_out(["bench", "--device", "cpu"]) == ["bench", "attention", "--device", "cpu"]
+    for arguments in (["bench", "--help"], ["bench", "generate", "--quick"], ["doctor", "--json"], []):
+        assert _spelt_out(arguments) == arguments
 
 
 def test_a_misspelt_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,8 +53,9 @@ class BlockTable:
         self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
         self.valid: Tensor | None = None
         self._pages: NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        # Forks share the tables on a device, so that they share captured steps: a table follows who used it last.
         self._tables: DeviceTables = {} if tables is None else tables
-        self._current: dict[torch.device, DeviceTable] = {}  # those of `_tables` that follow this batch
+        self._current: dict[torch.device, DeviceTable] = {}
 
     @property
     def batch_size(self) -> int:
@@ -84,19 +85,22 @@ class BlockTable:
         """`block_table [b, width]` and `seq_lens [b]`, both int32, on a device. They are changed in place."""
         width = self.max_pages if self.width is None else self.width(self.max_pages, device)
         table = self._current.get(device)
-        if table is None or table.shape != (self.batch_size, width):
-            table = self._current[device] = self._table(device, width)
+        if table is None or not table.is_of(self) or table.shape != (self.batch_size, width):
+            table = self._current[device] = self._take_table(device, width)
         table.sync(self._pages, self.lengths)
         return table.pages, table.lengths
 
-    def _table(self, device: torch.device, width: int) -> DeviceTable:
+    def _take_table(self, device: torch.device, width: int) -> DeviceTable:
         key = device, self.batch_size, width
         if key not in self._tables:
             if len(self._tables) >= MOST_TABLES:
                 self._tables.clear()
             self._tables[key] = DeviceTable(self.batch_size, width, device)
-        self._tables[key].forget()
+        self._tables[key].take(self)
         return self._tables[key]
+
+    def _followers(self) -> list[DeviceTable]:
+        return [table for table in self._current.values() if table.is_of(self)]
 
     # -- what changes the table
 
@@ -170,7 +174,7 @@ class BlockTable:
     # -- how
 
     def _twin(self, pool: PagePool) -> BlockTable:
-        twin = BlockTable(pool, self.width)
+        twin = BlockTable(pool, self.width, self._tables if pool is self.pool else None)
         twin.num_tokens, twin.valid = self.num_tokens, self.valid
         twin.lengths, twin._pages = self.lengths.copy(), self._pages.copy()
         pool.share(self._all_pages())
@@ -212,7 +216,7 @@ class BlockTable:
         if len(rows):
             columns = lengths[rows] // self.pool.page_size
             self._pages[rows, columns] = target
-            for table in self._current.values():
+            for table in self._followers():
                 table.entries_changed(rows, columns, target)
         return PageCopies(source, target)
 
@@ -220,7 +224,7 @@ class BlockTable:
         page_size = self.pool.page_size
         before, after = -(-old // page_size), -(-new // page_size)
         self.lengths = new
-        for table in self._current.values():
+        for table in self._followers():
             table.lengths_changed()
         if len(self._pages) and (before == after).all():
             return
@@ -229,7 +233,7 @@ class BlockTable:
         rows = np.repeat(np.arange(len(new)), grown)
         columns = np.arange(len(rows)) - np.repeat(np.cumsum(grown) - grown, grown) + before[rows]
         pages = self._pages[rows, columns] = self.pool.allocate(len(rows))
-        for table in self._current.values():
+        for table in self._followers():
             table.entries_changed(rows, columns, pages)
 
     def _widen(self, batch_size: int, width: int) -> None:
@@ -245,7 +249,7 @@ class BlockTable:
         self.pool.release(self._all_pages())
         self.lengths, self._pages = lengths, pages
         self.pool.share(self._all_pages())
-        for table in self._current.values():
+        for table in self._followers():
             table.forget()
 
     def _append_valid(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,12 +25,25 @@ class DeviceTable:
         with torch.inference_mode(False), torch.no_grad():  # else nothing could be written outside of it later
             self.pages = torch.zeros(batch_size, width, dtype=torch.int32, device=device)
             self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self._owner: weakref.ref[object] | None = None
         self.forget()
 
     @property
     def shape(self) -> tuple[int, int]:
         """Sequences, and the most pages of one."""
         return self.pages.shape[0], self.pages.shape[1]
+
+    def is_of(self, owner: object) -> bool:
+        """Whether it follows this one's sequences."""
+        return self._owner is not None and self._owner() is owner
+
+    def take(self, owner: object) -> None:
+        """Makes it follow other sequences."""
+        self._owner = weakref.ref(owner)
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_owner": None}  # whoever uses the copy takes it anew
 
     def forget(self) -> None:
         """Nothing that it holds is known to be right: the next `sync` sends everything."""

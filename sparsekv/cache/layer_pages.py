@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ class LayerPages:
         kv: `[capacity, 2, hkv, p, d]`, keys at 0 and values at 1. Tokens not written yet hold arbitrary memory.
         summary: the digest's fields, each `[capacity, hkv, ...]`; empty if the layer is never scored.
         state: the digest's fixed per-head tensors `[hkv, ...]`.
+        addresses: where all of these lie.
+        page_nbytes, digest_nbytes: bytes of one page's keys and values, and of its digest, of one kv head.
     """
 
     def __init__(self, key: Tensor, valid: Tensor | None, page_size: int, digest: Digest | None) -> None:
@@ -29,6 +33,7 @@ class LayerPages:
             self.kv = key.new_empty(0, 2, num_kv_heads, page_size, head_dim)
             self.summary = [key.new_empty(0, num_kv_heads, *f.shape, dtype=f.dtype or key.dtype) for f in fields]
             self.state = [s.clone() for s in digest.fit(key.detach(), valid)] if digest is not None else []
+        self._note()
 
     @property
     def capacity(self) -> int:
@@ -40,15 +45,19 @@ class LayerPages:
         """Bytes of keys, values and digests, growth slack counted."""
         return sum(t.nbytes for t in (self.kv, *self.summary, *self.state))
 
-    @property
-    def page_nbytes(self) -> int:
-        """Bytes of one page's keys and values of one kv head."""
-        return self.kv[0, :, 0].nbytes if self.capacity else 0
+    def _note(self) -> None:
+        """Notes what every decode step asks for, after the tensors were made or moved."""
+        tensors = (self.kv, *self.summary, *self.state)
+        self.addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        self.page_nbytes = self.kv[0, :, 0].nbytes if self.capacity else 0
+        self.digest_nbytes = sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
 
-    @property
-    def digest_nbytes(self) -> int:
-        """Bytes of one page's digest of one kv head."""
-        return sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kv": self.kv, "summary": self.summary, "state": self.state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._note()
 
     def is_like(self, other: LayerPages) -> bool:
         """Whether pages of both hold the same, in the same places."""
@@ -67,9 +76,10 @@ class LayerPages:
         slack = max(num_pages, reserve) // GROWTH_SLACK
         capacity = reserve + min(slack, RESERVE_SLACK) if num_pages <= reserve else num_pages + slack
         capacity = capacity if most is None else max(num_pages, min(capacity, most))
-        self.kv = _grown(self.kv, capacity)
         for i in range(len(self.summary)):
             self.summary[i] = _grown(self.summary[i], capacity)
+        self.kv = _grown(self.kv, capacity)  # last, as it says how much room there is: memory may run out on the way
+        self._note()
 
     def copy_pages(self, copies: PageCopies) -> None:
         """Copies whole pages and their digests."""

@@ -119,17 +119,22 @@ class PageStore:
         try:
             for pages in self.layers.values():
                 self._ensure(pages)
-                self.table.on(pages.kv.device)
+            for device in self.devices:
+                self.table.on(device)
         except torch.OutOfMemoryError:
             self.table.crop(1)
             raise
         self.step_begun = True
 
-    def addresses(self) -> tuple[int, ...]:
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where layers have stored something."""
+        return {pages.kv.device for pages in self.layers.values()}
+
+    def addresses(self) -> tuple[Any, ...]:
         """Where the tensors lie: as long as it is the same, so is what a captured step reads."""
-        tensors = [t for pages in self.layers.values() for t in (pages.kv, *pages.summary, *pages.state)]
-        tensors += [t for device in {t.device for t in tensors} for t in self.table.on(device)]
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        tables = [tensor.data_ptr() for device in self.devices for tensor in self.table.on(device)]
+        return *tables, *(pages.addresses for pages in self.layers.values())
 
     def crop(self, num_tokens: int) -> None:
         """Drops the last columns in every layer; digests of pages that became partly filled are made anew."""
@@ -148,7 +153,9 @@ class PageStore:
         twin = PageStore(config, self.reserve_pages)
         if not self.layers:  # nothing to share: each decides for itself what its layers keep
             return twin
+        width = twin.table.width  # by the twin's own budget
         twin.digest, twin.loan, twin.table = self.digest, self.loan, self.table.fork()
+        twin.table.width = width
         twin._newest_valid = self._newest_valid
         return twin
 

@@ -118,7 +118,8 @@ class PagedCache(DynamicCache):
     @property
     def step_key(self) -> tuple[Any, ...]:
         """What a captured step depends on beside the model's inputs: the same key, the same step."""
-        return self.config, self.step_shape, id(self.stats), *self._store.addresses()
+        counters = None if all(layer.policy.fills_budget for layer in self.paged_layers) else id(self.stats)
+        return self.config, self.step_shape, counters, *self._store.addresses()
 
     @property
     def step_shape(self) -> tuple[int, ...]:
@@ -128,7 +129,8 @@ class PagedCache(DynamicCache):
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Within it, one decode step of every layer is run: room for its token is made before.
+        """Within it, one decode step of every layer is run: room for its token is made before. If it fails before any
+        layer has taken its token, the cache is what it was.
 
         Raises:
             CacheFullError, OutOfMemoryError: there is none; nothing has changed.
@@ -137,6 +139,11 @@ class PagedCache(DynamicCache):
         self._store.begin_step()
         try:
             yield
+        except BaseException:
+            if all(layer.length < self._store.table.num_tokens for layer in self.paged_layers):
+                self._drop_pending()
+                self._store.crop(1)
+            raise
         finally:
             self._store.step_begun = False
 
@@ -150,8 +157,7 @@ class PagedCache(DynamicCache):
             yield reads
         finally:
             self._store.capturing = None
-            for layer in self.paged_layers:
-                layer.drop_pending()
+            self._drop_pending()
 
     def follow(self, reads: Sequence[tuple[int, bool]]) -> None:
         """Brings lengths and counters to where a replayed step has left the tensors."""
@@ -288,6 +294,10 @@ class PagedCache(DynamicCache):
         self._updated = None
         for layer in self.paged_layers:
             layer._settle()
+
+    def _drop_pending(self) -> None:
+        for layer in self.paged_layers:
+            layer.drop_pending()
 
     def _sync_lengths(self) -> None:
         for layer in self.paged_layers:

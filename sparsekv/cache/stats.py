@@ -74,7 +74,8 @@ class DecodeStats:
     def count_listed(self, layer_idx: int, slots: Tensor) -> None:
         """Counts the pages of a selection `[b, hkv, k]` on the device; read when asked for, so no step waits."""
         if layer_idx not in self._counted:
-            self._counted[layer_idx] = torch.zeros((), dtype=torch.int64, device=slots.device)
+            with torch.inference_mode(False):  # else nothing could be added outside of it later
+                self._counted[layer_idx] = torch.zeros((), dtype=torch.int64, device=slots.device)
         self._counted[layer_idx].add_((slots >= 0).sum())
 
     @property

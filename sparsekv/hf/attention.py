@@ -20,6 +20,8 @@ from sparsekv.hf import prefill
 
 NAME = "sparsekv"
 
+_COLUMNS_ONLY = torch.uint8  # the dtype of a mask of which the rest was not made
+
 # Arguments that change which keys a query may see, or how: what the four ops do not express is left dense.
 _SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indices", "sliding_window")
 
@@ -71,6 +73,8 @@ def sparsekv_attention(
     """transformers' attention interface: query `[b, hq, t, d]`, key and value `[b, hkv, n, d]` -> `[b, t, hq, d]`."""
     layer = tagged_layer(key, value)
     if layer is None:
+        if attention_mask is not None:  # else it is the model's own business: keys may have room behind the tokens
+            attention_mask = _own_mask(module, query, key, attention_mask)
         return _dense(module, query, key, value, attention_mask, **kwargs)
     return _paged(layer, module, query, key, value, attention_mask, **kwargs)
 
@@ -78,18 +82,47 @@ def sparsekv_attention(
 def sparsekv_mask(
     batch_size: int, q_length: int, kv_length: int, *args: Any, config: Any = None, **kwargs: Any
 ) -> Tensor | None:
-    """The mask that the model's own implementation would get. Of a plain causal one that would be large, only what is
-    padding, `[b, kv_length]` bool, or None: `_own_mask` makes the rest of it where it is needed after all."""
-    plain = kwargs.get("mask_function") is causal_mask_function and kwargs.get("local_size") is None
-    large = q_length > 1 and batch_size * q_length * kv_length > prefill.LARGE_MASK
+    """The mask that the model's own implementation would get. Of a plain causal one that would be large, only which
+    columns are no padding, `[b, 1, 1, kv_length]` (some models slice masks) in a dtype that no mask has: `_own_mask`
+    makes the rest of it where it is needed after all."""
     original = original_implementation(config)
-    if large and plain and original == "sdpa" and kwargs.get("allow_is_causal_skip", True) and not args:
-        padding = kwargs.get("attention_mask")
-        return None if padding is None or padding.all() else padding.bool()[:, :kv_length]
+    large = q_length > 1 and batch_size * q_length * kv_length > prefill.LARGE_MASK
+    if large and original == "sdpa" and not args and _is_causal_only(q_length, kv_length, **kwargs):
+        return _columns_only(batch_size, q_length, kv_length, kwargs.get("attention_mask"), kwargs.get("device"))
     mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[original](
         batch_size, q_length, kv_length, *args, config=config, **kwargs
     )
     return mask
+
+
+def _is_causal_only(
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> bool:
+    """Whether a mask says no more than padding, and that the last tokens see what is before them. (A static cache has
+    room behind them.)"""
+    newest = isinstance(q_offset, int) and (q_offset + q_length, kv_offset) == (kv_length, 0)
+    known = attention_mask is None or attention_mask.shape[-1] >= kv_length
+    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    return newest and known and plain
+
+
+def _columns_only(
+    batch_size: int, q_length: int, kv_length: int, padding: Tensor | None, device: torch.device | str | None
+) -> Tensor | None:
+    visible = None if padding is None else padding[:, :kv_length].bool()
+    if visible is None or bool(visible.all()):
+        if q_length == kv_length:
+            return None  # as sdpa would have it
+        visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    return visible[:, None, None].to(_COLUMNS_ONLY)
 
 
 def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
@@ -120,16 +153,17 @@ def _paged(
         return _sparse(module, layer, query, visible, **kwargs), None
     if layer.is_paged:
         layer.record_pass()
-        if _is_large(layer, query, attention_mask) and _is_plain(module, kwargs):
+        if _is_large(layer, query, key, attention_mask) and _is_plain(module, kwargs):
             return prefill.attend(layer, query, key, value, _scaling(query, kwargs)), None
         key, value = layer.with_past(key, value)
-    return _dense(module, query, key, value, attention_mask, **kwargs)
+    return _dense(module, query, key, value, _own_mask(module, query, key, attention_mask), **kwargs)
 
 
-def _is_large(layer: PagedLayer, query: Tensor, attention_mask: Tensor | None) -> bool:
+def _is_large(layer: PagedLayer, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
     """Whether the mask was not made because of its size (a prompt that needs none is the model's own business)."""
-    no_mask = attention_mask is None and layer.length > query.shape[2]
-    return no_mask or (attention_mask is not None and attention_mask.ndim == 2)
+    if key.shape[2] != query.shape[2]:  # a layer that shares keys may ask for the last tokens alone
+        return False
+    return layer.length > query.shape[2] if attention_mask is None else attention_mask.dtype == _COLUMNS_ONLY
 
 
 def _is_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -167,18 +201,18 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(module.config), eager)
-    mask = _own_mask(module, query, key, attention_mask)
-    result: tuple[Tensor, Tensor | None] = implementation(module, query, key, value, mask, **kwargs)
+    result: tuple[Tensor, Tensor | None] = implementation(module, query, key, value, attention_mask, **kwargs)
     return result
 
 
 def _own_mask(module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """The mask for the model's own implementation, made whole where `sparsekv_mask` has left it out."""
     (b, _, t, _), n = query.shape, key.shape[2]
-    left_out = n > t > 1 if attention_mask is None else attention_mask.ndim == 2
+    left_out = n > t > 1 if attention_mask is None else attention_mask.dtype == _COLUMNS_ONLY
     if not left_out or original_implementation(module.config) != "sdpa":
         return attention_mask
+    visible = None if attention_mask is None else attention_mask[:, 0, 0].bool()
     made: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
-        b, t, n, n - t, attention_mask=attention_mask, device=query.device, config=module.config
+        b, t, n, n - t, attention_mask=visible, device=query.device, config=module.config
     )
     return made

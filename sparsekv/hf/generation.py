@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +20,8 @@ from sparsekv.hf.captured import CapturedDecoder, Run
 AHEAD = 8192  # new tokens that memory is reserved for before the first: a captured step need not move
 MakeCache = Callable[[int], PagedCache]  # tokens to reserve -> cache
 
+# Before, the chunks of a later turn began with what is in the cache already.
+_CHUNKS_LATER_TURNS = Version(transformers.__version__) >= Version("5.21")
 _TEXT = {"attention_mask", "position_ids"}
 _DYNAMIC = (None, "dynamic")
 _STATIC = ("static",)
@@ -38,8 +42,10 @@ def prepare_cache(
 
     A cache given by the user, `use_cache=False`, training mode and other cache implementations go to the model's own.
     """
-    _chunk_prefill(generation_config, model_kwargs, batch_size)
-    if _wants_own_cache(model, generation_config, model_kwargs):
+    wants_own = _wants_own_cache(model, generation_config, model_kwargs)
+    if not wants_own or isinstance(model_kwargs.get("past_key_values"), PagedCache):
+        _chunk_prefill(generation_config, model_kwargs, batch_size)
+    if wants_own:
         model_class: Any = type(model)
         return model_class._prepare_cache_for_generation(
             model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
@@ -54,13 +60,19 @@ def prepare_cache(
 def _chunk_prefill(generation_config: Any, model_kwargs: dict[str, Any], batch_size: int) -> None:
     """Lets generate prefill a long prompt of nothing but text in chunks, so that what lies between the layers stays
     small. `generation_config` is this call's own."""
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-    ours = isinstance(cache, PagedCache) or (cache is None and generation_config.use_cache is not False)
+    cache = model_kwargs.get("past_key_values")
+    past = cache.get_seq_length() if cache is not None else 0
+    columns = model_kwargs.get("attention_mask")  # None if all are ones; either has a column for every token so far
+    columns = model_kwargs.get("position_ids") if columns is None else columns
     only_text = not {name for name, x in model_kwargs.items() if isinstance(x, Tensor)} - _TEXT
-    if generation_config.prefill_chunk_size is not None or not (ours and only_text) or mask is None or mask.ndim != 2:
+    if generation_config.prefill_chunk_size is not None or not only_text or columns is None:
         return
-    num_new = mask.shape[1] - (cache.get_seq_length() if cache is not None else 0)
-    generation_config.prefill_chunk_size = prefill.chunk_size(batch_size, num_new)
+    if generation_config.output_attentions or generation_config.output_hidden_states:  # of all tokens, in one piece
+        return
+    if past and not _CHUNKS_LATER_TURNS:
+        return
+    rows = max(batch_size, columns.shape[-2])  # expanded for beams already
+    generation_config.prefill_chunk_size = prefill.chunk_size(rows, columns.shape[-1] - past)
 
 
 def _reserved(model: PreTrainedModel, generation_config: Any, batch_size: int, max_cache_length: int) -> int:

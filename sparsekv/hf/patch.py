@@ -37,7 +37,7 @@ class Patch:
     def __init__(self, model: PreTrainedModel, config: SparseConfig, layers: list[support.LayerStatus]) -> None:
         self.model, self.config, self.layers = model, config, layers
         self.stats = DecodeStats()
-        self.decoder = CapturedDecoder(model)
+        self.decoder = CapturedDecoder(model, config.fuse)
         self.is_active = False
         self._arena = Arena()
 

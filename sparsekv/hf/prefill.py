@@ -25,9 +25,9 @@ BLOCK_ELEMENTS = 1 << 24  # of a mask, where there is no kernel without one
 def chunk_size(batch_size: int, num_new: int) -> int | None:
     """Tokens of each sequence to prefill at once; None: all. The last chunk is never a single token, which would look
     like a decode step."""
-    if batch_size * num_new <= WHOLE:
-        return None
     size = max(CHUNK // batch_size, 1024)
+    if batch_size * num_new <= WHOLE or num_new <= size:
+        return None
     while num_new % size == 1:
         size += 16
     return size

@@ -53,7 +53,8 @@ def append_kv(
     start = seq_lens - num_new
     _write_tokens(key, value, valid, start, block_table, kv_pool)
     if summary:
-        _refresh_digests(start, key.shape[2], block_table, seq_lens, kv_pool, summary, state, digest)
+        places = (block_table, seq_lens, kv_pool, summary, state, digest)
+        _refresh_digests(start, key.shape[2], valid is None, *places)
 
 
 def _num_new_tokens(key: Tensor, valid: Tensor | None) -> Tensor:
@@ -84,6 +85,7 @@ def _write_tokens(
 def _refresh_digests(
     start: Tensor,
     num_tokens: int,
+    unpadded: bool,
     block_table: Tensor,
     seq_lens: Tensor,
     kv_pool: Tensor,
@@ -94,8 +96,11 @@ def _refresh_digests(
     page_size = kv_pool.shape[3]
     most_touched = (num_tokens + page_size - 2) // page_size + 1
     slot = start[:, None] // page_size + torch.arange(most_touched, device=start.device)  # [b, touched]
-    row, column = (slot * page_size < seq_lens[:, None]).nonzero(as_tuple=True)
-    slot = slot[row, column]
+    if num_tokens == 1 and unpadded:  # the page of the one token; nothing here asks the device, so it can be captured
+        row, slot = torch.arange(len(start), device=start.device), slot[:, 0]
+    else:
+        row, column = (slot * page_size < seq_lens[:, None]).nonzero(as_tuple=True)
+        slot = slot[row, column]
     pages = block_table[row, slot]
     position = slot[:, None] * page_size + torch.arange(page_size, device=start.device)
     fresh = formula(digest).summarize(kv_pool[pages, 0], position < seq_lens[row, None], state)

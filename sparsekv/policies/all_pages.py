@@ -9,5 +9,7 @@ from sparsekv.policies.base import DecodeStep, Policy, register
 class AllPages(Policy):
     """Every page."""
 
+    fills_budget = True
+
     def select(self, step: DecodeStep) -> None:
         return None

@@ -39,7 +39,7 @@ def assert_digests_fresh(store: PageStore) -> None:
             if not len(pages):
                 continue
             valid = (torch.arange(len(pages) * page_size) < int(store.table.lengths[row])).view(-1, page_size)
-            fresh = store.digest.summarize(layer.kv[pages, 0], valid, layer.state)
+            fresh = store.digest.summarize(layer.kv[pages, 0], valid.to(layer.kv.device), layer.state)
             for stored, computed in zip(layer.summary, fresh, strict=True):
                 expected = computed.to(stored.dtype)
                 torch.testing.assert_close(stored[pages], expected, equal_nan=True, rtol=1e-6, atol=1e-6)
