@@ -76,10 +76,12 @@ class LayerPages:
         slack = max(num_pages, reserve) // GROWTH_SLACK
         capacity = reserve + min(slack, RESERVE_SLACK) if num_pages <= reserve else num_pages + slack
         capacity = capacity if most is None else max(num_pages, min(capacity, most))
-        for i in range(len(self.summary)):
-            self.summary[i] = _grown(self.summary[i], capacity)
-        self.kv = _grown(self.kv, capacity)  # last, as it says how much room there is: memory may run out on the way
-        self._note()
+        try:
+            for i in range(len(self.summary)):
+                self.summary[i] = _grown(self.summary[i], capacity)
+            self.kv = _grown(self.kv, capacity)  # last, as it says how much room there is
+        finally:  # memory may have run out on the way
+            self._note()
 
     def copy_pages(self, copies: PageCopies) -> None:
         """Copies whole pages and their digests."""

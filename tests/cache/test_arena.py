@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekv.cache import Arena, DecodeStats
 from sparsekv.testing.cache_pair import CachePair
 
-SMALL = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}
+SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,11 @@ def places(pair: CachePair) -> dict[int, list[int]]:
 
 def flat(pair: CachePair) -> set[int]:
     return {place for own in places(pair).values() for place in own}
+
+
+def table(pair: CachePair) -> set[int]:
+    """Where its page table and lengths are."""
+    return {x.data_ptr() for x in pair.paged._store.table.on(torch.device("cpu"))}
 
 
 def spoil(pair: CachePair) -> None:
@@ -131,11 +136,13 @@ def test_two_caches_at_once_never_share() -> None:
     arena = Arena()
     one, two = used(arena), used(arena)
     assert not flat(one) & flat(two)
+    assert not table(one) & table(two)
     where = places(one)
     del one
     three, four = used(arena), used(arena)
     assert places(three) == where
     assert len(flat(two) | flat(three) | flat(four)) == 3 * len(flat(two))
+    assert len(table(two) | table(three) | table(four)) == 6
     for pair in (three, two, four):
         pair.forward(9)
         pair.forward(1)
