@@ -13,10 +13,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 import sparsekv
 from sparsekv.hf import generation, prefill
+from sparsekv.hf.attention import sparsekv_mask, visible_columns
 
 NEW = 8  # tokens that `decode` generates
 ROUNDING = 1e-4  # as in conftest.py
@@ -342,6 +347,46 @@ def test_training_under_a_left_out_mask(tiny, prompt, no_masks) -> None:
         loss.backward()
         gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+CAUSAL: dict[str, Any] = {"q_offset": 4, "mask_function": causal_mask_function}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "asked"),
+    [
+        ((6, 10), {"mask_function": sliding_window_causal_mask_function(3)}),
+        ((6, 10), {"local_size": 3}),
+        ((6, 10), {"allow_is_causal_skip": False}),
+        ((6, 12), {}),
+        ((6, 10), {"q_offset": torch.tensor(4)}),
+        ((6, 10), {"kv_offset": 1}),
+        ((6, 10), {"attention_mask": torch.ones(2, 8, dtype=torch.bool)}),
+        ((1, 10), {"q_offset": 9, "attention_mask": torch.arange(10) >= torch.tensor([[0], [3]])}),
+    ],
+    ids=["sliding", "local", "asked-for", "room", "static", "window", "short", "step"],
+)
+def test_masks_that_say_more_are_made(lengths, asked, tiny, no_masks) -> None:
+    """Only what is causal, of the newest tokens, and known to its end is left out."""
+    arguments = CAUSAL | asked
+    expected = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](2, *lengths, **arguments)
+    with sparsekv.patch(model := tiny("llama"), **FULL):
+        made = sparsekv_mask(2, *lengths, config=model.config, **arguments)
+    assert made.dtype == torch.bool
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_of_a_mask_left_out_the_columns_are_made(padded, tiny, no_masks, masks_made) -> None:
+    """Which hold tokens; nothing where sdpa needs nothing."""
+    columns = torch.arange(10) >= torch.tensor([[0], [3 if padded else 0]])
+    with sparsekv.patch(model := tiny("llama"), **FULL):
+        made = sparsekv_mask(2, 6, 10, config=model.config, attention_mask=columns, **CAUSAL)
+        whole = sparsekv_mask(2, 10, 10, config=model.config, attention_mask=columns, **CAUSAL | {"q_offset": 0})
+    assert masks_made == []
+    assert tuple(made.shape) == (2, 1, 1, 10)
+    assert torch.equal(visible_columns(made), columns)
+    assert torch.equal(visible_columns(whole), columns) if padded else whole is None
 
 
 @pytest.mark.parametrize("chunked", [False, True])
