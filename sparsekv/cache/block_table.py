@@ -217,7 +217,7 @@ class BlockTable:
             columns = lengths[rows] // self.pool.page_size
             self._pages[rows, columns] = target
             for table in self._followers():
-                table.entries_changed(rows, columns, target)
+                table.entries_changed(rows, columns)
         return PageCopies(source, target)
 
     def _extend(self, old: NDArray[np.int64], new: NDArray[np.int64]) -> None:
@@ -232,9 +232,9 @@ class BlockTable:
         grown = after - before
         rows = np.repeat(np.arange(len(new)), grown)
         columns = np.arange(len(rows)) - np.repeat(np.cumsum(grown) - grown, grown) + before[rows]
-        pages = self._pages[rows, columns] = self.pool.allocate(len(rows))
+        self._pages[rows, columns] = self.pool.allocate(len(rows))
         for table in self._followers():
-            table.entries_changed(rows, columns, pages)
+            table.entries_changed(rows, columns)
 
     def _widen(self, batch_size: int, width: int) -> None:
         """Room for more pages, an eighth more than asked for, so that a decode step seldom copies the table."""

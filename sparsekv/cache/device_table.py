@@ -54,12 +54,12 @@ class DeviceTable:
         """Other lengths, to be sent at the next `sync`."""
         self._lengths_stale = True
 
-    def entries_changed(self, rows: NDArray[np.int64], columns: NDArray[np.int64], pages: NDArray[np.int32]) -> None:
+    def entries_changed(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """Other page ids at these places, to be sent at the next `sync`."""
         if self._all_stale:
             return
-        self._changes.append(np.stack([rows * self.shape[1] + columns, pages]))
-        self._all_stale = sum(change.shape[1] for change in self._changes) > FEW_CHANGES
+        self._changes.append(rows * self.shape[1] + columns)
+        self._all_stale = sum(map(len, self._changes)) > FEW_CHANGES
 
     def sync(self, pages: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
         """Sends what has changed. Nothing waits for the device."""
@@ -69,8 +69,10 @@ class DeviceTable:
             known[:, :width] = pages[:, :width]
             self.pages.copy_(torch.from_numpy(known))
         elif self._changes:
-            where, values = torch.from_numpy(np.concatenate(self._changes, axis=1)).to(self.pages.device)
-            self.pages.view(-1).index_copy_(0, where, values.int())
+            where = np.unique(np.concatenate(self._changes))
+            values = pages[where // self.shape[1], where % self.shape[1]]
+            sent = torch.from_numpy(np.stack([where, values])).to(self.pages.device)
+            self.pages.view(-1).index_copy_(0, sent[0], sent[1].int())
         if self._lengths_stale:
             self.lengths.copy_(torch.from_numpy(lengths.astype(np.int32)), non_blocking=True)
         self._all_stale = self._lengths_stale = False

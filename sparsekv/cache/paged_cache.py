@@ -118,8 +118,7 @@ class PagedCache(DynamicCache):
     @property
     def step_key(self) -> tuple[Any, ...]:
         """What a captured step depends on beside the model's inputs: the same key, the same step."""
-        counters = None if all(layer.policy.fills_budget for layer in self.paged_layers) else id(self.stats)
-        return self.config, self.step_shape, counters, *self._store.addresses()
+        return self.config, self.step_shape, *self._store.addresses()
 
     @property
     def step_shape(self) -> tuple[int, ...]:

@@ -111,6 +111,8 @@ class CapturedDecoder:
             return "the model lies on several devices"
         if not cache.is_steady or cache.observers:
             return "not every layer lives in pages" if not cache.is_steady else "the cache is observed"
+        if not all(layer.policy.fills_budget for layer in cache.paged_layers):
+            return "what the policy reads is counted at every step (Policy.fills_budget)"
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             return "a mask of its own is given"
         if any(inputs.get(name) for name in _RECORDED):
@@ -122,7 +124,7 @@ class CapturedDecoder:
     def _step(self, run: Run, cache: PagedCache, inputs: dict[str, Any]) -> Any:
         tensors, rest = _split(inputs, cache)
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors.items())
-        warm = cache.step_shape, shapes
+        warm = cache.config, cache.step_shape, shapes
         key = cache.step_key, shapes, repr(sorted(rest.items(), key=str)), torch.is_autocast_enabled("cuda")
         step = self._steps.get(key)
         if step is None and warm not in self._warm:  # kernels are built and libraries started by an eager step

@@ -10,6 +10,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
 
 from sparsekv.cache import PagedCache
 from sparsekv.config import SparseConfig
@@ -44,7 +45,9 @@ def prepare_cache(
     """
     wants_own = _wants_own_cache(model, generation_config, model_kwargs)
     if not wants_own or isinstance(model_kwargs.get("past_key_values"), PagedCache):
-        _chunk_prefill(generation_config, model_kwargs, batch_size)
+        # An assistant takes over the chunks of the model that it helps, for all its turns.
+        is_assisted = generation_mode is GenerationMode.ASSISTED_GENERATION
+        _chunk_prefill(generation_config, model_kwargs, batch_size, is_assisted)
     if wants_own:
         model_class: Any = type(model)
         return model_class._prepare_cache_for_generation(
@@ -57,7 +60,9 @@ def prepare_cache(
     return None
 
 
-def _chunk_prefill(generation_config: Any, model_kwargs: dict[str, Any], batch_size: int) -> None:
+def _chunk_prefill(
+    generation_config: Any, model_kwargs: dict[str, Any], batch_size: int, has_later_turns: bool
+) -> None:
     """Lets generate prefill a long prompt of nothing but text in chunks, so that what lies between the layers stays
     small. `generation_config` is this call's own."""
     cache = model_kwargs.get("past_key_values")
@@ -69,7 +74,7 @@ def _chunk_prefill(generation_config: Any, model_kwargs: dict[str, Any], batch_s
         return
     if generation_config.output_attentions or generation_config.output_hidden_states:  # of all tokens, in one piece
         return
-    if past and not _CHUNKS_LATER_TURNS:
+    if (past or has_later_turns) and not _CHUNKS_LATER_TURNS:
         return
     rows = max(batch_size, columns.shape[-2])  # expanded for beams already
     generation_config.prefill_chunk_size = prefill.chunk_size(rows, columns.shape[-1] - past)

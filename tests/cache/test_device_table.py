@@ -380,7 +380,8 @@ def test_a_table_alone() -> None:
     table.sync(pages, lengths)
     assert table.pages.tolist() == [[0, 1, 2, 0], [3, 4, 5, 0]]
     assert table.lengths.tolist() == [5, 6]
-    table.entries_changed(np.array([0, 1]), np.array([2, 0]), pages[[0, 1], [2, 0]])
+    table.entries_changed(np.array([0, 1]), np.array([2, 0]))
+    table.entries_changed(np.array([0]), np.array([2]))  # once more: it is sent as it is now, once
     table.lengths_changed()
     table.sync(pages, lengths)
     assert table.pages.tolist() == [[0, 1, 12, 0], [13, 4, 5, 0]]
@@ -401,7 +402,7 @@ def test_single_entries_are_sent_or_everything(changes: list[int], whole: bool) 
     first = 0
     for count in changes:
         columns = np.arange(first, first + count)
-        table.entries_changed(np.zeros(count, np.int64), columns, pages[0, columns])
+        table.entries_changed(np.zeros(count, np.int64), columns)
         first += count
     table.sync(pages, lengths)
     assert (table.pages[0] == torch.from_numpy(pages[0])).sum() == (2048 if whole else sum(changes))

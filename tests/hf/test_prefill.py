@@ -539,6 +539,16 @@ def test_a_long_second_turn(
     assert seen.taken() == [max(lengths), *(chunks if chunked else [size])]
 
 
+def test_a_second_turn_that_is_short_enough(long, prompt, decode, small_chunks) -> None:
+    """However long the first was."""
+    model = long()
+    with sparsekv.patch(model, **FULL):
+        first, seen = decode(model, prompt(1500)), Passes(model)
+        ids = torch.cat([first.sequences, prompt(1100)["input_ids"]], dim=1)
+        decode(model, {"input_ids": ids}, past_key_values=first.past_key_values)
+    assert seen.taken() == [1101]
+
+
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_all_rows_count(settings, long, prompt, decode, assert_same, small_chunks) -> None:
     """A prompt that is short enough alone is not when there are two of it."""

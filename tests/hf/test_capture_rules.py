@@ -1,0 +1,67 @@
+"""What keeps a decode step from being captured: said before anything is tried, on any machine."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import sparsekv
+from sparsekv.policies import POLICIES, DecodeStep, Policy
+
+
+class Every(Policy):
+    """A policy that says nothing of how much it reads."""
+
+    def select(self, step: DecodeStep) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "CUDA graphs need a GPU"),
+        ({"past_key_values": None}, "not a decode step of a PagedCache"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.long)}, "not a decode step of a PagedCache"),
+    ],
+)
+def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
+    model = tiny("llama")
+    with sparsekv.patch(model, budget=64, page_size=4, recent=8) as patch:
+        cache = patch.new_cache()
+        model(**prompt(20), past_key_values=cache)
+        inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), "past_key_values": cache} | change
+        assert reason in str(patch.decoder.obstacle(inputs))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"attention_mask": torch.ones(1, 1, 1, 21)}, "a mask of its own"),
+        ({"output_hidden_states": True}, "inner states"),
+        ({"policy": "every"}, r"what the policy reads is counted at every step \(Policy.fills_budget\)"),
+        ({"observed": True}, "the cache is observed"),
+        ({"empty": True}, "not every layer lives in pages"),
+    ],
+)
+def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, prompt, monkeypatch) -> None:
+    """As it would be said there: the tokens claim to be on one."""
+    monkeypatch.setitem(POLICIES._classes, "every", Every)
+    rest = {name: x for name, x in change.items() if name not in ("policy", "observed", "empty")}
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    model = tiny("llama")
+    with sparsekv.patch(model, budget=64, page_size=4, recent=8, policy=change.get("policy", "top_k")) as patch:
+        cache = patch.new_cache()
+        if not change.get("empty"):
+            model(**prompt(20), past_key_values=cache)
+        if change.get("observed"):
+            cache.observers.append(lambda step, slots: None)
+        tokens = torch.ones(1, 1, dtype=torch.long).as_subclass(OnGpu)
+        found = patch.decoder.obstacle({"input_ids": tokens, "past_key_values": cache} | rest)
+    assert found is None if reason is None else re.search(reason, str(found))
