@@ -11,7 +11,6 @@ from sparsekv.cache.block_table import PageCopies
 from sparsekv.digests import Digest
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom
-
 RESERVE_SLACK = 64  # pages more than reserved, at most
 
 

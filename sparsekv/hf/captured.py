@@ -21,19 +21,21 @@ from sparsekv.hf.fusion import fused
 
 MOST_GRAPHS = 8  # batch sizes and widths of tables that are kept ready
 FUSED_TOLERANCE = 0.05  # of the logits' norm: rounding in bf16, layer after layer; a wrong position gives more
-_RECORDED = (
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-)  # their tensors would be overwritten
+# What is asked for by these would be overwritten by the next replay.
+_RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class Run:
-    """One decode loop. Its first replay is compared with an eager step, whatever was done to the model before."""
+    """One decode loop. Every graph that it uses is compared with an eager step first, whatever was done to the model
+    since it was captured.
+
+    Attributes:
+        captured, verified: the steps that were captured in this loop, and those that were compared.
+    """
 
     def __init__(self) -> None:
-        self.verified = False
-        self.captures = 0
+        self.captured: set[CapturedStep] = set()
+        self.verified: set[CapturedStep] = set()
 
 
 class CapturedStep:
@@ -135,9 +137,9 @@ class CapturedDecoder:
             step = self._capture(cache, tensors, rest)
             if step is None:
                 return self.model(**inputs)
-            run.captures += 1
+            run.captured.add(step)
             self._keep(key, step)
-        elif not run.verified:
+        elif step not in run.verified:
             return self._verify(run, step, cache, tensors, inputs)
         output = step.replay(tensors, cache)
         cache.follow(step.reads)
@@ -189,11 +191,12 @@ class CapturedDecoder:
         """An eager step, and the same step by replay: the graph may have baked in what has changed since."""
         eager = self.model(**inputs)
         replayed = step.replay(tensors, cache)
-        run.verified = _same(eager.logits, replayed.logits, FUSED_TOLERANCE if self.fuse else 0.0)
-        if not run.verified:
-            self.clear()
-            if run.captures:  # in this very loop: nothing but the token and its position has changed
-                self.refuse("a captured step gives other logits than an eager one")
+        if _same(eager.logits, replayed.logits, FUSED_TOLERANCE if self.fuse else 0.0):
+            run.verified.add(step)
+            return eager
+        self.clear()
+        if step in run.captured:  # nothing but the token and its position has changed since
+            self.refuse("a captured step gives other logits than an eager one")
         return eager
 
     def refuse(self, reason: str) -> None:
