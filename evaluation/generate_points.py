@@ -44,14 +44,14 @@ class Mode:
 # In the order in which they are measured.
 MODES = {
     "sparse": Mode("sparsekv", {}),
-    "sparse-fused": Mode("sparsekv, fused", {"fuse": True}),
+    "sparse-unfused": Mode("sparsekv, fuse=False", {"fuse": False}),
     "sparse-eager": Mode("sparsekv, eager", {"capture": False}),
     "all": Mode("sparsekv, all pages", {"policy": "all"}),
     "default": Mode("unpatched", None),
     "static": Mode("unpatched, static", None, {"cache_implementation": "static"}),
 }
-CAPTURED = ("sparse", "sparse-fused")
-_MODES_ON = {"cuda": ("sparse", "sparse-fused", "default", "static"), "cpu": ("sparse", "default")}
+CAPTURED = ("sparse", "sparse-unfused")
+_MODES_ON = {"cuda": ("sparse", "default", "static"), "cpu": ("sparse", "default")}
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,9 @@ def _add_points(parser: argparse.ArgumentParser) -> None:
 def _add_modes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--modes", nargs="+", metavar="MODE",
-        help="sparse; sparse-fused: fuse=True; sparse-eager: not captured; all: patched, reads every page; default: "
-        "unpatched; static: unpatched with a static cache, which transformers compiles on a GPU, anew at every point "
+        help="sparse; sparse-unfused: fuse=False; sparse-eager: not captured; all: patched, reads every page; "
+        "default: unpatched; static: unpatched with a static cache, which transformers compiles on a GPU, anew at "
+        "every point "
         f"(default: {' '.join(_MODES_ON['cuda'])}, on a CPU {' '.join(_MODES_ON['cpu'])})",
     )  # fmt: skip
     for name, what in {"unpatched": "default and static", "static": "static"}.items():

@@ -115,11 +115,15 @@ class Bench:
         ids = prompt(where, self.subject.text.vocab_size).to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
         free(self.device)
+        gc.freeze()  # what modes before this one have made is not gone over, again and again, while this one is timed
         in_use = _start_memory(self.device)
         clock.start()
-        self.subject.model.generate(
-            **inputs, do_sample=False, logits_processor=LogitsProcessorList([clock]), **options
-        )
+        try:
+            self.subject.model.generate(
+                **inputs, do_sample=False, logits_processor=LogitsProcessorList([clock]), **options
+            )
+        finally:
+            gc.unfreeze()
         return torch.cuda.max_memory_allocated(self.device) - in_use if self.device.type == "cuda" else None
 
     def _reads(self, where: Point, patch: Patch | None, ms: float) -> Row:

@@ -112,26 +112,20 @@ def _generate_cuda() -> str:
         [
             str(batch),
             f"{context:,}",
-            *(_ms(modes.get(name)) for name in ("default", "static", "sparse", "sparse-fused")),
-            _times(_faster(modes).get("speedup")),
-            _ms(_faster(modes), "tokens_per_s", ",.0f"),
+            *(_ms(modes.get(name)) for name in ("default", "static", "sparse")),
+            _times(modes.get("sparse", {}).get("speedup")),
+            _ms(modes.get("sparse"), "tokens_per_s", ",.0f", missing="-"),
         ]
         for (batch, context), modes in points.items()
     ]
-    header = ["batch", "context", "unpatched, ms", "static, ms", "sparsekv, ms", "fused, ms", "faster", "tokens/s"]
+    header = ["batch", "context", "unpatched, ms", "static, ms", "sparsekv, ms", "faster", "tokens/s"]
     return _table(header, rows) + _source("generate_cuda", result)
 
 
-def _faster(modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The row of the patched mode that is faster."""
-    ours = [modes[name] for name in ("sparse-fused", "sparse") if modes.get(name, {}).get("ms_per_token")]
-    return min(ours, key=lambda row: float(row["ms_per_token"]), default={"ms_per_token": None, "tokens_per_s": None})
-
-
-def _ms(row: dict[str, Any] | None, key: str = "ms_per_token", form: str = ".1f") -> str:
-    """A figure of a mode; why there is none, if it was tried."""
+def _ms(row: dict[str, Any] | None, key: str = "ms_per_token", form: str = ".1f", missing: str | None = None) -> str:
+    """A figure of a mode; if there is none `missing`, or why."""
     if row is None or row[key] is None:
-        return (row or {}).get("error", "-")
+        return missing or (row or {}).get("error", "-")
     return format(row[key], form)
 
 

@@ -196,7 +196,7 @@ def _plot_ratios(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 # mode of the rows, style; in the order of the legend
 _GENERATE_STYLES: dict[str, dict[str, Any]] = {
     "sparse": {"marker": "s", "color": BLUE, "linewidth": 2},
-    "sparse-fused": {"marker": "P", "color": "#56B4E9", "linewidth": 2},
+    "sparse-unfused": {"marker": "P", "color": "#56B4E9", "linewidth": 2},
     "sparse-eager": {"marker": "s", "color": BLUE, "linestyle": "--", "markerfacecolor": "none"},
     "all": {"marker": "D", "color": RED},
     "default": {"marker": "o", "color": ORANGE},
@@ -256,6 +256,7 @@ def _plot_batches(axes: Any, rows: Sequence[dict[str, Any]], labels: Mapping[str
         bars = axes.bar(places, values, width, color=color, alpha=alpha, label=labels[mode])
         axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=7)
     axes.set_xticks(range(len(points)), [f"{batch} x {short(context)}" for batch, context in points])
+    axes.set_xlim(-0.5, len(points) - 0.5)
     axes.set_xlabel("batch x context")
     axes.margins(y=0.15)
     axes.set_ylabel("a token of every sequence [ms]")

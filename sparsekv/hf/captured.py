@@ -20,7 +20,6 @@ from sparsekv.cache import PagedCache
 from sparsekv.hf.fusion import fused
 
 MOST_GRAPHS = 8  # batch sizes and widths of tables that are kept ready
-FUSED_TOLERANCE = 0.05  # of the logits' norm: rounding in bf16, layer after layer; a wrong position gives more
 # What is asked for by these would be overwritten by the next replay.
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -65,14 +64,14 @@ class CapturedDecoder:
     """Runs a model's decode steps: captured where possible, else as the model does.
 
     Args:
-        fuse: whether norms and rotary embeddings are compiled into one kernel each.
+        fuse: whether norms and rotary embeddings run as one kernel each, where that is the same.
 
     Attributes:
         captures, replays: how often either was done.
         refusal: why nothing is captured any more, or None.
     """
 
-    def __init__(self, model: Any, fuse: bool = False) -> None:
+    def __init__(self, model: Any, fuse: bool = True) -> None:
         self.__setstate__({"model": model, "fuse": fuse})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -177,7 +176,7 @@ class CapturedDecoder:
         return step
 
     def _as_captured(self) -> contextlib.AbstractContextManager[None]:
-        """How the model's forward runs when it is captured, and warmed up for it."""
+        """How the model's forward runs when it is captured, and in the steps that prepare and check that."""
         return fused(self.model) if self.fuse else contextlib.nullcontext()
 
     def _keep(self, key: Any, step: CapturedStep) -> None:
@@ -189,9 +188,10 @@ class CapturedDecoder:
         self, run: Run, step: CapturedStep, cache: PagedCache, tensors: dict[str, Tensor], inputs: dict[str, Any]
     ) -> Any:
         """An eager step, and the same step by replay: the graph may have baked in what has changed since."""
-        eager = self.model(**inputs)
+        with self._as_captured():
+            eager = self.model(**inputs)
         replayed = step.replay(tensors, cache)
-        if _same(eager.logits, replayed.logits, FUSED_TOLERANCE if self.fuse else 0.0):
+        if _same(eager.logits, replayed.logits):
             run.verified.add(step)
             return eager
         self.clear()
@@ -221,8 +221,6 @@ def _split(inputs: dict[str, Any], cache: PagedCache) -> tuple[dict[str, Tensor]
     return tensors, rest
 
 
-def _same(exact: Tensor, replayed: Tensor, tolerance: float) -> bool:
-    """Bit for bit, NaN included; or with a tolerance, relative to the norm."""
-    if not tolerance:
-        return bool(((exact == replayed) | (exact.isnan() & replayed.isnan())).all())
-    return bool((replayed.float() - exact.float()).norm() <= tolerance * exact.float().norm())
+def _same(exact: Tensor, replayed: Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    return bool(((exact == replayed) | (exact.isnan() & replayed.isnan())).all())

@@ -1,4 +1,8 @@
-"""The four operations of sparse decoding: append, score, select, attend; and `sparse_decode`, all of them at once."""
+"""The four operations of sparse decoding: append, score, select, attend; and `sparse_decode`, all of them at once.
+
+`rotate` and `rms_norm` stand beside them: with them a captured decode step does the model's small work in one launch
+each.
+"""
 
 from __future__ import annotations
 

@@ -226,6 +226,45 @@ def sparse_decode(
     return out, lse, slots
 
 
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.rotate`."""
+    tensors = (query, key, cos, sin)
+    (b, num_q_heads, _, d), num_kv_heads = query.shape, key.shape[1]
+    aligned = all(
+        x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(n % 2 for n in x.stride()[:2]) for x in tensors
+    )
+    served = aligned and query.dtype in instances.ELEMENTS and all(x.dtype == query.dtype for x in tensors)
+    if not served or d % 4 or query.shape[2] != 1 or not _usable(query.device.index):
+        return reference.rotate(query, key, cos, sin)
+    turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+    rows = [0 if len(x) == 1 else x.stride(0) for x in (cos, sin)]
+    strides = [np.int64(n) for n in (*query.stride()[:2], *key.stride()[:2], *rows)]
+    args = [*arguments(*tensors, *turned), *strides, *arguments(num_q_heads, num_kv_heads, d)]
+    warps = 8
+    launch(
+        instances.elementwise("rotate", query.dtype),
+        query,
+        (-(-(num_q_heads + num_kv_heads) // warps), b, 1),
+        warps,
+        args,
+    )
+    return turned[0], turned[1]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    d = x.shape[-1]
+    served = x.dtype in instances.ELEMENTS and weight.dtype == x.dtype and d % 8 == 0 and weight.is_contiguous()
+    if not served or not x.numel() or weight.data_ptr() % 16 or not _usable(x.device.index):
+        return reference.rms_norm(x, weight, epsilon)
+    rows = _readable(x.reshape(-1, d))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    args = [*arguments(rows, weight, out), np.int64(rows.stride(0)), *arguments(d, float(epsilon))]
+    warps = min(max(-(-d // (8 * 32)), 1), 32)
+    launch(instances.elementwise("rms_norm", x.dtype), x, (len(rows), 1, 1), warps, args)
+    return out
+
+
 def _launch_scores(
     query: Tensor, digests: Tensor, block_table: Tensor, seq_lens: Tensor, scores: Tensor, args: Sequence[Any]
 ) -> None:

@@ -30,6 +30,11 @@ def grouped(name: str, dtype: torch.dtype, head_dim: int, group: int, source: st
     return KernelSpec(f"{source or name}.cu", f"{name}<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}>")
 
 
+def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
+    """Rotary embeddings and RMS norms."""
+    return KernelSpec(f"{name}.cu", f"{name}<{ELEMENTS[dtype]}>")
+
+
 SELECT_PAGES = KernelSpec("select_pages.cu", "select_pages")
 
 
@@ -38,6 +43,7 @@ def of_model(dtype: torch.dtype, head_dim: int, group: int) -> list[KernelSpec]:
     names = ("score_pages", "attend_pages", "sparse_decode")
     return [
         append_kv(dtype, head_dim),
+        *(elementwise(name, dtype) for name in ("rotate", "rms_norm")),
         SELECT_PAGES,
         *(grouped(name, dtype, head_dim, group) for name in names),
         grouped("merge_attention", dtype, head_dim, group, source="attend_pages"),

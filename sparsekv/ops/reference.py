@@ -352,3 +352,43 @@ def _gather_pages(
 def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
     """`source[rows]`, by the operator that copies whole rows."""
     return source.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding, channel i turning with channel i + d/2, as transformers' Llama applies it.
+
+    Source: Su et al., "RoFormer" (2021), section 3.2; the pairing is GPT-NeoX's.
+
+    Args:
+        query, key: `[b, hq, t, d]`, `[b, hkv, t, d]`.
+        cos, sin: `[b or 1, t, d]` of each token's position, in the same dtype.
+
+    Returns:
+        The turned query and key, in new contiguous tensors.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = (x * cos + _quarter_turn(x) * sin for x in (query, key))
+    return first.contiguous(), second.contiguous()
+
+
+def _quarter_turn(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((-high, low), dim=-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Channels divided by their root mean square in float32, times a weight, as transformers' Llama does it.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), section 4.
+
+    Args:
+        x: `[..., d]`.
+        weight: `[d]`, in the same dtype.
+        epsilon: added to the mean of the squares.
+
+    Returns:
+        `[..., d]`, contiguous.
+    """
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (weight * normal.to(x.dtype)).contiguous()

@@ -1,4 +1,4 @@
-"""The four ops as PyTorch operators: signatures, shapes under tracing, and the implementation for every device.
+"""The ops as PyTorch operators: signatures, shapes under tracing, and the implementation for every device.
 
 `torch.ops.sparsekv.*` is the backend switch: kernels serve CUDA (`sparsekv/ops/cuda.py`), the reference all else.
 What each op means is said in `sparsekv/ops/reference.py`.
@@ -39,6 +39,8 @@ SCHEMAS = {
         "int sink_tokens, int recent_tokens, float scaling, float softcap=0.0, Tensor? sinks=None) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "rotate": "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    "rms_norm": "(Tensor x, Tensor weight, float epsilon) -> Tensor",
 }
 
 
@@ -80,12 +82,22 @@ def _fake_sparse_decode(
     return *_fake_attend_pages(query), slots
 
 
+def _fake_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "append_kv": _fake_append_kv,
     "score_pages": _fake_score_pages,
     "select_pages": _fake_select_pages,
     "attend_pages": _fake_attend_pages,
     "sparse_decode": _fake_sparse_decode,
+    "rotate": _fake_rotate,
+    "rms_norm": _fake_rms_norm,
 }
 
 

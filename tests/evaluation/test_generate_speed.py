@@ -182,7 +182,7 @@ def arguments(*given: str) -> Any:
 def test_what_is_not_given_is_chosen_for_the_device() -> None:
     on_gpu, on_cpu = options_of(arguments(), CUDA), options_of(arguments(), CPU)
     assert [str(where) for where in on_gpu.points] == ["1 x 1k", "1 x 32k", "1 x 128k"]
-    assert on_gpu.modes == ("sparse", "sparse-fused", "default", "static")
+    assert on_gpu.modes == ("sparse", "default", "static")
     assert on_gpu.split
     assert on_gpu.first_tokens == 21
     assert not on_cpu.split
@@ -238,7 +238,7 @@ def test_bad_options_are_named_before_anything_is_loaded(
 
 
 def test_a_split_needs_the_mode_it_takes_apart() -> None:
-    with pytest.raises(ConfigError, match="add sparse or sparse-fused to --modes"):
+    with pytest.raises(ConfigError, match="add sparse or sparse-unfused to --modes"):
         options(modes=["default"], split=True)
 
 
@@ -340,8 +340,8 @@ def test_the_readme_can_show_the_figures_once_they_are_there(tmp_path: Path, mon
     assert readme.render(section) == section
     (tmp_path / "generate_cuda.json").write_text(json.dumps({**circumstances("the command"), "rows": made_rows()}))
     shown = readme.render(section)
-    assert "| 1 | 131,072 | 46.0 | - | 6.0 | - | 7.7x | 167 |" in shown
-    assert "| 16 | 131,072 | out of memory | - | 12.0 | - | - | 1,333 |" in shown
+    assert "| 1 | 131,072 | 46.0 | - | 6.0 | 7.7x | 167 |" in shown
+    assert "| 16 | 131,072 | out of memory | - | 12.0 | - | 1,333 |" in shown
     assert "the command" in shown
     assert "as before" not in shown
 

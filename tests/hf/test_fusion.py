@@ -1,4 +1,4 @@
-"""Which parts of a model are fused, and that nothing of it stays."""
+"""Which parts of a model are replaced by one kernel each, and that they compute the same."""
 
 import sys
 
@@ -10,29 +10,42 @@ from sparsekv.hf import fusion
 
 @pytest.mark.parametrize(
     ("family", "norms", "rotary"),
-    [("llama", ["LlamaRMSNorm"], 1), ("qwen3", ["Qwen3RMSNorm"], 1), ("opt", [], 0), ("gpt2", [], 0)],
+    [
+        ("llama", ["LlamaRMSNorm"], 1),
+        ("qwen3", ["Qwen3RMSNorm"], 1),
+        ("olmo2", ["Olmo2RMSNorm"], 1),
+        ("gemma2", [], 1),  # its norms multiply by one plus the weight
+        ("glm4", ["Glm4RMSNorm"], 0),  # its channels turn with their neighbours
+        ("opt", [], 0),
+        ("gpt2", [], 0),
+    ],
 )
-def test_small_parts(family: str, norms: list[str], rotary: int, tiny) -> None:
-    parts = fusion.small_parts(tiny(family))
-    assert [owner.__name__ for owner, name in parts if name == "forward"] == norms
-    assert len([owner for owner, name in parts if name == "apply_rotary_pos_emb"]) == rotary
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_replaced(family: str, norms: list[str], rotary: int, dtype: torch.dtype, tiny) -> None:
+    found = list(fusion.replacements(tiny(family).to(dtype)))
+    assert [owner.__name__ for owner, name, _ in found if name == "forward"] == norms
+    assert len([owner for owner, name, _ in found if name == "apply_rotary_pos_emb"]) == rotary
 
 
-def test_nothing_stays(tiny, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after an error; within, what is compiled is called."""
-    called = []
-    monkeypatch.setattr(fusion, "_compiled", {})
-    monkeypatch.setattr(
-        torch, "compile", lambda function, options: lambda *args: called.append(function) or function(*args)
-    )
-    model = tiny("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
+def test_the_same_logits_and_nothing_stays(family: str, tiny, prompt) -> None:
+    """Also after an error."""
+    model = tiny(family)
     file, norm = sys.modules[type(model).__module__], type(model.model.norm)
     before = norm.forward, file.apply_rotary_pos_emb
-    expected = model(**prompt(9)).logits
+    expected, state = model(**prompt(9)).logits, torch.get_rng_state()
     with fusion.fused(model):
-        assert torch.equal(model(**prompt(9)).logits, expected)
+        assert file.apply_rotary_pos_emb is not before[1]
+        torch.testing.assert_close(model(**prompt(9)).logits, expected)
     assert (norm.forward, file.apply_rotary_pos_emb) == before
     with pytest.raises(TypeError), fusion.fused(model):
         model(input_ids="no tokens")
     assert (norm.forward, file.apply_rotary_pos_emb) == before
-    assert set(called) == set(before)
+    assert torch.equal(torch.get_rng_state(), state)  # sampling goes on with the numbers it would have had
+
+
+def test_a_changed_part_is_left_alone(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user has put in the place of a norm is not what the replacement computes."""
+    model = tiny("llama")
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: 2 * x)
+    assert [name for _, name, _ in fusion.replacements(model)] == ["apply_rotary_pos_emb"]
