@@ -43,6 +43,7 @@ class PageStore:
         )
         self.step_begun = False  # the table is ahead of the layers by the token of this step
         self._newest_valid: Tensor | None = None  # of the columns appended last; layers after the leader need it
+        self._is_torn = False  # the table refers to pages whose content has not been copied there
 
     @property
     def layers(self) -> dict[int, LayerPages]:
@@ -89,6 +90,7 @@ class PageStore:
         Raises:
             CacheStateError: batch or mask do not continue what is stored; CacheFullError: no room. Nothing changed.
         """
+        self._check_whole()
         batch_size, _, num_new, _ = key.shape
         if length == self.table.num_tokens:
             self._advance(batch_size, num_new, visible)
@@ -115,6 +117,7 @@ class PageStore:
         Raises:
             CacheFullError: no room. OutOfMemoryError: no memory. In both cases the table is what it was.
         """
+        self._check_whole()
         self._advance(self.table.batch_size, 1, None)
         try:
             for pages in self.layers.values():
@@ -237,6 +240,15 @@ class PageStore:
     def _copy(self, copies: PageCopies) -> None:
         if not len(copies.source):
             return
+        self._is_torn = True
         for pages in self.layers.values():
             self._ensure(pages)
             pages.copy_pages(copies)
+        self._is_torn = False
+
+    def _check_whole(self) -> None:
+        if self._is_torn:
+            raise CacheStateError(
+                "Memory ran out while pages that sequences share were copied, so this cache is not whole any more. "
+                "Start from a new one; other caches and forks are not affected."
+            )

@@ -6,6 +6,7 @@ A CPU captures nothing: within `capturing` the layers' work is done at once, as 
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -390,6 +391,32 @@ def test_a_pool_that_could_not_grow_grows_later(failing: int, monkeypatch: pytes
     assert pages.addresses == tuple(tensor.data_ptr() for tensor in (pages.kv, *pages.summary))
     pages.ensure(40)
     assert len(pages.kv) == len(pages.summary[0]) == pages.capacity >= 40
+
+
+@pytest.mark.parametrize("in_steps", [True, False])
+def test_a_cache_that_could_not_copy_a_shared_page_is_never_used_again(
+    in_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its table refers to a page with nothing in it. The cache that it shares with is what it was."""
+    pair = prefilled(t=11, batch=1)
+    twin = pair.paged.fork()
+
+    def fail(self: LayerPages, copies: Any) -> None:
+        raise torch.OutOfMemoryError("a test")
+
+    new = torch.randn(1, 2, 1, 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerPages, "copy_pages", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            twin._store.begin_step() if in_steps else twin._store.append(0, 11, new, new, None, True)
+    with pytest.raises(CacheStateError, match="not whole any more"):
+        twin._store.begin_step()
+    with pytest.raises(CacheStateError, match="not whole any more"):
+        twin._store.append(0, 11, new, new, None, True)
+    del twin
+    gc.collect()  # the errors' frames know it
+    captured(pair)
+    pair.check()
 
 
 class Broken(Exception):
