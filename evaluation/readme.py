@@ -7,6 +7,7 @@ python -m evaluation.readme --check  # fails if they differ
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
+_ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
 _OPTIONAL = {"generate_cuda"}  # sections that stay as they are while their result file is not there
 
 
@@ -122,6 +124,32 @@ def _generate_cuda() -> str:
     return _table(header, rows) + _source("generate_cuda", result)
 
 
+def _accuracy_testbed() -> str:
+    """Accuracy and share of the bytes read, by method and budget: means of the tasks that all methods were run on."""
+    manifest = json.loads((RESULTS / "testbed" / "manifest.json").read_text())
+    with (RESULTS / "testbed" / "cells.csv").open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if int(row["length"]) == _ACCURACY_LENGTH and row["score"]]
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    tasks = set.intersection(*({row["task"] for row in found if row["method"] == name} for name in methods))
+    cells: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in found:
+        if row["task"] in tasks:
+            cells.setdefault((row["method"], row["budget"]), []).append(row)
+    budgets = manifest["settings"]["budgets"]
+    rows = [[name, *(_accuracy(cells, name, budget) for budget in budgets)] for name in methods]
+    fewest = min(int(row["num_examples"]) for some in cells.values() for row in some)
+    header = ["budget", *(f"{budget:,}" for budget in budgets)]
+    what = f"\nMeans of {len(tasks)} tasks, at least {fewest} questions each. "
+    how = f"`{manifest['command']}`, {manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
+    return _table(header, rows) + what + how + ": [all figures](evaluation/results/testbed/tables.md)\n"
+
+
+def _accuracy(cells: dict[tuple[str, str], list[dict[str, str]]], method: str, budget: int) -> str:
+    some = cells.get((method, str(budget)), cells.get((method, ""), []))
+    score, share = (sum(float(row[key]) for row in some) / len(some) for key in ("score", "share"))
+    return f"{score:.1%} ({share:.0%})"
+
+
 def _ms(row: dict[str, Any] | None, key: str = "ms_per_token", form: str = ".1f", missing: str | None = None) -> str:
     """A figure of a mode; if there is none `missing`, or why."""
     if row is None or row[key] is None:
@@ -142,6 +170,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attention_cpu": _attention_cpu,
     "attention_cuda": _attention_cuda,
     "generate_cuda": _generate_cuda,
+    "accuracy_testbed": _accuracy_testbed,
 }
 
 

@@ -1,4 +1,4 @@
-"""The `sparsekv` command: demo, generate, bench, doctor."""
+"""The `sparsekv` command: demo, generate, eval, bench, doctor."""
 
 from __future__ import annotations
 
@@ -39,8 +39,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _spelt_out(arguments: list[str]) -> list[str]:
-    """`sparsekv bench OPTIONS` is short for `sparsekv bench attention OPTIONS`."""
+    """`sparsekv bench OPTIONS` is short for `sparsekv bench attention OPTIONS`, as is `eval` for `eval run`."""
     rest = arguments[1:]
+    if arguments[:1] == ["eval"]:
+        from sparsekv.evaluation.eval_command import spelt_out
+
+        return ["eval", *spelt_out(rest)]
     if arguments[:1] != ["bench"] or (rest and (not rest[0].startswith("-") or rest[0] in ("-h", "--help"))):
         return arguments
     return ["bench", "attention", *rest]
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_generate(commands)
+    _add_eval(commands)
     _add_bench(commands)
     _add_doctor(commands)
     return parser
@@ -83,6 +88,19 @@ def _add_bench(commands: Any) -> None:
         epilog="`sparsekv bench WHAT --help` lists the options.",
     )
     speed.add_commands(parser)
+
+
+def _add_eval(commands: Any) -> None:
+    from sparsekv.evaluation import eval_command
+
+    parser = commands.add_parser(
+        "eval",
+        help="how much accuracy a method and budget cost, and what it reads",
+        description="Asks a model questions about long documents, densely and sparsely. `sparsekv eval OPTIONS` is "
+        "short for `sparsekv eval run OPTIONS`.",
+        epilog="`sparsekv eval WHAT --help` lists the options.",
+    )
+    eval_command.add_commands(parser)
 
 
 def _add_generate(commands: Any) -> None:

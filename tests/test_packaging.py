@@ -52,7 +52,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shipped() -> Iterator[str]:
     for folder, place in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and path.suffix != ".pyc" and not path.name.startswith("."):
+            # Raw answers (.xz) stay in the repository: a run can go on from them, a user of the wheel will not.
+            if path.is_file() and path.suffix not in (".pyc", ".xz") and not path.name.startswith("."):
                 yield f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
 
 

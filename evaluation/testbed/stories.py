@@ -69,7 +69,9 @@ def make_story(num_tokens: int, tasks: Sequence[str] = ALL_TASKS, num_questions:
     pools = Pools(rng, num_tokens)
     shares = {task: len(range(i, num_questions, len(tasks))) for i, task in enumerate(tasks)}
     plans = {task: TASKS[task](pools, share) for task, share in shares.items() if share}
-    sentences = _tell(rng, list(plans.values()), num_tokens)
+    threads = [thread for plan in plans.values() for thread in plan.threads]
+    taken = sum(len(fact.words) for thread in threads for fact in thread)
+    sentences = mixed(rng, threads, _prose(rng, num_tokens, taken))
     words = [word for sentence in sentences for word in _words(sentence)]
     return Story(" ".join(words), _questions(plans, _spans(sentences), tasks, num_questions))
 
@@ -87,11 +89,8 @@ def _check(tasks: Sequence[str], num_questions: int) -> None:
         raise ConfigError(f"num_questions must be at least 1; got {num_questions}")
 
 
-def _tell(rng: random.Random, plans: list[Plan], num_tokens: int) -> list[Fact | Sentence]:
-    """Mixes the threads of all plans with prose, at random but each thread in its own order."""
-    threads = [thread for plan in plans for thread in plan.threads]
-    taken = sum(len(fact.words) for thread in threads for fact in thread)
-    prose = _prose(rng, num_tokens, taken)
+def mixed(rng: random.Random, threads: Sequence[Sequence[Fact]], prose: Sequence[Sentence]) -> list[Fact | Sentence]:
+    """Mixes threads and prose at random, but each thread in its own order."""
     turns = [i for i, thread in enumerate(threads) for _ in thread] + [-1] * len(prose)
     rng.shuffle(turns)
     told = [iter(thread) for thread in threads]

@@ -142,15 +142,16 @@ def multi_query(pools: Pools, num_questions: int) -> Plan:
     plan = Plan()
     for size in sizes:
         asked, keys = keys[:size], keys[size:]
-        plan.asks.append(_ask_codes(pools, plan, asked))
+        plan.asks.append(ask_codes(pools, plan, asked))
     for key in keys:
         plan.threads.append([pools.fill(vocab.CODE_FACTS, key=key, code=pools.code())])
     return plan
 
 
-def _ask_codes(pools: Pools, plan: Plan, keys: list[str]) -> Ask:
+def ask_codes(pools: Pools, plan: Plan, keys: list[str], templates: tuple[str, ...] = vocab.CODE_FACTS) -> Ask:
+    """Hides a code for every key, and asks for all of them at once."""
     codes = [pools.code() for _ in keys]
-    facts = [pools.fill(vocab.CODE_FACTS, key=key, code=code) for key, code in zip(keys, codes, strict=True)]
+    facts = [pools.fill(templates, key=key, code=code) for key, code in zip(keys, codes, strict=True)]
     plan.threads += [[fact] for fact in facts]
     listed = " , ".join(f"the {key}" for key in keys[:-1]) + f" and the {keys[-1]}"
     answer = " , ".join(f"{key} {code}" for key, code in zip(keys, codes, strict=True))
@@ -177,30 +178,45 @@ def variable_tracking(pools: Pools, num_questions: int) -> Plan:
     num_chains = num_questions + max(1, pools.num_tokens // 1024)
     plan = Plan()
     for number in pools.take("numbers", num_chains):
-        people = pools.take("names", 1 + pools.rng.randint(2, 4))
-        facts = [pools.fill(vocab.ROOT_FACTS, owner=people[0], number=number)]
-        for source, owner in itertools.pairwise(people):
-            facts.append(pools.fill(vocab.COPY_FACTS, owner=owner, source=source))
-        plan.threads.append(facts)
+        ask = chain(pools, number, pools.rng.randint(2, 4))
+        plan.threads.append(list(ask.needs))
         if len(plan.asks) < num_questions:
-            prompt = vocab.CHAIN_QUESTION.format(number=number)
-            plan.asks.append(Ask(prompt, " ".join(people), tuple(facts)))
+            plan.asks.append(ask)
     return plan
+
+
+def chain(pools: Pools, number: str, hops: int) -> Ask:
+    """One person keeps a number, and each of `hops` others the same as the one before; asks for all of them."""
+    people = pools.take("names", 1 + hops)
+    facts = [pools.fill(vocab.ROOT_FACTS, owner=people[0], number=number)]
+    for source, owner in itertools.pairwise(people):
+        facts.append(pools.fill(vocab.COPY_FACTS, owner=owner, source=source))
+    return Ask(vocab.CHAIN_QUESTION.format(number=number), " ".join(people), tuple(facts))
 
 
 def frequent_word(pools: Pools, num_questions: int) -> Plan:
     """Asks for the most frequent member of a category; no other member occurs more than half as often."""
-    top = 4 if pools.num_tokens < 1024 else 6 if pools.num_tokens < 4096 else 8
+    top = most_mentions(pools)
     plan = Plan()
     for category in pools.take("categories", num_questions):
-        verb, members = vocab.CATEGORIES[category]
-        answer, *others = pools.rng.sample(members, 4)
-        counts = {answer: top, **{other: pools.rng.randint(1, top // 2) for other in others}}
-        facts = {member: _count_facts(pools, verb, member, count) for member, count in counts.items()}
-        plan.threads += [[fact] for told in facts.values() for fact in told]
-        prompt = vocab.COUNT_QUESTION.format(category=category, verb=verb)
-        plan.asks.append(Ask(prompt, answer, tuple(facts[answer])))
+        members = pools.rng.sample(vocab.CATEGORIES[category][1], 4)
+        counts = [top, *(pools.rng.randint(1, top // 2) for _ in members[1:])]
+        plan.asks.append(ask_count(pools, plan, category, dict(zip(members, counts, strict=True))))
     return plan
+
+
+def most_mentions(pools: Pools) -> int:
+    """How often the most frequent member of a category is told of."""
+    return 4 if pools.num_tokens < 1024 else 6 if pools.num_tokens < 4096 else 8
+
+
+def ask_count(pools: Pools, plan: Plan, category: str, counts: dict[str, int]) -> Ask:
+    """Tells of the members of a category so many times, and asks for the first, the most frequent one."""
+    verb, _ = vocab.CATEGORIES[category]
+    facts = {member: _count_facts(pools, verb, member, count) for member, count in counts.items()}
+    plan.threads += [[fact] for told in facts.values() for fact in told]
+    answer = next(iter(counts))
+    return Ask(vocab.COUNT_QUESTION.format(category=category, verb=verb), answer, tuple(facts[answer]))
 
 
 def _count_facts(pools: Pools, verb: str, member: str, count: int) -> list[Fact]:

@@ -1,6 +1,6 @@
 """Policies by name: which pages a decode step reads."""
 
-from sparsekv.policies import all_pages, oracle, recent, top_k  # noqa: F401  (they register themselves)
+from sparsekv.policies import all_pages, oracle, random_pages, recent, top_k  # noqa: F401  (they register themselves)
 from sparsekv.policies.base import POLICIES, DecodeStep, Policy, Reads, register
 
 __all__ = ["POLICIES", "DecodeStep", "Policy", "Reads", "register"]

@@ -1,0 +1,8 @@
+"""`python -m evaluation`, or `python -m sparsekv.evaluation` where sparsekv is installed."""
+
+import sys
+
+from sparsekv.evaluation.eval_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

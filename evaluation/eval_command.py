@@ -1,0 +1,82 @@
+"""`sparsekv eval` and `python -m evaluation`: how much accuracy a method and budget cost, and what it reads.
+
+sparsekv eval run --tasks needle multi_key --budgets 256 1024 --lengths 4k 16k --out DIR
+sparsekv eval report DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparsekv.errors import ConfigError, SparseKVError
+
+from . import eval_options
+from .report import new_console
+
+RUN = "run"
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """`run` and `report`."""
+    commands = parser.add_subparsers(title="what", metavar="WHAT", required=True)
+    run = commands.add_parser(RUN, help="ask a model questions, densely and sparsely", description=__doc__)
+    eval_options.add_arguments(run)
+    run.set_defaults(run=_run)
+    report = commands.add_parser("report", help="tables, pictures and one HTML page of a run")
+    report.add_argument("folder", metavar="DIR", help="a run's folder (--out of run)")
+    report.add_argument("--out", metavar="DIR", help="where to (default: DIR/report)")
+    report.set_defaults(run=_report)
+    export = commands.add_parser("export", help="the examples of a run as a file, for other programs to answer")
+    eval_options.add_arguments(export)
+    export.set_defaults(run=_export)
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
+    from .runner import run
+
+    options = eval_options.options_of(args)
+    return 1 if run(options, Path(args.out), command, new_console()) else 0
+
+
+def _export(args: argparse.Namespace, command: str) -> int:
+    from .runner import export
+
+    path = export(eval_options.options_of(args), Path(args.out), command)
+    new_console().print(f"Written: {path}")
+    return 0
+
+
+def _report(args: argparse.Namespace, command: str) -> int:
+    from .eval_page import write_report
+
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}: name the --out of a run.")
+    for path in write_report(folder, Path(args.out) if args.out else None):
+        new_console().print(f"Written: {path}")
+    return 0
+
+
+def spelt_out(arguments: list[str]) -> list[str]:
+    """`sparsekv eval OPTIONS` is short for `sparsekv eval run OPTIONS`."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        return [RUN, *arguments]
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m evaluation`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m evaluation", description=__doc__)
+    add_commands(parser)
+    args: Any = parser.parse_args(spelt_out(arguments))
+    try:
+        code: int = args.run(args, shlex.join(["python", "-m", "evaluation", *arguments]))
+    except (SparseKVError, OSError) as error:
+        print(f"evaluation: {error}", file=sys.stderr)
+        return 1
+    return code

@@ -1,0 +1,296 @@
+"""A run's figures as text: Markdown, a terminal's tables, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from sparsekv.errors import ConfigError
+
+from .cells import MEAN, Cell, cells, means
+from .intervals import MIN_DOCUMENTS, Estimate
+from .summary import Run
+
+CSV_COLUMNS = (
+    "task", "length", "method", "budget", "num_examples", "num_documents", "num_errors",
+    "score", "score_low", "score_high", "perplexity", "perplexity_low", "perplexity_high",
+    "change", "change_low", "change_high",
+    "bytes_per_token", "dense_bytes_per_token", "share", "pages_per_token",
+)  # fmt: skip
+_ESTIMATES = ("score", "perplexity", "change")
+ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts; its first two columns name the row.
+
+    Attributes:
+        tasks: columns that are one task's.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    tasks: range
+    notes: tuple[str, ...]
+
+
+def grids(run: Run, with_intervals: bool = True) -> list[Grid]:
+    """One per length: a row per method and budget, a column per task, then what is lost against dense and read."""
+    found = cells(run)
+    return [_grid(run, [c for c in found if c.length == length], with_intervals) for length in run.lengths]
+
+
+def markdown(run: Run) -> str:
+    """All tables, each under a heading."""
+    parts = [f"# {escaped(run.model)}: accuracy and bytes read\n", *(f"**Note.** {note}\n" for note in notes(run))]
+    for grid in grids(run):
+        parts.append(f"## {grid.title}\n\n{_as_markdown(grid.header, grid.rows)}")
+        parts += [f"{note}\n" for note in grid.notes]
+    return "\n".join(parts)
+
+
+def readme_table(run: Run, length: int | None = None) -> str:
+    """Mean accuracy by method and budget at one length (the longest), with the share of the cache's bytes read.
+
+    Raises:
+        ConfigError: there is nothing of that length.
+    """
+    length = run.lengths[-1] if length is None else length
+    if length not in run.lengths:
+        raise ConfigError(f"length={length} was not measured; there is {', '.join(map(str, run.lengths))}.")
+    found = [cell for cell in cells(run) if cell.length == length]
+    averages = {(c.method, c.budget): c for c in means(found)}
+    budgets: Sequence[int | None] = run.budgets or [None]
+    rows = []
+    for method in run.methods:
+        of_budget = [averages.get((method, b)) or averages.get((method, None)) for b in budgets]
+        if any(cell and cell.score for cell in of_budget):
+            rows.append([method, *map(_compact, of_budget)])
+    header = ["method", *("" if b is None else f"{b:,} tokens" for b in budgets)]
+    return _as_markdown(header, rows) + "\n" + _readme_note(found, list(averages.values())) + "\n"
+
+
+def terminal_tables(run: Run, width: int = 118) -> Iterator[Table]:
+    """One per length, without intervals; tasks for which there is no room follow in further ones."""
+    for grid in grids(run, with_intervals=False):
+        wide = [max(len(word) for word in _words(grid, i)) for i in range(len(grid.header))]
+        tables = [_terminal_table(grid, columns, wide) for columns in _fitting(wide, grid.tasks, width)]
+        for table in tables[1:]:
+            table.title = f"{grid.title}, more tasks"
+        tables[-1].caption = "\n".join(grid.notes)
+        yield from tables
+
+
+def _words(grid: Grid, column: int) -> list[str]:
+    """What must not be broken in a column."""
+    return [*_breakable(grid.header[column]).split(), *(row[column] for row in grid.rows)]
+
+
+def _fitting(wide: Sequence[int], tasks: range, width: int) -> list[list[int]]:
+    """The columns of each table: all in one if they fit, else tasks come last."""
+    room = width - 2  # at the edges; and two signs between columns
+    if sum(wide) + 2 * len(wide) <= room:
+        return [list(range(len(wide)))]
+    tables: list[list[int]] = []
+    for column in [*(i for i in range(2, len(wide)) if i not in tasks), *tasks]:
+        if not tables or sum(wide[i] + 2 for i in [*tables[-1], column]) > room:
+            tables.append([0, 1])
+        tables[-1].append(column)
+    return tables
+
+
+def _terminal_table(grid: Grid, columns: Sequence[int], wide: Sequence[int]) -> Table:
+    table = Table(title=grid.title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for i in columns:
+        name = textwrap.fill(_breakable(grid.header[i]), wide[i])
+        table.add_column(escape(name), justify="right" if i else "left", no_wrap=True)
+    for row, after in zip(grid.rows, (*grid.rows[1:], None), strict=True):
+        table.add_row(*(escape(row[i]) for i in columns), end_section=after is None or after[0] != row[0])
+    return table
+
+
+def _breakable(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader must know before the figures."""
+    found = list(run.notes)
+    if run.errors:
+        found.insert(0, f"{len(run.errors)} of {len(run.lines)} results are errors. They count in no figure.")
+    few = {c.task: c.num_documents for c in cells(run) if 0 < c.num_documents < MIN_DOCUMENTS}
+    if few:
+        told = ", ".join(f"{task} {count}" for task, count in few.items())
+        found.append(
+            f"Intervals are as wide as they can be where there are fewer than {MIN_DOCUMENTS} documents ({told}), "
+            "however many questions are about each: ask for more examples (--examples)."
+        )
+    return found
+
+
+def csv_text(run: Run) -> str:
+    """Every cell with its intervals, one per line; what there is not is left empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for cell in cells(run):
+        writer.writerow(["" if (value := _csv_value(cell, name)) is None else value for name in CSV_COLUMNS])
+    return file.getvalue()
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text).replace("\n", " ")
+
+
+def _percent(estimate: Estimate | None, full: bool) -> str:
+    """`93.8 (91 to 96)`, or nothing."""
+    return "" if estimate is None else _with_interval(_times_100(estimate), full, ".1f", ".0f")
+
+
+def _points(estimate: Estimate | None, full: bool) -> str:
+    return "" if estimate is None else _with_interval(_times_100(estimate), full, "+.1f", "+.1f")
+
+
+def _plain(estimate: Estimate | None, full: bool, sign: str = "") -> str:
+    return "" if estimate is None else _with_interval(estimate, full, f"{sign}.2f", f"{sign}.2f")
+
+
+def _times_100(estimate: Estimate) -> Estimate:
+    low, high = (None if x is None else 100 * x for x in (estimate.low, estimate.high))
+    return Estimate(100 * estimate.value, low, high)
+
+
+def _with_interval(estimate: Estimate, full: bool, form: str, form_of_interval: str) -> str:
+    text = _number(estimate.value, form)
+    if not full or estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ({_number(estimate.low, form_of_interval)} to {_number(estimate.high, form_of_interval)})"
+
+
+def _number(value: float, form: str) -> str:
+    text = format(value, form)
+    return format(0.0, form) if float(text) == 0 else text  # not -0.0
+
+
+def _share(cell: Cell) -> str:
+    return "" if cell.share is None else f"{100 * cell.share:.1f}%"
+
+
+def _csv_value(cell: Cell, name: str) -> object:
+    for estimate in _ESTIMATES:
+        if name.startswith(estimate):
+            end = name.removeprefix(estimate).lstrip("_") or "value"
+            return getattr(getattr(cell, estimate), end, None)
+    return getattr(cell, name)
+
+
+# -- the grid of a length
+
+
+class _Columns:
+    """What stands in the row of a method and budget, column by column.
+
+    Args:
+        found: the cells of one length.
+        full: whether with intervals.
+    """
+
+    def __init__(self, run: Run, found: Sequence[Cell], full: bool) -> None:
+        self._cells = {(c.task, c.method, c.budget): c for c in [*found, *means(found)]}
+        self._most = {task: max(c.num_examples for c in found if c.task == task) for task in {c.task for c in found}}
+        self._full = full
+        likely = {c.task for c in found if c.perplexity}
+        self.scored = [task for task in run.tasks if task in self._most and task not in likely]
+        self.likely = [task for task in run.tasks if task in likely]
+
+    def header(self) -> list[str]:
+        names = [f"{task} (n={self._most[task]})" for task in self.scored]
+        names += [MEAN, "against dense"] if self.scored else []
+        for task in self.likely:
+            what = task if task == "perplexity" else f"{task} perplexity"
+            names += [f"{what} (n={self._most[task]})", "over dense"]
+        return ["method", "budget", *names, "cache read"]
+
+    def row(self, method: str, budget: int | None) -> list[str]:
+        average = self._cells[MEAN, method, budget]
+        texts = [self._figure(task, method, budget) for task in self.scored]
+        if self.scored:
+            texts += [_percent(average.score, self._full), _points(average.change, self._full)]
+        for task in self.likely:
+            cell = self._cells.get((task, method, budget))
+            texts += [self._figure(task, method, budget), _plain(cell.change, self._full, "+") if cell else ""]
+        return [method, "" if budget is None else f"{budget:,}", *texts, _share(average)]
+
+    def _figure(self, task: str, method: str, budget: int | None) -> str:
+        """With how many examples it is from if they are fewer than others', and with its errors."""
+        cell = self._cells.get((task, method, budget))
+        if cell is None:
+            return ""
+        text = _plain(cell.perplexity, self._full) if cell.perplexity else _percent(cell.score, self._full)
+        fewer = f"n={cell.num_examples}" if 0 < cell.num_examples < self._most[task] else ""
+        wrong = f"{cell.num_errors} {ERROR}{'s' * (cell.num_errors > 1)}" if cell.num_errors else ""
+        return ", ".join(filter(None, (text, fewer, wrong)))
+
+
+def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
+    columns, methods = _Columns(run, found, full), run.methods
+    places = dict.fromkeys((c.method, c.budget) for c in found)
+    ordered = sorted(places, key=lambda place: (methods.index(place[0]), place[1] or 0))
+    return Grid(
+        f"{found[0].length:,} tokens",
+        tuple(columns.header()),
+        tuple(tuple(columns.row(*place)) for place in ordered),
+        tasks=range(2, 2 + len(columns.scored)),
+        notes=tuple(_grid_notes(full, bool(columns.scored))),
+    )
+
+
+def _grid_notes(full: bool, is_scored: bool) -> Iterator[str]:
+    if is_scored:
+        yield "Accuracy in %; against dense: points won or lost in the questions that both answered."
+    if full:
+        yield "In brackets: 95 % intervals."
+    yield "Budget: tokens read per kv head and layer. Cache read: share of dense decoding's bytes, digests included."
+
+
+# -- README
+
+
+def _compact(cell: Cell | None) -> str:
+    if cell is None or cell.score is None:
+        return ""
+    return _percent(cell.score, full=False) + (f" ({_share(cell)})" if cell.share is not None else "")
+
+
+def _readme_note(found: Sequence[Cell], averages: Sequence[Cell]) -> str:
+    tasks = list(dict.fromkeys(cell.task for cell in found if cell.score))
+    counts = sorted({cell.num_examples for cell in found if cell.score})
+    reach = [
+        max(c.score.value - c.score.low, c.score.high - c.score.value)
+        for c in averages
+        if c.score and c.score.low is not None and c.score.high is not None
+    ]
+    many = str(counts[0]) if len(set(counts)) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "no"
+    text = f"Accuracy in %, in brackets the share of the cache's bytes read. {_named(tasks)}, {many} questions each."
+    return text + (f" 95 % intervals reach at most {100 * max(reach):.1f} points to either side." if reach else "")
+
+
+def _named(tasks: Sequence[str]) -> str:
+    names = ", ".join(escaped(task) for task in tasks)
+    return f"Mean of {len(tasks)} tasks ({names})" if len(tasks) > 1 else names
+
+
+def _as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [[escaped(text) for text in header], ["---"] * len(header), *([escaped(t) for t in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,0 +1,78 @@
+"""Ways to decode, by name: which pages a step reads, and what they are chosen by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsekv import DIGESTS, POLICIES, SparseConfig
+from sparsekv.errors import UnknownNameError
+from sparsekv.policies import Reads
+
+DENSE = "dense"
+_PAIR = "/"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy, and the digest that it chooses by.
+
+    Attributes:
+        digest: None if the policy reads none, or only true keys.
+    """
+
+    name: str
+    policy: str
+    digest: str | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it reads everything, whatever the budget."""
+        return self.policy == "all"
+
+    def config(self, base: SparseConfig, budget: int | None) -> SparseConfig:
+        """The settings at a budget. Small ones keep fewer recent tokens: at most a quarter of them, so that there is
+        something left to choose.
+
+        Raises:
+            ConfigError: the budget is too small for what is always read.
+        """
+        digest = self.digest or base.digest
+        if budget is None:
+            return base.with_(policy=self.policy, digest=digest)
+        recent = min(base.recent, max(budget // 4, 1))
+        return base.with_(policy=self.policy, digest=digest, budget=budget, recent=recent)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(DENSE, "all"),
+        Method("quest", "top_k", "minmax"),
+        Method("sketch", "top_k", "sign_sketch"),
+        Method("recent", "recent"),
+        Method("oracle", "oracle"),
+        Method("random", "random"),
+    )
+}
+
+
+def method(name: str) -> Method:
+    """The method called so; `DIGEST/POLICY` names any pair of the registries, as `sign_sketch/top_k`.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if _PAIR not in name:
+        raise UnknownNameError("method", name, [*METHODS, *pairs()])
+    digest, policy = name.split(_PAIR, 1)
+    DIGESTS.get(digest)
+    reads = POLICIES.get(policy).reads
+    return Method(name, policy, digest if reads is Reads.DIGESTS else None)
+
+
+def pairs() -> list[str]:
+    """`DIGEST/POLICY` for every digest and every policy that chooses by digests."""
+    policies = [name for name in POLICIES if POLICIES.get(name).reads is Reads.DIGESTS]
+    return [f"{digest}{_PAIR}{policy}" for digest in DIGESTS for policy in policies]

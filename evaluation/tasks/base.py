@@ -1,0 +1,104 @@
+"""What a task is: documents with questions about them, written for any tokenizer and sized in its tokens.
+
+A document is prefilled once, densely. Every question about it is then asked on its own over the same cache, question
+and answer token by token: what is asked inside a dense prefill has collected its answer there, and nothing sparse
+would be measured.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from sparsekv.registry import Registry
+
+if TYPE_CHECKING:
+    from .writer import Writer
+
+
+class Metric(Enum):
+    """What is counted of an answer."""
+
+    RECALL = "recall"  # share of the expected strings that were said (RULER's string_match_all)
+    ANY = "any"  # whether one of the expected strings was said (RULER's string_match_part)
+    PREFIX = "prefix"  # share of the expected strings that were said before the first error: errors add up
+    F1 = "f1"  # of words, against the best of several right answers (LongBench)
+    PERPLEXITY = "perplexity"  # nothing is said: the mean negative log-likelihood of the reference, in nats a token
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One prompt and what is expected to follow it.
+
+    Attributes:
+        prompt: comes right after what is in the cache, its leading space or line break included.
+        answers: the strings that a right answer holds, in order (F1: right answers, any of them).
+        reference: what a perfect model would say, its leading space included: sizes the answer, and is what is fed
+            where the metric is perplexity.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One or more turns over one document: each is asked after the answers to those before.
+
+    Attributes:
+        evidence: character spans `[start, end)` of the document that the answers come from.
+        details: what a report may group by, such as the depth of a needle in percent.
+    """
+
+    turns: tuple[Turn, ...]
+    evidence: tuple[tuple[int, int], ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and questions about it.
+
+    Attributes:
+        text: at most as many tokens as were asked for, and hardly fewer.
+        num_tokens: what the tokenizer makes of the text.
+    """
+
+    text: str
+    questions: tuple[Question, ...]
+    num_tokens: int
+
+
+class Task(ABC):
+    """Writes documents. Stateless: the same arguments give the same document.
+
+    Attributes:
+        metric: what is counted.
+        num_questions: about one document, unless asked otherwise.
+        stops: whether the model may end its answer by itself; if not, as many tokens are decoded as the reference
+            has, whatever they are.
+    """
+
+    metric: Metric = Metric.RECALL
+    num_questions: int = 8
+    stops: bool = True
+
+    @abstractmethod
+    def write(self, writer: Writer, num_tokens: int, num_questions: int, seed: int) -> Document:
+        """A document of at most `num_tokens` tokens of the writer's tokenizer.
+
+        Raises:
+            ConfigError: its facts do not fit, or the tokenizer lacks words that they need.
+        """
+
+
+TASKS: Registry[Task] = Registry("task")
+
+
+def register(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator: files a task under `name`."""
+    return TASKS.register(name)
