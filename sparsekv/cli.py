@@ -1,4 +1,4 @@
-"""The `sparsekv` command: demo, generate, eval, bench, doctor."""
+"""The `sparsekv` command: demo, generate, eval, lm-eval, bench, doctor."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def _spelt_out(arguments: list[str]) -> list[str]:
         from sparsekv.evaluation.eval_command import spelt_out
 
         return ["eval", *spelt_out(rest)]
+    if arguments[:1] == ["lm-eval"]:
+        return ["lm-eval", "--", *rest]  # all that follows is lm_eval's, its options too
     if arguments[:1] != ["bench"] or (rest and (not rest[0].startswith("-") or rest[0] in ("-h", "--help"))):
         return arguments
     return ["bench", "attention", *rest]
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_lm_eval(commands)
     _add_bench(commands)
     _add_doctor(commands)
     return parser
@@ -101,6 +104,19 @@ def _add_eval(commands: Any) -> None:
         epilog="`sparsekv eval WHAT --help` lists the options.",
     )
     eval_command.add_commands(parser)
+
+
+def _add_lm_eval(commands: Any) -> None:
+    from sparsekv.evaluation.lm_harness import command
+
+    parser = commands.add_parser(
+        "lm-eval",
+        help="EleutherAI's lm-evaluation-harness, decoding sparsely",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)
 
 
 def _add_generate(commands: Any) -> None:
