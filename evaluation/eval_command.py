@@ -36,10 +36,22 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
-    from .runner import run
+    from .runner import Share, run
 
-    options = eval_options.options_of(args)
-    return 1 if run(options, Path(args.out), command, new_console()) else 0
+    options, console, folder = eval_options.options_of(args), new_console(), Path(args.out)
+    failed = run(options, folder, command, console)
+    if Share.from_environment().count == 1:  # else the other processes are not done yet
+        _print_tables(folder, console)
+    console.print(f"Tables, pictures, intervals and failed examples: sparsekv eval report {folder}")
+    return 1 if failed else 0
+
+
+def _print_tables(folder: Path, console: Any) -> None:
+    from .eval_tables import terminal_tables
+    from .summary import Run
+
+    for table in terminal_tables(Run.read(folder), console.width):
+        console.print(table)
 
 
 def _export(args: argparse.Namespace, command: str) -> int:
@@ -56,8 +68,11 @@ def _report(args: argparse.Namespace, command: str) -> int:
     folder = Path(args.folder)
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}: name the --out of a run.")
-    for path in write_report(folder, Path(args.out) if args.out else None):
-        new_console().print(f"Written: {path}")
+    console = new_console()
+    written = write_report(folder, Path(args.out) if args.out else None)
+    _print_tables(folder, console)
+    for path in written:
+        console.print(f"Written: {path}")
     return 0
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from sparsekv.cli import main
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation import eval_command, testbed
 from sparsekv.evaluation import runner as runner_module
-from sparsekv.evaluation import testbed
 from sparsekv.evaluation.eval_options import RunOptions
 from sparsekv.evaluation.methods import METHODS, method, pairs
 from sparsekv.evaluation.results import read_lines
@@ -187,6 +187,7 @@ def test_a_config_file_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Flags win; k counts 1024 in both."""
     seen: list[RunOptions] = []
     monkeypatch.setattr(runner_module, "run", lambda options, *rest: seen.append(options) or 0)
+    monkeypatch.setattr(eval_command, "_print_tables", lambda *rest: None)
     (tmp_path / "run.yaml").write_text("tasks: [needle, passkey]\nlengths: 2k\nbudgets: [128, 1k]\nseed: 3\n")
     arguments = ["eval", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
     assert main([*arguments, "--budgets", "256"]) == 0
