@@ -36,7 +36,7 @@ $(READY): pyproject.toml setup.cfg constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
 	@$(if $(filter %/cpu,$(TORCH_INDEX)),$(INSTALL_TORCH) '$(TORCH)+cpu' 2>/dev/null ||) \
 	  $(INSTALL_TORCH) $(TORCH) $(if $(TORCH_INDEX),--retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX))
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,cuda]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,cuda,eval]'
 	@touch $@
 
 .PHONY: demo

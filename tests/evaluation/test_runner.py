@@ -95,17 +95,9 @@ def test_processes_share_the_documents(loaded: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs the eval extra: pip install sparsekv[eval]")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    # --multi_gpu is torchrun, and needs no GPU; --cpu would be one process
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["-m", "sparsekv.evaluation", "run", "--out", str(tmp_path), "--tasks", "multi_key", "--lengths", "1k"]
     launch += ["--budgets", "128", "--examples", "16", "--methods", "dense", "quest"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
