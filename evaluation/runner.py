@@ -171,6 +171,7 @@ class Runner:
         """The lines of a batch, cell by cell."""
         documents = [self._document(batch.task, batch.length, number) for number in batch.numbers]
         ids = [self.writer.check(document.text) for document in documents]
+        self._check_room(batch, documents, ids)
         default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
         for digest, cells in _grouped(batch.cells, lambda cell: cell[0].digest or default):
             base = self.options.base.with_(digest=digest)
@@ -245,11 +246,30 @@ class Runner:
 
     # -- checks and circumstances
 
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the model was made for."""
+        found: int | None = getattr(sparsekv.hf.support.text_config(self.model), "max_position_embeddings", None)
+        return found
+
     def _check_lengths(self) -> None:
-        most = getattr(sparsekv.hf.support.text_config(self.model), "max_position_embeddings", None)
         longest = max(self.options.lengths)
-        if most is not None and longest > most:
-            raise ConfigError(f"--lengths {longest} is beyond the model's context of {most} tokens.")
+        if self._context is not None and longest > self._context:
+            raise ConfigError(f"--lengths {longest} is beyond the model's context of {self._context} tokens.")
+
+    def _check_room(self, batch: Batch, documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
+        """What is asked and answered must fit into the model's context too."""
+        task = self.tasks[batch.task]
+        needed = max(
+            len(text) + self._row(task, document, q).longest
+            for document, text in zip(documents, ids, strict=True)
+            for q in range(len(document.questions))
+        )
+        if self._context is not None and needed > self._context:
+            raise ConfigError(
+                f"{batch.task} at --lengths {batch.length} needs {needed} tokens with its questions and answers, and "
+                f"the model's context is {self._context}: ask for shorter documents. What was finished is kept."
+            )
 
     def _manifest(self, name: str, command: str) -> Line:
         config = sparsekv.hf.support.text_config(self.model)

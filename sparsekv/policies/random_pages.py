@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsekv.policies.base import DecodeStep, Policy, register
 
-# Odd multipliers of Knuth's multiplicative hashing (The Art of Computer Programming, 6.4), one per coordinate.
+# Large odd multipliers, one per coordinate: what is added up differs for different steps, pages and heads.
 _PAGE, _HEAD, _LAYER, _LENGTH = 2654435761, 2246822519, 3266489917, 668265263
 _MASK = 0xFFFFFFFF
 

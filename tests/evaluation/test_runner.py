@@ -166,6 +166,13 @@ def test_a_length_beyond_the_context(loaded: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_questions_beyond_the_context(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document alone would fit."""
+    monkeypatch.setattr(loaded[0].config, "max_position_embeddings", 1030)
+    with pytest.raises(ConfigError, match=r"multi_key at --lengths 1024 needs \d+ tokens with its questions"):
+        run(loaded, tmp_path)
+
+
 def test_methods() -> None:
     assert pairs() == ["minmax/top_k", "sign_sketch/top_k"]
     assert method("sign_sketch/top_k").digest == "sign_sketch"

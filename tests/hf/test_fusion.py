@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from sparsekv.errors import KernelError
 from sparsekv.hf import fusion
 
 
@@ -49,3 +50,17 @@ def test_a_changed_part_is_left_alone(tiny, monkeypatch: pytest.MonkeyPatch) -> 
     model = tiny("llama")
     monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: 2 * x)
     assert [name for _, name, _ in fusion.replacements(model)] == ["apply_rotary_pos_emb"]
+
+
+def test_a_kernel_that_fails_is_heard(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for a norm that computes something else."""
+
+    def fail(original: object) -> object:
+        def forward(module: object, x: object) -> None:
+            raise KernelError("a test")
+
+        return forward
+
+    monkeypatch.setattr(fusion, "_norm", fail)
+    with pytest.raises(KernelError, match="a test"):
+        list(fusion.replacements(tiny("llama")))
