@@ -7,15 +7,14 @@ python -m evaluation.readme --check  # fails if they differ
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from .committed import RESULTS, TESTBED_RUN, Accuracy, load
+
 README = Path(__file__).parents[1] / "README.md"
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
 _ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
@@ -35,8 +34,7 @@ def _filled(section: re.Match[str]) -> str:
 
 
 def _load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return content
+    return load(name, RESULTS)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -126,28 +124,36 @@ def _generate_cuda() -> str:
 
 def _accuracy_testbed() -> str:
     """Accuracy and share of the bytes read, by method and budget: means of the tasks that all methods were run on."""
-    manifest = json.loads((RESULTS / "testbed" / "manifest.json").read_text())
-    with (RESULTS / "testbed" / "cells.csv").open(newline="") as file:
-        found = [row for row in csv.DictReader(file) if int(row["length"]) == _ACCURACY_LENGTH and row["score"]]
-    methods = list(dict.fromkeys(row["method"] for row in found))
-    tasks = set.intersection(*({row["task"] for row in found if row["method"] == name} for name in methods))
-    cells: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in found:
-        if row["task"] in tasks:
-            cells.setdefault((row["method"], row["budget"]), []).append(row)
+    manifest = _load(f"{TESTBED_RUN}/manifest")
+    found = Accuracy(_ACCURACY_LENGTH, folder=RESULTS)
     budgets = manifest["settings"]["budgets"]
-    rows = [[name, *(_accuracy(cells, name, budget) for budget in budgets)] for name in methods]
-    fewest = min(int(row["num_examples"]) for some in cells.values() for row in some)
+    rows = [[name, *(_accuracy(found, name, budget) for budget in budgets)] for name in found.methods]
     header = ["budget", *(f"{budget:,}" for budget in budgets)]
-    what = f"\nMeans of {len(tasks)} tasks, at least {fewest} questions each. "
+    what = f"\nMeans of {len(found.tasks)} tasks, at least {found.fewest} questions each. "
     how = f"`{manifest['command']}`, {manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
     return _table(header, rows) + what + how + ": [all figures](evaluation/results/testbed/tables.md)\n"
 
 
-def _accuracy(cells: dict[tuple[str, str], list[dict[str, str]]], method: str, budget: int) -> str:
-    some = cells.get((method, str(budget)), cells.get((method, ""), []))
-    score, share = (sum(float(row[key]) for row in some) / len(some) for key in ("score", "share"))
-    return f"{score:.1%} ({share:.0%})"
+def _dense_layers() -> str:
+    """Accuracy and share of the bytes read, by the number of layers that read everything."""
+    runs = {number: f"{TESTBED_RUN}_dense_layers_{number}" for number in (0, 1)} | {2: TESTBED_RUN}
+    manifest = _load(f"{runs[0]}/manifest")
+    tasks, budgets = manifest["settings"]["tasks"], manifest["settings"]["budgets"]
+    found = {number: Accuracy(_ACCURACY_LENGTH, run, tasks, RESULTS) for number, run in runs.items()}
+    rows = [
+        [method, str(number), *(_accuracy(of_run, method, budget) for budget in budgets)]
+        for method in ("quest", "sketch")
+        for number, of_run in found.items()
+    ]
+    header = ["method", "`dense_layers`", *(f"{budget:,}" for budget in budgets)]
+    fewest = min(of_run.fewest for of_run in found.values())
+    what = f"\nMeans of {', '.join(tasks)}, at least {fewest} questions each. "
+    how = f"`{manifest['command']}`, {manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
+    return _table(header, rows) + what + how + f": [all figures](evaluation/results/{runs[0]}/tables.md)\n"
+
+
+def _accuracy(found: Accuracy, method: str, budget: int) -> str:
+    return f"{found.mean(method, budget):.1%} ({found.mean(method, budget, 'share'):.0%})"
 
 
 def _ms(row: dict[str, Any] | None, key: str = "ms_per_token", form: str = ".1f", missing: str | None = None) -> str:
@@ -171,6 +177,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attention_cuda": _attention_cuda,
     "generate_cuda": _generate_cuda,
     "accuracy_testbed": _accuracy_testbed,
+    "dense_layers": _dense_layers,
 }
 
 
