@@ -11,6 +11,7 @@ from sparsekv import ops
 from sparsekv.errors import SparseKVError
 from sparsekv.ops import reference
 from sparsekv.ops.formulas import formula
+from sparsekv.ops.step import sparse_decode
 
 from .gpu_inputs import Inputs
 
@@ -136,7 +137,7 @@ class Check:
         scores = reference.score_pages(
             query, [layer.summary], [], *lengths, self._page_size, "minmax", "max", point.scaling
         )
-        expected = reference.sparse_decode(
+        expected = sparse_decode(
             query, None, None, *lengths, layer.kv_pool, [layer.summary], [], None, "minmax", "max",
             point.k, point.config.sinks, point.config.recent, point.scaling, 0.0, self.inputs.sinks,
         )[2]  # fmt: skip

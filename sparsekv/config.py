@@ -18,8 +18,8 @@ class SparseConfig:
 
     Args:
         budget: tokens a decode step may read per kv head: a whole number, or a fraction of the context in (0, 1].
-            A number is rounded down to whole pages; a fraction is rounded up, and never goes below the pages that
-            are always read.
+            A number is rounded down to whole pages. A fraction is one of each sequence's own length, rounded up to
+            whole pages, and never goes below the pages that are always read.
         page_size: tokens per page.
         digest: what is kept per page to score it unread (`sparsekv.digests`).
         policy: which pages a step reads (`sparsekv.policies`).
@@ -29,7 +29,7 @@ class SparseConfig:
             a model that loses sight of what it was asked answers something else.
         group_pooling: how the scores of the query heads that share a kv head become one: `max`, `sum`, or
             `mean_softmax` (mean over heads of the softmax over pages).
-        backend: `auto` (kernels where there are any) or `reference` (plain torch on any device).
+        backend: what runs the ops: `auto` (kernels where there are any) or `reference` (plain torch on any device).
         capture: whether `generate` on a GPU replays its decode step as a CUDA graph where it can.
         fuse: whether the norms and rotary embeddings of a captured step run as one kernel each, where that gives
             the same but for the last bits: a millisecond a token less for 32 layers.
@@ -68,7 +68,12 @@ class SparseConfig:
 
     @classmethod
     def of(cls, config: SparseConfig | None = None, **settings: Any) -> SparseConfig:
-        """A config from another one and/or single settings; unknown settings raise with the nearest names."""
+        """A config from another one and/or single settings.
+
+        Raises:
+            UnknownNameError: a setting does not exist.
+            ConfigError: a value is not allowed, or `config` is no SparseConfig.
+        """
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
@@ -81,7 +86,11 @@ class SparseConfig:
         return replace(config, **settings) if config is not None else cls(**settings)
 
     def with_(self, **settings: Any) -> SparseConfig:
-        """This config with some settings changed (and checked again)."""
+        """This config with some settings changed, and checked again.
+
+        Raises:
+            ConfigError, UnknownNameError: as `of`.
+        """
         return type(self).of(self, **settings)
 
     # -- tokens to pages
@@ -103,8 +112,14 @@ class SparseConfig:
     def budget_pages(self, num_tokens: int) -> int:
         """Pages a step may read per kv head when the sequence holds `num_tokens` tokens."""
         if self.is_fraction:
-            return max(math.ceil(self.budget * num_tokens / self.page_size), self.forced_pages)
+            return max(self.pages_for(math.ceil(self.budget * num_tokens)), self.forced_pages)
         return int(self.budget) // self.page_size
+
+    def covers(self, num_pages: int) -> bool:
+        """Whether sequences of up to `num_pages` pages are read whole, however long they are: nothing is chosen."""
+        if self.is_fraction:
+            return self.budget == 1 or num_pages <= self.forced_pages
+        return num_pages <= self.budget_pages(0)
 
     def is_dense_layer(self, layer_idx: int) -> bool:
         """Whether `dense_layers` asks this layer to read everything."""

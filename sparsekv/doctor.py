@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsekv.errors import ConfigError, KernelCompileError, UnknownNameError
-from sparsekv.ops import compiler, instances, schema
+from sparsekv.ops import compiler, instances, kernel_files, schema
 
 DEVICE_KINDS = ("cpu", "cuda")
 
@@ -198,8 +198,8 @@ def _implementations(kind: str) -> dict[str, str]:
 
 def _kernels() -> Report:
     """What compiles kernels, whether it can, and where they are kept."""
-    entries, size = compiler.cache_usage()
-    directory = compiler.cache_directory()
+    entries, size = kernel_files.cache_usage()
+    directory = kernel_files.cache_directory()
     return {
         "state": compiler.unavailable() or "available",
         "nvrtc": compiler.nvrtc_version() if compiler.obstacle() is None else None,

@@ -22,8 +22,7 @@ class UnknownNameError(ConfigError):
 
     def __init__(self, field: str, name: object, known: Iterable[str]) -> None:
         self.field, self.name, self.known = field, name, sorted(known)
-        near = difflib.get_close_matches(str(name), self.known, n=2, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+        hint = did_you_mean(str(name), self.known)
         super().__init__(f"{field}={name!r} is not known.{hint} Known: {', '.join(self.known)}.")
 
     def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, object, list[str]]]:
@@ -35,7 +34,7 @@ class UnsupportedModelError(SparseKVError, TypeError):
 
 
 class PatchError(SparseKVError, RuntimeError):
-    """A model is patched twice, or unpatched without being patched."""
+    """A model is patched twice, was made with the config of a patched one, or is unpatched without being patched."""
 
 
 class CacheFullError(SparseKVError, RuntimeError):
@@ -52,3 +51,9 @@ class KernelCompileError(SparseKVError, RuntimeError):
 
 class KernelError(SparseKVError, RuntimeError):
     """CUDA refuses to set up or launch a kernel."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest names as a sentence that begins with a space; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

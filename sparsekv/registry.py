@@ -25,27 +25,37 @@ class Registry(Generic[T]):
         """Class decorator that files a class under `name`.
 
         Raises:
-            ConfigError: another class already has that name (the same class may be registered again, as
-                happens when a notebook cell runs twice).
+            ConfigError: another class already has that name. A class of the same module and name takes its place,
+                as when a notebook cell runs twice.
         """
 
         def add(cls: type[T]) -> type[T]:
             known = self._classes.get(name)
-            if known is not None and known.__qualname__ != cls.__qualname__:
-                raise ConfigError(f"{self.field} {name!r} is already {known.__qualname__}: choose another name.")
+            if known is not None and _full_name(known) != _full_name(cls):
+                raise ConfigError(f"{self.field} {name!r} is already {_full_name(known)}: choose another name.")
             self._classes[name] = cls
             return cls
 
         return add
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`; raises UnknownNameError with the nearest names."""
-        if name not in self._classes:
+        """The class called `name`.
+
+        Raises:
+            UnknownNameError: there is none; the message has the nearest names.
+        """
+        if name not in list(self._classes):  # a list, as what is no name may not be hashable
             raise UnknownNameError(self.field, name, self._classes)
         return self._classes[name]
+
+    def remove(self, name: str) -> None:
+        """Frees a name, such as that of a notebook's own digest or policy. Raises UnknownNameError."""
+        self.get(name)
+        del self._classes[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._classes))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._classes
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

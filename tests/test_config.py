@@ -159,6 +159,22 @@ def test_the_whole_context_as_a_fraction() -> None:
     assert all(config.budget_pages(n) >= config.pages_for(n) for n in range(500))
 
 
+@given(
+    budget=st.floats(1e-3, 1.0) | st.integers(20, 900),
+    page_size=st.sampled_from([1, 3, 16]),
+    num_pages=st.integers(1, 60),
+)
+def test_a_table_is_covered_if_no_sequence_in_it_is_cut(budget: int | float, page_size: int, num_pages: int) -> None:
+    """For a number of tokens also the other way round."""
+    least = SparseConfig(budget=1.0, page_size=page_size, sinks=1, recent=2).forced_pages * page_size
+    budget = max(budget, least) if isinstance(budget, int) else budget
+    config = SparseConfig(budget=budget, page_size=page_size, sinks=1, recent=2)
+    lengths = range(1, num_pages * config.page_size + 1)
+    all_whole = all(config.budget_pages(n) >= config.pages_for(n) for n in lengths)
+    assert all_whole or not config.covers(num_pages)
+    assert config.is_fraction or config.covers(num_pages) == all_whole
+
+
 @pytest.mark.parametrize(
     ("dense_layers", "dense"), [(0, set()), (2, {0, 1}), (99, set(range(6))), ((), set()), ((0, 4), {0, 4})]
 )

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sparsekv import doctor
 from sparsekv.cli import main
-from sparsekv.ops import compiler, instances, schema
+from sparsekv.ops import compiler, instances, kernel_files, schema
 from sparsekv.ops.compiler import KernelSpec, Obstacle
 
 needs_nvrtc = pytest.mark.skipif(
@@ -125,7 +125,7 @@ def test_compile_fills_the_cache(
     json_option: list[str], promised: list[KernelSpec], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--compile", "--arch", "sm_80", "sm_90", "sm_80", *json_option]) == 0
-    assert compiler.cache_usage()[0] == 2
+    assert kernel_files.cache_usage()[0] == 2
     printed = capsys.readouterr().out
     if not json_option:
         assert "2 of 2 kernels for sm_80, sm_90" in printed
@@ -134,7 +134,7 @@ def test_compile_fills_the_cache(
     assert report["compile"].pop("seconds") >= 0
     assert report["compile"] == {"archs": ["sm_80", "sm_90"], "kernels": 2, "failed": []}
     assert report["kernels"]["cache"]["entries"] == 2
-    assert report["kernels"]["cache"]["directory"] == str(compiler.cache_directory())
+    assert report["kernels"]["cache"]["directory"] == str(kernel_files.cache_directory())
 
 
 @needs_nvrtc

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         "errors",
-        "config registry",
+        "config registry command_line",
         "ops",
         "digests policies doctor",
         "cache",
@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sparsekv",
         "testing",
         "evaluation",
+        "commands",
         "cli",
         "__main__",
     )
@@ -36,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ONLY_IMPORTED_BY = {"doctor": {"cli"}}
 # What a page is, how it is scored and which ones are read has nothing to do with transformers.
-FREE_OF_TRANSFORMERS = {"errors", "config", "registry", "ops", "digests", "policies"}
+FREE_OF_TRANSFORMERS = {"errors", "config", "registry", "command_line", "ops", "digests", "policies"}
 
 
 def sources() -> list[Path]:
@@ -106,6 +107,12 @@ def test_imports_run_one_way(path: Path) -> None:
     ("module", "source", "allowed"),
     [
         ("sparsekv.cli", "from sparsekv.evaluation import runner", True),
+        ("sparsekv.cli", "from sparsekv.commands import chat", True),
+        ("sparsekv.commands.chat", "from sparsekv.evaluation import asking", True),
+        ("sparsekv.commands.chat", "import sparsekv.cli", False),
+        ("sparsekv.evaluation.speed", "from sparsekv.commands import generate", False),
+        ("sparsekv.evaluation.speed", "from sparsekv.command_line import Parser", True),
+        ("sparsekv.command_line", "from sparsekv.evaluation import report", False),
         ("sparsekv.evaluation.runner", "import sparsekv", True),
         ("sparsekv.evaluation.runner", "import sparsekv.cli", False),
         ("sparsekv.evaluation.runner", "import evaluation.tasks", False),

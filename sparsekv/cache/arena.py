@@ -34,11 +34,6 @@ class Arena:
         """Gives the memory back. What is lent stays lent."""
         self._kept = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept for the next cache."""
-        return sum(pages.nbytes for pages in self._kept.layers.values()) if self._kept else 0
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Arena:
         """A copied model starts with nothing kept."""
         return Arena()

@@ -139,7 +139,11 @@ class BlockTable:
 
     def crop(self, num_tokens: int) -> PageCopies:
         """Drops the last `num_tokens` columns. A page that becomes partly filled is made this table's own, since its
-        digest will change."""
+        digest will change.
+
+        Raises:
+            CacheFullError: the pool's limit is reached; nothing has changed.
+        """
         keep = self.num_tokens - num_tokens
         removed = np.full(self.batch_size, num_tokens)
         if self.valid is not None:
@@ -151,8 +155,14 @@ class BlockTable:
         except CacheFullError:
             self._replace(before, self._pages)
             raise
-        self.num_tokens, self.valid = keep, None if self.valid is None else self.valid[:, :keep]
+        known = None if self.valid is None else self.valid[:, :keep]
+        self.num_tokens, self.valid = keep, None if known is None or bool(known.all()) else known
         return copies
+
+    def clear(self) -> None:
+        """Drops everything, the batch size too."""
+        self._replace(np.zeros(0, np.int64), np.zeros((0, 0), np.int32))
+        self.num_tokens, self.valid = 0, None
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows, in this order; a row listed twice is shared, not copied."""

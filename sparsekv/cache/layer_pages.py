@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsekv.cache.block_table import PageCopies
 from sparsekv.digests import Digest
+from sparsekv.policies import Reads
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom
 RESERVE_SLACK = 64  # pages more than reserved, at most
@@ -43,6 +44,10 @@ class LayerPages:
     def nbytes(self) -> int:
         """Bytes of keys, values and digests, growth slack counted."""
         return sum(t.nbytes for t in (self.kv, *self.summary, *self.state))
+
+    def nbytes_to_choose(self, reads: Reads) -> int:
+        """Bytes of a page, in one kv head, that a policy reads to decide whether to read all of it."""
+        return {Reads.NOTHING: 0, Reads.DIGESTS: self.digest_nbytes, Reads.KEYS: self.page_nbytes // 2}[reads]
 
     def _note(self) -> None:
         """Notes what every decode step asks for, after the tensors were made or moved."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -36,14 +38,27 @@ class PageStore:
         self.arena, self.loan = arena, Loan(arena)
         least = 1 if config.is_fraction else config.budget_pages(0)
         pool = PagePool(config.page_size, config.max_tokens)
-        self.table = BlockTable(pool, partial(width_for, least=least), self.loan.tables)
-        self.reserve_pages = min(reserve_pages, self.table.pool.max_pages or reserve_pages)
-        self.capturing: list[tuple[int, bool]] | None = (
-            None  # reads of a step that is being captured: layer, whether all
-        )
+        self._table = BlockTable(pool, partial(width_for, least=least), self.loan.tables)
+        self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
+        # What each layer of a step that is being captured has read: the layer, and whether all.
+        self.captured_reads: list[tuple[int, bool]] | None = None
         self.step_begun = False  # the table is ahead of the layers by the token of this step
+        self.is_torn = False  # the table names pages whose content, or digest, is not what it should be
         self._newest_valid: Tensor | None = None  # of the columns appended last; layers after the leader need it
-        self._is_torn = False  # the table refers to pages whose content has not been copied there
+
+    @property
+    def table(self) -> BlockTable:
+        """Which pages hold each sequence.
+
+        Raises:
+            CacheStateError: it names pages whose content is missing; nothing of this store can be used any more.
+        """
+        if self.is_torn:
+            raise CacheStateError(
+                "A copy of pages that sequences share broke off (memory ran out?), so this cache is not whole any "
+                "more. Start from a new one, or reset it; other caches and forks are not affected."
+            )
+        return self._table
 
     @property
     def layers(self) -> dict[int, LayerPages]:
@@ -60,21 +75,15 @@ class PageStore:
         pages = self.layers[layer_idx]
         return pages, *self.table.on(pages.kv.device)
 
-    def selected(self, width: int) -> int:
+    def selection_width(self, width: int) -> int:
         """Pages that a step lists of every sequence, for a table of so many columns: a number that stays the same
         while the sequences grow within it."""
         return min(self.config.budget_pages(width * self.config.page_size), width)
 
-    def num_selected(self) -> int:
+    def pages_to_read(self) -> int:
         """Pages that a policy which fills its budget reads of all sequences together, for each kv head."""
         limits = [self.config.budget_pages(int(length)) for length in self.table.lengths]
         return int(np.minimum(self.table.num_pages, limits).sum())
-
-    def append(
-        self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
-    ) -> None:
-        """Stores a layer's new tokens: `accept`, then `write`."""
-        self.write(layer_idx, *self.accept(layer_idx, length, key, value, visible, scored))
 
     def accept(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
@@ -88,27 +97,40 @@ class PageStore:
             scored: whether the layer needs digests.
 
         Raises:
-            CacheStateError: batch or mask do not continue what is stored; CacheFullError: no room. Nothing changed.
+            CacheStateError: batch or mask do not continue what is stored. CacheFullError: no room. OutOfMemoryError:
+                no memory. The table is what it was.
         """
-        self._check_whole()
         batch_size, _, num_new, _ = key.shape
-        if length == self.table.num_tokens:
-            self._advance(batch_size, num_new, visible)
+        leads = length == self.table.num_tokens
+        if leads:
+            self._make_room(batch_size, num_new, visible)
         elif length + num_new != self.table.num_tokens:
             raise CacheStateError(
                 f"Layer {layer_idx} holds {length} tokens where the cache holds {self.table.num_tokens}: an earlier "
                 "forward pass was interrupted. Start from a new cache."
             )
-        valid = None if self._newest_valid is None else self._newest_valid.to(key.device)
+        is_new = layer_idx not in self.layers
+        try:
+            valid = None if self._newest_valid is None else self._newest_valid.to(key.device)
+            pages = self._pages_of(layer_idx, key, value, valid, scored)
+            return key.to(pages.kv.dtype), value.to(pages.kv.dtype), valid
+        except BaseException:
+            if is_new:
+                self.layers.pop(layer_idx, None)
+            if leads:
+                self.table.crop(num_new) if length else self.table.clear()
+            raise
+
+    def _pages_of(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None, scored: bool) -> LayerPages:
+        """A layer's pages, made for its first tokens, with memory for all that the table names."""
         if layer_idx not in self.layers:
             wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
             if not self.layers:
                 self.loan.draw()
             digest = self.digest if scored else None
             self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest))
-        pages = self.layers[layer_idx]
-        self._ensure(pages)
-        return key.to(pages.kv.dtype), value.to(pages.kv.dtype), valid
+        self._ensure(self.layers[layer_idx])
+        return self.layers[layer_idx]
 
     def begin_step(self) -> None:
         """Makes room for one more token of every sequence before any layer runs, so that the layers' part of the
@@ -117,14 +139,13 @@ class PageStore:
         Raises:
             CacheFullError: no room. OutOfMemoryError: no memory. In both cases the table is what it was.
         """
-        self._check_whole()
-        self._advance(self.table.batch_size, 1, None)
+        self._make_room(self.table.batch_size, 1, None)
         try:
             for pages in self.layers.values():
                 self._ensure(pages)
             for device in self.devices:
                 self.table.on(device)
-        except torch.OutOfMemoryError:
+        except BaseException:
             self.table.crop(1)
             raise
         self.step_begun = True
@@ -140,12 +161,17 @@ class PageStore:
         return *tables, *(pages.addresses for pages in self.layers.values())
 
     def crop(self, num_tokens: int) -> None:
-        """Drops the last columns in every layer; digests of pages that became partly filled are made anew."""
+        """Drops the last columns in every layer; digests of pages that became partly filled are made anew.
+
+        Raises:
+            CacheFullError: no room for copies of pages that are shared; nothing has changed.
+        """
         copies = self.table.crop(num_tokens)
-        self._copy(copies)
-        for layer_idx, pages in self.layers.items():
-            no_tokens = pages.kv.new_empty(self.table.batch_size, pages.kv.shape[2], 0, pages.kv.shape[4])
-            self.write(layer_idx, no_tokens, no_tokens, None)
+        with self._whole_or_torn():
+            self._copy(copies)
+            for layer_idx, pages in self.layers.items():
+                no_tokens = pages.kv.new_empty(self.table.batch_size, pages.kv.shape[2], 0, pages.kv.shape[4])
+                self.write(layer_idx, no_tokens, no_tokens, None)
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows (repeats share their pages)."""
@@ -157,7 +183,7 @@ class PageStore:
         if not self.layers:  # nothing to share: each decides for itself what its layers keep
             return twin
         width = twin.table.width  # by the twin's own budget
-        twin.digest, twin.loan, twin.table = self.digest, self.loan, self.table.fork()
+        twin.digest, twin.loan, twin._table = self.digest, self.loan, self.table.fork()
         twin.table.width = width
         twin._newest_valid = self._newest_valid
         return twin
@@ -181,10 +207,6 @@ class PageStore:
         keys, values = kv.permute(2, 0, 3, 1, 4)
         return keys, values
 
-    def _ensure(self, pages: LayerPages) -> None:
-        pool = self.table.pool
-        pages.ensure(max(pool.num_pages, 1), pool.max_pages, self.reserve_pages)
-
     def sequence(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
         kv, ids = self.layers[layer_idx].kv, self.table.pages_of(row)
@@ -207,7 +229,11 @@ class PageStore:
         real[:, : known.shape[1]] = known
         return (real.cumsum(1) - 1).clamp_min(0).to(device), real.to(device)
 
-    def _advance(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
+    def _ensure(self, pages: LayerPages) -> None:
+        pool = self.table.pool
+        pages.ensure(max(pool.num_pages, 1), pool.max_pages, self.reserve_pages)
+
+    def _make_room(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
         """Moves the table on by `num_new` columns, after checking the mask against what it said before."""
         valid = None
         past = self.table.num_tokens
@@ -218,7 +244,8 @@ class PageStore:
             valid = None if bool(valid.all()) else valid
         copies = self.table.append(batch_size, num_new, valid)
         self._newest_valid = valid
-        self._copy(copies)
+        with self._whole_or_torn():
+            self._copy(copies)
 
     def _check_past(self, visible: Tensor) -> None:
         known = self.table.valid
@@ -238,17 +265,15 @@ class PageStore:
         )
 
     def _copy(self, copies: PageCopies) -> None:
-        if not len(copies.source):
-            return
-        self._is_torn = True
-        for pages in self.layers.values():
+        for pages in self.layers.values() if len(copies.source) else ():
             self._ensure(pages)
             pages.copy_pages(copies)
-        self._is_torn = False
 
-    def _check_whole(self) -> None:
-        if self._is_torn:
-            raise CacheStateError(
-                "Memory ran out while pages that sequences share were copied, so this cache is not whole any more. "
-                "Start from a new one; other caches and forks are not affected."
-            )
+    @contextlib.contextmanager
+    def _whole_or_torn(self) -> Iterator[None]:
+        """Around what brings the pages to where the table is already."""
+        try:
+            yield
+        except BaseException:
+            self.is_torn = True
+            raise

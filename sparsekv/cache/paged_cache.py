@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,12 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsekv.cache.arena import Arena
+from sparsekv.cache.handshake import Mode
+from sparsekv.cache.model_check import check_settings
 from sparsekv.cache.page_store import PageStore
-from sparsekv.cache.paged_layer import FallbackListener, Mode, Observer, PagedLayer
+from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
+from sparsekv.cache.steps import SteppedCache
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.policies import POLICIES, Reads
@@ -25,7 +27,7 @@ from sparsekv.policies import POLICIES, Reads
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
 
 
-class PagedCache(DynamicCache):
+class PagedCache(SteppedCache):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
@@ -40,11 +42,15 @@ class PagedCache(DynamicCache):
             a warning.
         arena: lends the tensors, and gets them back for the next cache; default: they are freed with the cache.
 
-    Raises:
-        ConfigError, UnknownNameError: a setting is not allowed.
-    """
+    Attributes:
+        config: the settings in force.
+        stats: what the decode steps have read.
+        observers: functions that are called after every decode step of a layer, with the `DecodeStep` and the slots
+            that it has read, `[b, hkv, k]` int32 (None: all pages). Add to it, or assign another list.
 
-    layers: list[Any]
+    Raises:
+        ConfigError, UnknownNameError: a setting is not allowed, or not for this model.
+    """
 
     def __init__(
         self,
@@ -59,11 +65,13 @@ class PagedCache(DynamicCache):
     ) -> None:
         super().__init__(config=model_config)
         self.config = SparseConfig.of(config, **settings)
+        check_settings(self.config, model_config)
         self.model_config = model_config
         self.stats = stats if stats is not None else DecodeStats()
-        self.observers: list[Observer] = []
+        self._observers: list[Observer] = []  # the layers refer to this list
         self._on_fallback = on_fallback or _warn_fallback
-        self._updated: PagedLayer | None = None  # the layer that took tokens last
+        self._updated = None
+        self._attention: str | None = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
         self.layers = [
             self._paged(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
@@ -72,101 +80,43 @@ class PagedCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes a layer's new keys and values; see `PagedLayer.update`.
+        """Takes a layer's new keys and values.
+
+        Args:
+            key_states, value_states: `[b, hkv, t, d]`.
+
+        Returns:
+            What the attention function gets: of a layer in pages the new ones alone, of any other all.
 
         Raises:
-            CacheStateError: the layer before was in pages, and its attention has not asked for them.
+            CacheStateError: the batch has another size, or the model is not patched any more: its attention does not
+                ask for the pages.
         """
-        if self._updated is not None and self._updated.is_unanswered:
-            raise CacheStateError(
-                f"Layer {self._updated.layer_idx} of this cache lives in pages, but its attention now runs without "
-                "them: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
-            )
+        self._check_patched()
         layer = self.layers[layer_idx]
         self._updated = layer if isinstance(layer, PagedLayer) else None
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
     @property
+    def observers(self) -> list[Observer]:
+        """Called after every decode step of a layer: see the class."""
+        return self._observers
+
+    @observers.setter
+    def observers(self, observers: Iterable[Observer]) -> None:
+        self._observers[:] = observers
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all pages, digests and growth slack (of forks: together)."""
         return sum(pages.nbytes for pages in self._store.layers.values())
-
-    @property
-    def paged_layers(self) -> list[PagedLayer]:
-        """The layers that live, or may come to live, in pages."""
-        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def check_room(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> None:
         """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, and
         CacheStateError if the batch does not continue this one. `valid [b, num_new]`: which are no padding."""
         if not self._store.step_begun:
             self._store.table.check_room(batch_size, num_new, valid)
-
-    # -- steps whose tensors change where they are, so that they can be captured in a CUDA graph and replayed
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether a decode step changes nothing but tensors where they are: every layer lives in pages and holds the
-        same tokens."""
-        table = self._store.table
-        return all(
-            isinstance(layer, PagedLayer) and layer.is_paged and layer.length == table.num_tokens
-            for layer in self.layers
-        )
-
-    @property
-    def step_key(self) -> tuple[Any, ...]:
-        """What a captured step depends on beside the model's inputs: the same key, the same step."""
-        return self.config, self.step_shape, *self._store.addresses()
-
-    @property
-    def step_shape(self) -> tuple[int, ...]:
-        """Batch size and width of the page table."""
-        device = next(iter(self._store.layers.values())).kv.device
-        return tuple(self._store.table.on(device)[0].shape)
-
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Within it, one decode step of every layer is run: room for its token is made before. If it fails before any
-        layer has taken its token, the cache is what it was.
-
-        Raises:
-            CacheFullError, OutOfMemoryError: there is none; nothing has changed.
-        """
-        self._settle()
-        self._store.begin_step()
-        try:
-            yield
-        except BaseException:
-            if all(layer.length < self._store.table.num_tokens for layer in self.paged_layers):
-                self._drop_pending()
-                self._store.crop(1)
-            raise
-        finally:
-            self._store.step_begun = False
-
-    @contextlib.contextmanager
-    def capturing(self) -> Iterator[list[tuple[int, bool]]]:
-        """Within it (and within `step`), the layers' part of a step is run to be captured, not to count: yields the
-        reads that `follow` is to be told of at every replay."""
-        reads: list[tuple[int, bool]] = []
-        self._store.capturing = reads
-        try:
-            yield reads
-        finally:
-            self._store.capturing = None
-            self._drop_pending()
-
-    def follow(self, reads: Sequence[tuple[int, bool]]) -> None:
-        """Brings lengths and counters to where a replayed step has left the tensors."""
-        num_pages, num_selected = self._store.table.total_pages, self._store.num_selected()
-        for layer in self.layers:
-            layer.length += 1
-        seen: set[int] = set()
-        for layer_idx, read_all in reads:
-            self.layers[layer_idx].record_step(read_all, num_pages, num_selected, layer_idx not in seen)
-            seen.add(layer_idx)
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -179,15 +129,17 @@ class PagedCache(DynamicCache):
         Raises:
             ConfigError: page_size, digest, backend or max_tokens would change, or digests are needed that were not
                 kept for some layer.
+            UnknownNameError: there is no such setting or policy.
         """
         changed = SparseConfig.of(config if config is not None else self.config, **settings)
         for field in _FORK_FIXED:
             if getattr(changed, field) != getattr(self.config, field):
                 raise ConfigError(f"A fork keeps the pages, so {field} must stay {getattr(self.config, field)!r}.")
+        check_settings(changed, self.model_config)
         self._settle()
         self._check_digests(changed)
         twin = copy.copy(self)
-        twin.config, twin.stats, twin.observers = changed, DecodeStats(), []
+        twin.config, twin.stats, twin._observers = changed, DecodeStats(), []
         twin._store = self._store.fork(changed)
         twin.layers = [twin._fork_layer(layer) for layer in self.layers]
         return twin
@@ -212,6 +164,7 @@ class PagedCache(DynamicCache):
 
         Raises:
             ConfigError: the number is positive.
+            CacheFullError: there is no room to copy a page that others share; nothing has changed.
         """
         count = -int(tokens_to_remove)
         if count < 0:
@@ -225,11 +178,25 @@ class PagedCache(DynamicCache):
             layer.crop(-count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Makes row i what row `beam_idx[i]` was."""
+        """Makes row i what row `beam_idx[i]` was.
+
+        Args:
+            beam_idx: `[b]` int64.
+
+        Raises:
+            IndexError: there is no such row.
+        """
         self._select(beam_idx, "reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Keeps these rows (indices, or a bool per row), in this order."""
+        """Keeps these rows, in this order.
+
+        Args:
+            indices: int64, negative ones count from the end; or a bool per row, `[b]`.
+
+        Raises:
+            IndexError: there is no such row, or not so many.
+        """
         self._select(torch.as_tensor(indices), "batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -246,6 +213,8 @@ class PagedCache(DynamicCache):
                 layer.store = self._store
 
     def __repr__(self) -> str:
+        if self._store.is_torn:
+            return "PagedCache(not whole any more: start from a new one)"
         table = self._store.table
         return (
             f"PagedCache({table.batch_size} sequences, {table.num_tokens} tokens, "
@@ -255,7 +224,22 @@ class PagedCache(DynamicCache):
     # -- how
 
     def _paged(self, layer_idx: int) -> PagedLayer:
-        return PagedLayer(self._store, layer_idx, self.config, self.stats, self.observers, self._on_fallback)
+        return PagedLayer(self._store, layer_idx, self.config, self.stats, self._observers, self._on_fallback)
+
+    def _check_patched(self) -> None:
+        """The attention that answered before must be the one that is asked now: another would see the new tokens
+        alone. A model may be patched after its cache was made, so the first tokens count."""
+        attention = getattr(self.model_config, "_attn_implementation", None)
+        if not any(layer.is_paged for layer in self.paged_layers):
+            self._attention = attention
+        passed_by = [layer for layer in self.paged_layers if layer.is_paged and attention != self._attention]
+        if self._updated is not None and self._updated.is_unanswered:
+            passed_by = [self._updated]
+        if passed_by:
+            raise CacheStateError(
+                f"Layer {passed_by[0].layer_idx} of this cache lives in pages, but its attention now runs without "
+                "them: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
+            )
 
     def _fork_layer(self, layer: Any) -> Any:
         if not isinstance(layer, PagedLayer):
@@ -263,7 +247,7 @@ class PagedCache(DynamicCache):
         twin = self._paged(layer.layer_idx)
         # A dense layer grows by concatenation, so the tensors themselves can be shared.
         twin.keys, twin.values, twin.mode, twin.length = layer.keys, layer.values, layer.mode, layer.length
-        twin.is_initialized = layer.is_initialized
+        twin.is_initialized, twin._tracked_from = layer.is_initialized, layer._tracked_from
         if layer.is_initialized:
             twin.dtype, twin.device = layer.dtype, layer.device
         return twin
@@ -288,15 +272,6 @@ class PagedCache(DynamicCache):
             self._store.select(np.arange(batch_size)[rows.flatten().cpu().numpy()])  # indexes as torch would
         for layer in self._dense_layers():
             getattr(layer, method)(argument)
-
-    def _settle(self) -> None:
-        self._updated = None
-        for layer in self.paged_layers:
-            layer._settle()
-
-    def _drop_pending(self) -> None:
-        for layer in self.paged_layers:
-            layer.drop_pending()
 
     def _sync_lengths(self) -> None:
         for layer in self.paged_layers:

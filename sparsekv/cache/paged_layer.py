@@ -1,41 +1,28 @@
-"""One layer of a paged cache, in transformers' cache protocol.
-
-The attention function is not given the cache, so `update` hands out views of the keys and values that carry a tag, an
-attribute that leads back to this layer. A layer becomes paged when the tags of its first update arrive at the
-attention function (the handshake). A model that transforms keys on the way loses them, and the layer stays a plain
-dynamic one.
-"""
+"""One layer of a paged cache, in transformers' cache protocol and in that of our attention function."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from sparsekv.cache.gradients import barrier
+from sparsekv.cache.handshake import Mode, tagged
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
 
-_TAG = "_sparsekv_layer"
-
+# Called with a layer's decode step and the slots that it has read, `[b, hkv, k]` int32; None: all pages.
 Observer = Callable[[DecodeStep, "Tensor | None"], None]
 FallbackListener = Callable[[int, str], None]
 Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what PageStore.accept returns
-
-
-class Mode(Enum):
-    """What a layer is: not known before the handshake, then one of the others."""
-
-    NEW = "new"
-    PAGED = "paged"
-    DENSE = "dense"
 
 
 def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -43,12 +30,6 @@ def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
-
-
-def tagged_layer(key: Tensor, value: Tensor) -> PagedLayer | None:
-    """The layer that handed out both tensors, or None."""
-    layer = getattr(key, _TAG, None)
-    return layer if layer is not None and getattr(value, _TAG, None) is layer else None
 
 
 class PagedLayer(DynamicLayer):
@@ -59,7 +40,7 @@ class PagedLayer(DynamicLayer):
         layer_idx: the layer.
         config: the settings in force.
         stats: counters to add to.
-        observers: called after every selection with the step and its slots.
+        observers: called after every decode step of the layer with the step and its slots.
         on_fallback: called with (layer_idx, reason) if the layer turns out to be no plain attention layer.
     """
 
@@ -80,14 +61,19 @@ class PagedLayer(DynamicLayer):
         self.mode = Mode.NEW
         self.length = 0  # columns stored, those pending not counted
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._step_is_new = False
+        self._is_uncounted = False  # the tokens stored last are not in the counters yet
+        self._tracked_from: float = math.inf  # the first column whose keys or values had a gradient to wait for
 
     # -- transformers' protocol
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes new keys and values `[b, hkv, t, d]`; returns what the attention function gets: the new ones
-        alone, as the pages are read where they lie (`with_past` has all)."""
-        self._settle()
+        alone, as the pages are read where they lie (`with_past` has all).
+
+        Raises:
+            CacheStateError: the batch has another size.
+        """
+        self.store_or_fall_back()
         if self.mode is Mode.DENSE:
             keys, values = super().update(key_states, value_states)
             return keys, values
@@ -95,10 +81,7 @@ class PagedLayer(DynamicLayer):
             self.store.table.check_batch(key_states.shape[0])
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self._pending = (key_states, value_states)
-        keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
-        setattr(keys, _TAG, self)
-        setattr(values, _TAG, self)
-        return keys, values
+        return tagged(key_states, self), tagged(value_states, self)
 
     def get_seq_length(self) -> int:
         """Columns so far, padding counted."""
@@ -109,7 +92,7 @@ class PagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forgets everything; the cache gives the pages back."""
-        self.mode, self.length, self._pending = Mode.NEW, 0, None
+        self.mode, self.length, self._pending, self._tracked_from = Mode.NEW, 0, None, math.inf
         self.keys = self.values = None
         self.is_initialized = False
 
@@ -130,7 +113,11 @@ class PagedLayer(DynamicLayer):
         return self.mode is Mode.PAGED
 
     def refuse(self, reason: str) -> None:
-        """Makes a layer that is not paged yet a plain dynamic one."""
+        """Makes a layer that is not paged yet a plain dynamic one.
+
+        Raises:
+            CacheStateError: it is paged.
+        """
         if self.mode is Mode.PAGED:
             self._pending = None
             raise CacheStateError(f"Layer {self.layer_idx} cannot go on sparsely: {reason}. Start from a new cache.")
@@ -149,36 +136,50 @@ class PagedLayer(DynamicLayer):
 
         Args:
             visible: `[b, n]` bool, which columns are no padding; None: the new ones are not.
+
+        Raises:
+            CacheStateError: batch or mask do not continue what is stored, or a paged layer's keys and values differ
+                in shape. CacheFullError: there is no room.
         """
         accepted = self._accept(visible)
         if accepted is not None:
-            with torch.no_grad(), _own_precision(accepted[0].device):
-                self.store.write(self.layer_idx, *accepted)
-            self._advance(accepted[0])
+            self._write(accepted)
 
     def decode(
         self, query: Tensor, scaling: float, softcap: float, sinks: Tensor | None, visible: Tensor | None = None
     ) -> Tensor:
-        """Attention of one new token over the pages the policy selects: query `[b, hq, 1, d]` -> the same shape.
+        """Attention of one new token over the pages the policy selects; if the token is not committed yet, it is
+        stored on the way.
 
-        If the token is not committed yet, it is stored on the way; `visible` is what `commit` would get.
+        Args:
+            query: `[b, hq, 1, d]`.
+            scaling: factor on the dot products.
+            softcap: `softcap * tanh(x / softcap)` of the logits; 0: none.
+            sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
+            visible: as `commit` would get it.
+
+        Returns:
+            `[b, hq, 1, d]` in the query's dtype.
+
+        Raises:
+            CacheStateError, CacheFullError: as `commit`.
+            ConfigError: the policy asks for digests, and there are none.
         """
         accepted = self._accept(visible)
         if accepted is not None and accepted[2] is not None:  # some rows' token is padding
-            with torch.no_grad(), _own_precision(query.device):
-                self.store.write(self.layer_idx, *accepted)
-            self._advance(accepted[0])
+            self._write(accepted)
             accepted = None
         step = self._step(query.squeeze(2), scaling, accepted)
-        with _own_precision(query.device):
+        with torch.no_grad(), _own_precision(query.device):
             out, slots = self.policy.decode(step, softcap, sinks)
             if accepted is not None:
-                self._advance(accepted[0])
+                self._count_tokens(accepted[0])
             slots = None if step.fits else slots
-            self._record(slots, self._step_is_new)
-            self._step_is_new = False
+            self._record(slots, self._is_uncounted)
+            self._is_uncounted = False
             for observe in self.observers:
                 observe(step, slots)
+        (out,) = self._untracked(out, tracked=query.requires_grad)
         return out.unsqueeze(2)
 
     def with_past(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,14 +187,28 @@ class PagedLayer(DynamicLayer):
         past = self.length - key.shape[-2]
         if not past:
             return key, value
-        past_keys, past_values = self.store.dense(self.layer_idx, past)
+        past_keys, past_values = self._untracked(*self.store.dense(self.layer_idx, past), before=past)
         return torch.cat([past_keys, key], dim=-2), torch.cat([past_values, value], dim=-2)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """`[b, n]` bool for the first n columns, False for padding; None: no padding. Later columns are valid."""
+        return self.store.table.valid
+
+    def row_length(self, row: int) -> int:
+        """Tokens of one sequence, padding not counted."""
+        return int(self.store.table.lengths[row])
+
+    def sequence(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
+        keys, values = self._untracked(*self.store.sequence(self.layer_idx, row))
+        return keys, values
 
     def record_pass(self) -> None:
         """Counts a dense forward of several tokens, once for all modules that share the layer."""
-        if self._step_is_new:
+        if self._is_uncounted:
             self.stats.record_pass(self.layer_idx)
-        self._step_is_new = False
+        self._is_uncounted = False
 
     # -- how
 
@@ -208,15 +223,30 @@ class PagedLayer(DynamicLayer):
         self._pending = None  # also if the store refuses the tokens: they must not come back with the next ones
         scored = self.policy.reads is Reads.DIGESTS
         with torch.no_grad(), _own_precision(key.device):
-            return self.store.accept(self.layer_idx, self.length, key, value, visible, scored)
+            accepted = self.store.accept(self.layer_idx, self.length, key, value, visible, scored)
+        if self.length <= self._tracked_from:
+            is_tracked = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+            self._tracked_from = self.length if is_tracked else math.inf
+        return accepted
 
-    def _advance(self, key: Tensor) -> None:
+    def _write(self, accepted: Accepted) -> None:
+        with torch.no_grad(), _own_precision(accepted[0].device):
+            self.store.write(self.layer_idx, *accepted)
+        self._count_tokens(accepted[0])
+
+    def _count_tokens(self, key: Tensor) -> None:
         """Counts tokens that were written; those of a captured step are counted when it is replayed."""
-        if self.store.capturing is not None:
+        if self.store.captured_reads is not None:
             return
         self.mode = Mode.PAGED
         self.length += key.shape[-2]
-        self._step_is_new = True
+        self._is_uncounted = True
+
+    def _untracked(self, *tensors: Tensor, tracked: bool = False, before: float = math.inf) -> tuple[Tensor, ...]:
+        """The same tensors, which the pages gave; a gradient that a token before some column waits for cannot reach
+        it, and to ask for it is an error. `tracked`: whether something else waits for one."""
+        is_lost = torch.is_grad_enabled() and (tracked or self._tracked_from < min(self.length, before))
+        return barrier(*tensors) if is_lost else tensors
 
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
@@ -228,7 +258,7 @@ class PagedLayer(DynamicLayer):
             state=pages.state,
             block_table=block_table,
             seq_lens=seq_lens,
-            k=self.store.selected(block_table.shape[1]),
+            k=self.store.selection_width(block_table.shape[1]),
             scaling=scaling,
             config=self.config,
             ops=self.store.ops,
@@ -240,35 +270,27 @@ class PagedLayer(DynamicLayer):
         """Counts what a step read: the listed pages, or all, and what it took to choose them."""
         read_all = slots is None
         if slots is not None and not self.policy.fills_budget:
-            self.stats.count_listed(self.layer_idx, slots)
-        if self.store.capturing is not None:
-            self.store.capturing.append((self.layer_idx, read_all))
+            self.stats.count_listed(self.layer_idx, slots, self.store.layers[self.layer_idx].page_nbytes)
+        if self.store.captured_reads is not None:
+            self.store.captured_reads.append((self.layer_idx, read_all))
             return
-        self.record_step(read_all, self.store.table.total_pages, self.store.num_selected(), new)
+        self.record_step(read_all, self.store.table.total_pages, self.store.pages_to_read(), new)
 
-    def record_step(self, read_all: bool, num_pages: int, num_selected: int, new: bool) -> None:
+    def record_step(self, read_all: bool, num_pages: int, to_read: int, new: bool) -> None:
         """Counts what is known of a step without asking the device.
 
         Args:
             read_all: whether it read every page.
-            num_pages, num_selected: pages of all sequences, and those a policy that fills its budget reads of them.
+            num_pages, to_read: pages of all sequences, and those a policy that fills its budget reads of them.
             new: False if another module has read the same step's cache already (shared KV).
         """
         pages = self.store.layers[self.layer_idx]
         num_kv_heads = pages.kv.shape[2]
-        scoring = {Reads.NOTHING: 0, Reads.DIGESTS: pages.digest_nbytes, Reads.KEYS: pages.page_nbytes // 2}
-        cost = 0 if read_all else scoring[self.policy.reads] * num_pages * num_kv_heads
-        listed = num_selected * num_kv_heads if self.policy.fills_budget else 0
-        self.stats.record_step(
-            self.layer_idx,
-            None if read_all else listed,
-            num_pages * num_kv_heads,
-            pages.page_nbytes,
-            cost,
-            new,
-        )
+        cost = 0 if read_all else pages.nbytes_to_choose(self.policy.reads) * num_pages * num_kv_heads
+        listed = None if read_all else to_read * num_kv_heads if self.policy.fills_budget else 0
+        self.stats.record_step(self.layer_idx, listed, num_pages * num_kv_heads, pages.page_nbytes, cost, new)
 
-    def _settle(self) -> None:
+    def store_or_fall_back(self) -> None:
         """Deals with tokens whose attention never came: without a handshake the layer is no plain attention layer."""
         if self._pending is None:
             return

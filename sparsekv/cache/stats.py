@@ -14,10 +14,15 @@ class DecodeStats:
     A step is one decoded token of a batch; a pass is a forward with several tokens (prefill, a chunk, a
     verification), which attends densely. Pages count per sequence, kv head and layer; bytes count whole pages, and
     the digests or keys that a policy read to choose them.
+
+    Attributes:
+        pages_total: pages that dense decoding would have read.
+        bytes_total: their bytes.
     """
 
     def __init__(self) -> None:
-        self._counted: dict[int, Tensor] = {}  # pages, summed where they were listed; a captured step adds to it
+        # Pages, summed where they were listed, by layer, bytes of a page and device; a captured step adds to it.
+        self._counted: dict[tuple[int, int, torch.device], Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -25,10 +30,10 @@ class DecodeStats:
         self._sparse_steps: Counter[int] = Counter()
         self._dense_steps: Counter[int] = Counter()
         self._dense_passes: Counter[int] = Counter()
-        self._listed: Counter[int] = Counter()  # pages, where their number is known without the device
         for counted in self._counted.values():
             counted.zero_()
-        self._page_nbytes: Counter[int] = Counter()
+        self._listed_pages = 0  # where their number is known without the device
+        self._listed_bytes = 0
         self.pages_total = 0
         self.bytes_total = 0
         self._whole_pages = 0
@@ -68,15 +73,16 @@ class DecodeStats:
             return
         self._sparse_steps[layer_idx] += new
         self._chosen_from_bytes += pages * page_nbytes
-        self._page_nbytes[layer_idx] = page_nbytes
-        self._listed[layer_idx] += listed
+        self._listed_pages += listed
+        self._listed_bytes += listed * page_nbytes
 
-    def count_listed(self, layer_idx: int, slots: Tensor) -> None:
+    def count_listed(self, layer_idx: int, slots: Tensor, page_nbytes: int) -> None:
         """Counts the pages of a selection `[b, hkv, k]` on the device; read when asked for, so no step waits."""
-        if layer_idx not in self._counted:
+        key = layer_idx, page_nbytes, slots.device
+        if key not in self._counted:
             with torch.inference_mode(False):  # else nothing could be added outside of it later
-                self._counted[layer_idx] = torch.zeros((), dtype=torch.int64, device=slots.device)
-        self._counted[layer_idx].add_((slots >= 0).sum())
+                self._counted[key] = torch.zeros((), dtype=torch.int64, device=slots.device)
+        self._counted[key].add_((slots >= 0).sum())
 
     @property
     def sparse_steps(self) -> int:
@@ -98,7 +104,8 @@ class DecodeStats:
     @property
     def pages_read(self) -> int:
         """Pages read."""
-        return self._whole_pages + sum(self._chosen_pages.values())
+        counted = sum(int(pages) for pages in self._counted.values())
+        return self._whole_pages + self._listed_pages + counted
 
     @property
     def bytes_read(self) -> int:
@@ -117,13 +124,8 @@ class DecodeStats:
 
     @property
     def _chosen_bytes(self) -> int:
-        listed = sum(n * self._page_nbytes[layer] for layer, n in self._chosen_pages.items())
-        return listed + self._scoring_bytes
-
-    @property
-    def _chosen_pages(self) -> Counter[int]:
-        """By layer."""
-        return self._listed + Counter({layer: int(n) for layer, n in self._counted.items()})
+        counted = sum(int(pages) * nbytes for (_, nbytes, _), pages in self._counted.items())
+        return self._listed_bytes + counted + self._scoring_bytes
 
     def as_dict(self) -> dict[str, float]:
         """All counters, for a report."""

@@ -7,17 +7,16 @@ tensors per kv head that are fitted once to a prompt and stay fixed.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from sparsekv.ops import register_formula
+from sparsekv.ops import FORMULAS, Formula
 from sparsekv.registry import Registry
-
-DIGESTS: Registry[Digest] = Registry("digest")
 
 
 @dataclass(frozen=True)
@@ -28,40 +27,41 @@ class Field:
     dtype: torch.dtype | None = None
 
 
-class Digest(ABC):
-    """A page summary. Stateless: what it keeps lies in the tensors that it is handed."""
+class Digest(Formula):
+    """A page summary: how it is made and scored (`Formula`: `summarize`, `score`), and what is kept for it.
+
+    Stateless: what it keeps lies in the tensors that it is handed.
+    """
 
     @abstractmethod
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
-        """The tensors kept per page and kv head, in the order `summarize` returns them."""
+        """The tensors kept per page and kv head, in the order `summarize` returns them.
+
+        Raises:
+            ConfigError: the digest cannot be kept of such pages or heads.
+        """
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
-        """Fixed per-head state `[hkv, ...]` from the first tokens of a cache (default: none).
+        """Fixed per-head state from the first tokens of a cache (default: none).
 
         Args:
-            keys: `[b, hkv, t, d]`; valid: `[b, t]` bool, or None when all are.
+            keys: `[b, hkv, t, d]`, in the model's dtype.
+            valid: `[b, t]` bool, or None when all are.
+
+        Returns:
+            Tensors `[hkv, ...]` on the keys' device, which are kept in the dtypes they have.
         """
         return []
 
-    @abstractmethod
-    def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        """Summaries of m pages: keys `[m, hkv, p, d]`, valid `[m, p]` bool -> fields `[m, hkv, *shape]`.
 
-        Every page has at least one valid token; what lies in the others is arbitrary, NaN included.
-        """
-
-    @abstractmethod
-    def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        """A score per query head and page: query `[b, hkv, g, d]` float32, fields `[b, pages, hkv, *shape]`
-        -> `[b, hkv, g, pages]` float32. Only the order of the pages within a head matters."""
+# One table for the settings and the ops: every formula that is filed here is a digest.
+DIGESTS = cast("Registry[Digest]", FORMULAS)
 
 
 def register(name: str) -> Callable[[type[Digest]], type[Digest]]:
-    """Class decorator: files a digest under `name` for `SparseConfig(digest=name)`."""
+    """Class decorator: files a digest under `name` for `SparseConfig(digest=name)`.
 
-    def add(cls: type[Digest]) -> type[Digest]:
-        DIGESTS.register(name)(cls)
-        register_formula(name, cls())
-        return cls
-
-    return add
+    Raises:
+        ConfigError: another digest has that name.
+    """
+    return DIGESTS.register(name)

@@ -55,8 +55,14 @@ def is_patched(config: Any) -> bool:
     return isinstance(config._attn_implementation, AttentionName)
 
 
+def is_served(implementation: str) -> bool:
+    """Whether an attention implementation of transformers takes the masks and tensors that are handed on here: flash
+    attentions, the hub's too, have `flash` in their names; flex attention has masks of its own kind."""
+    return implementation in ("eager", "sdpa") or ("flash" in implementation and "|" not in implementation)
+
+
 def original_implementation(config: Any) -> str:
-    """What the model used before the patch."""
+    """What the model used before the patch, or uses if it is not patched."""
     name = config._attn_implementation
     original = name.original if isinstance(name, AttentionName) else name
     return original or "eager"
@@ -70,7 +76,13 @@ def sparsekv_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: query `[b, hq, t, d]`, key and value `[b, hkv, n, d]` -> `[b, t, hq, d]`."""
+    """transformers' attention interface: query `[b, hq, t, d]`, key and value `[b, hkv, n, d]` -> `[b, t, hq, d]`, in
+    the query's dtype, and the weights `[b, hq, t, n]` if the model's own implementation gives any. Of a layer in
+    pages key and value are the new tokens alone (n = t), and a step of one token has no weights.
+
+    Raises:
+        CacheStateError: the tokens do not continue what is in the pages; CacheFullError: there is no room for them.
+    """
     layer = tagged_layer(key, value)
     if layer is None:
         if attention_mask is not None:  # else it is the model's own business: keys may have room behind the tokens

@@ -8,16 +8,21 @@ same addresses, and re-captured when a pool grows or the batch changes.
 from __future__ import annotations
 
 import contextlib
-import gc
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from sparsekv.cache import PagedCache
+from sparsekv.config import SparseConfig
 from sparsekv.hf.fusion import fused
+from sparsekv.hf.graphs import CapturedStep, Site, addresses
+from sparsekv.hf.support import LayerStatus
 
 MOST_GRAPHS = 8  # batch sizes and widths of tables that are kept ready
 # What is asked for by these would be overwritten by the next replay.
@@ -30,86 +35,90 @@ class Run:
 
     Attributes:
         captured, verified: the steps that were captured in this loop, and those that were compared.
+        refusal: why the rest of this loop is not captured, or None.
     """
 
     def __init__(self) -> None:
-        self.captured: set[CapturedStep] = set()
-        self.verified: set[CapturedStep] = set()
-
-
-class CapturedStep:
-    """A captured forward pass of one token per sequence.
-
-    Attributes:
-        inputs: where a replay expects the model's tensors.
-        output: what the model returned, without the cache; every replay writes to the same tensors.
-        reads: what each layer reads, for the counters.
-    """
-
-    def __init__(self, inputs: dict[str, Tensor]) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        self.inputs = inputs
-        self.output: Any = None
-        self.reads: list[tuple[int, bool]] = []
-
-    def replay(self, inputs: dict[str, Tensor], cache: PagedCache) -> Any:
-        """Runs the step on other values of its inputs."""
-        for name, tensor in inputs.items():
-            self.inputs[name].copy_(tensor)
-        self.graph.replay()
-        return type(self.output)(**self.output, past_key_values=cache)
+        self.captured: WeakSet[CapturedStep] = WeakSet()  # weak: a graph that is thrown away frees its memory
+        self.verified: WeakSet[CapturedStep] = WeakSet()
+        self.refusal: str | None = None
 
 
 class CapturedDecoder:
     """Runs a model's decode steps: captured where possible, else as the model does.
 
     Args:
-        fuse: whether norms and rotary embeddings run as one kernel each, where that is the same.
+        model: the patched model.
+        config: its settings, of which `capture`, `fuse` and `backend` count here.
+        layers: what each layer does when it decodes, as the patch keeps it up to date.
 
     Attributes:
         captures, replays: how often either was done.
-        refusal: why nothing is captured any more, or None.
+        refusal: why nothing is captured any more, or None; forgotten by `clear`.
     """
 
-    def __init__(self, model: Any, fuse: bool = True) -> None:
-        self.__setstate__({"model": model, "fuse": fuse})
+    def __init__(self, model: Any, config: SparseConfig, layers: Sequence[LayerStatus]) -> None:
+        self.__setstate__({"model": model, "config": config, "layers": layers})
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "fuse": self.fuse}  # graphs are this process's, and this model's
+    def __getstate__(self) -> dict[str, Any]:  # graphs are this process's, and this model's
+        return {"model": self.model, "config": self.config, "layers": self.layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.model, self.fuse = state["model"], state["fuse"]
+        self.model, self.config, self.layers = state["model"], state["config"], state["layers"]
         self.captures = self.replays = 0
         self.refusal: str | None = None
         self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
         self._warm: set[Any] = set()
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
+        self._sites: dict[torch.device, Site] = {}
+
+    @property
+    def fuse(self) -> bool:
+        """Whether norms and rotary embeddings run as one kernel each, where that is the same."""
+        return self.config.fuse and self.config.backend == "auto"
 
     def clear(self) -> None:
-        """Forgets all captured steps."""
+        """Forgets all captured steps, and that some could not be captured: the next decode loop tries again."""
         self._steps.clear()
-        self._pool = None
+        self._sites.clear()
+        self.refusal = None
 
     def __call__(self, run: Run, **inputs: Any) -> Any:
-        """The model's forward."""
-        if self.obstacle(inputs) is not None:
+        """The model's forward.
+
+        Args:
+            run: the decode loop that it is a step of.
+            inputs: the forward's arguments, by name.
+
+        Raises:
+            CacheFullError, OutOfMemoryError: there is no room for the token; the cache is what it was.
+        """
+        if run.refusal is not None or self.obstacle(inputs) is not None:
             return self.model(**inputs)
         cache = inputs["past_key_values"]
         with cache.step():
             return self._step(run, cache, inputs)
 
+    def why_eager(self, device: torch.device) -> str | None:
+        """Why no decode step of a model on this device is captured, or None."""
+        if not self.config.capture:
+            return "capture=False"
+        if device.type != "cuda":
+            return f"CUDA graphs need a GPU, and the device is {device}"
+        if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
+            return "the model lies on several devices"
+        not_paged = [str(status.layer_idx) for status in self.layers if not status.is_paged]
+        if not_paged:
+            return f"not in pages: layers {', '.join(not_paged)}"
+        return self.refusal
+
     def obstacle(self, inputs: dict[str, Any]) -> str | None:
         """Why a forward with these inputs is not captured, or None."""
         cache, tokens, mask = (inputs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
-        if self.refusal is not None:
-            return self.refusal
         if not isinstance(cache, PagedCache) or not isinstance(tokens, Tensor) or tokens.shape[1] != 1:
             return "it is not a decode step of a PagedCache"
-        if tokens.device.type != "cuda":
-            return f"CUDA graphs need a GPU, and the model is on {tokens.device}"
-        if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
-            return "the model lies on several devices"
+        reason = self.why_eager(tokens.device)
+        if reason is not None:
+            return reason
         if not cache.is_steady or cache.observers:
             return "not every layer lives in pages" if not cache.is_steady else "the cache is observed"
         if not all(layer.policy.fills_budget for layer in cache.paged_layers):
@@ -124,7 +133,7 @@ class CapturedDecoder:
 
     def _step(self, run: Run, cache: PagedCache, inputs: dict[str, Any]) -> Any:
         tensors, rest = _split(inputs, cache)
-        shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors.items())
+        shapes = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in tensors.items())
         warm = cache.config, cache.step_shape, shapes
         key = cache.step_key, shapes, repr(sorted(rest.items(), key=str)), torch.is_autocast_enabled("cuda")
         step = self._steps.get(key)
@@ -133,7 +142,7 @@ class CapturedDecoder:
             with self._as_captured():
                 return self.model(**inputs)
         if step is None:
-            step = self._capture(cache, tensors, rest)
+            step = self._capture(run, cache, tensors, rest)
             if step is None:
                 return self.model(**inputs)
             run.captured.add(step)
@@ -145,35 +154,25 @@ class CapturedDecoder:
         self.replays += 1
         return output
 
-    def _capture(self, cache: PagedCache, tensors: dict[str, Tensor], rest: dict[str, Any]) -> CapturedStep | None:
-        with torch.inference_mode(False), torch.no_grad():
-            step = CapturedStep({name: tensor.clone() for name, tensor in tensors.items()})
-        device = tensors["input_ids"].device
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        collects = gc.isenabled()
-        gc.disable()  # what it frees might not be freed while a graph is captured
+    def _capture(
+        self, run: Run, cache: PagedCache, tensors: dict[str, Tensor], rest: dict[str, Any]
+    ) -> CapturedStep | None:
+        forward = partial(self.model, **rest, past_key_values=cache)
         try:
-            with cache.capturing() as step.reads, self._as_captured(), torch.cuda.stream(self._stream):
-                step.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    output = self.model(**step.inputs, **rest, past_key_values=cache)
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):  # the capture is void, and says so
-                        step.graph.capture_end()
-                    raise
-                step.graph.capture_end()
+            step = CapturedStep(tensors)
+            step.weights = addresses(self.model)
+            with cache.capturing() as step.reads, self._as_captured():
+                step.record(forward, self._site(tensors["input_ids"].device))
         except Exception as error:
-            self.refuse(f"its forward cannot be captured ({(str(error) or type(error).__name__).splitlines()[0]})")
+            self._give_up(run, error)
             return None
-        finally:
-            if collects:
-                gc.enable()
-        torch.cuda.current_stream(device).wait_stream(self._stream)
-        step.output = type(output)(**{name: x for name, x in output.items() if name != "past_key_values"})
         self.captures += 1
         return step
+
+    def _site(self, device: torch.device) -> Site:
+        if device not in self._sites:
+            self._sites[device] = Site(device)
+        return self._sites[device]
 
     def _as_captured(self) -> contextlib.AbstractContextManager[None]:
         """How the model's forward runs when it is captured, and in the steps that prepare and check that."""
@@ -187,22 +186,38 @@ class CapturedDecoder:
     def _verify(
         self, run: Run, step: CapturedStep, cache: PagedCache, tensors: dict[str, Tensor], inputs: dict[str, Any]
     ) -> Any:
-        """An eager step, and the same step by replay: the graph may have baked in what has changed since."""
+        """A step by replay, and the same step eagerly: the graph may have baked in what has changed since. The eager
+        one comes last, as what either writes into the pages is overwritten by the next."""
+        in_place = step.weights == addresses(self.model)  # else it would read memory that may be gone
+        replayed = step.replay(tensors, cache) if in_place else None
         with self._as_captured():
             eager = self.model(**inputs)
-        replayed = step.replay(tensors, cache)
-        if _same(eager.logits, replayed.logits):
+        if replayed is not None and _same(eager.logits, replayed.logits):
             run.verified.add(step)
             return eager
         self.clear()
-        if step in run.captured:  # nothing but the token and its position has changed since
-            self.refuse("a captured step gives other logits than an eager one")
+        if step in run.captured:  # nothing but the token and its position should have changed since
+            other = "gives other logits than an eager one" if in_place else "has its weights elsewhere than the next"
+            self.refuse(f"a captured step {other}")
         return eager
 
-    def refuse(self, reason: str) -> None:
-        """Decodes eagerly from now on."""
-        self.refusal = reason
+    def _give_up(self, run: Run, error: Exception) -> None:
+        """After a capture that failed: for good, or for this loop alone if memory ran out, which another may have."""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in reason:
+            self.refuse(f"its forward cannot be captured ({reason})")
+            return
         self.clear()
+        run.refusal = "memory ran out while a step was captured; the next call tries again"
+        self._warn(run.refusal)
+
+    def refuse(self, reason: str) -> None:
+        """Decodes eagerly from now on, until `clear`."""
+        self.clear()
+        self.refusal = reason
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
         warnings.warn(f"sparsekv decodes {type(self.model).__name__} eagerly: {reason}.", stacklevel=2)
 
 

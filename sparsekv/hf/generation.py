@@ -16,10 +16,12 @@ from sparsekv.cache import PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.hf import prefill
+from sparsekv.hf.attention import original_implementation
 from sparsekv.hf.captured import CapturedDecoder, Run
 
-AHEAD = 8192  # new tokens that memory is reserved for before the first: a captured step need not move
-MakeCache = Callable[[int], PagedCache]  # tokens to reserve -> cache
+AHEAD = 8192  # new tokens of a sequence that memory is reserved for before the first: a captured step need not move
+MakeCache = Callable[[int], PagedCache]  # tokens to reserve over all sequences -> cache
+Method = Callable[..., Any]  # what the model had under the name before it was patched
 
 # Before, the chunks of a later turn began with what is in the cache already.
 _CHUNKS_LATER_TURNS = Version(transformers.__version__) >= Version("5.21")
@@ -30,6 +32,7 @@ _STATIC = ("static",)
 
 def prepare_cache(
     model: PreTrainedModel,
+    own: Method,
     make_cache: MakeCache,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -41,7 +44,9 @@ def prepare_cache(
 ) -> Any:
     """The model's `_prepare_cache_for_generation`: a PagedCache where generate would make its default or static one.
 
-    A cache given by the user, `use_cache=False`, training mode and other cache implementations go to the model's own.
+    A cache given by the user, `use_cache=False`, training mode and other cache implementations go to the model's own
+    method (with a warning for the last). The arguments after `make_cache` are transformers', which are changed in
+    place: `model_kwargs` gets the cache, and both may get what lets a long prompt go through in chunks.
     """
     wants_own = _wants_own_cache(model, generation_config, model_kwargs)
     if not wants_own or isinstance(model_kwargs.get("past_key_values"), PagedCache):
@@ -49,11 +54,8 @@ def prepare_cache(
         is_assisted = generation_mode is GenerationMode.ASSISTED_GENERATION
         _chunk_prefill(generation_config, model_kwargs, batch_size, is_assisted)
     if wants_own:
-        model_class: Any = type(model)
-        return model_class._prepare_cache_for_generation(
-            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
-        )
-    cache = make_cache(_reserved(model, generation_config, batch_size, max_cache_length))
+        return own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+    cache = make_cache(_reserved(model, generation_config, model_kwargs, batch_size, max_cache_length))
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
@@ -67,8 +69,7 @@ def _chunk_prefill(
     small. `generation_config` is this call's own."""
     cache = model_kwargs.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
-    columns = model_kwargs.get("attention_mask")  # None if all are ones; either has a column for every token so far
-    columns = model_kwargs.get("position_ids") if columns is None else columns
+    columns = _columns(model_kwargs)
     only_text = not {name for name, x in model_kwargs.items() if isinstance(x, Tensor)} - _TEXT
     if generation_config.prefill_chunk_size is not None or not only_text or columns is None:
         return
@@ -80,39 +81,53 @@ def _chunk_prefill(
     generation_config.prefill_chunk_size = prefill.chunk_size(rows, columns.shape[-1] - past)
 
 
-def _reserved(model: PreTrainedModel, generation_config: Any, batch_size: int, max_cache_length: int) -> int:
-    """Tokens to reserve memory for: all where the user asks for a static cache, the prompt and some more where the
-    decode step is captured, else none."""
+def _columns(model_kwargs: dict[str, Any]) -> Tensor | None:
+    """A tensor `[..., n]` with a column for every token so far, the prompt's included, if there is one."""
+    mask = model_kwargs.get("attention_mask")  # None if all are ones
+    columns: Tensor | None = model_kwargs.get("position_ids") if mask is None else mask
+    return columns
+
+
+def _reserved(
+    model: PreTrainedModel,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    batch_size: int,
+    max_cache_length: int,
+) -> int:
+    """Tokens to reserve memory for, over all sequences: as many as there can be where the user asks for a static
+    cache; on a GPU the prompt and up to AHEAD new tokens, so that a captured step stays where it is; else, and for
+    beams, which share pages, none."""
     beams = generation_config.num_beams or 1
     rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
     if generation_config.cache_implementation in _STATIC:
         return rows * max_cache_length
     if model.device.type != "cuda" or beams > 1:
         return 0
-    num_new = generation_config.max_new_tokens or max_cache_length
-    return int(rows * (max_cache_length - max(0, num_new - AHEAD)))
+    columns = _columns(model_kwargs)
+    if columns is not None:
+        prompt = columns.shape[-1]
+    else:
+        prompt = max(0, max_cache_length + 1 - (generation_config.max_new_tokens or max_cache_length + 1))
+    return int(rows * min(max_cache_length, prompt + AHEAD))
 
 
-def may_capture(
-    model: PreTrainedModel, config: SparseConfig, model_kwargs: dict[str, Any], generation_config: Any
-) -> bool:
+def may_capture(own: Method, config: SparseConfig, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
     """The model's `_valid_auto_compile_criteria`: whether the decode loop goes to `decode_call`."""
     if isinstance(model_kwargs.get("past_key_values"), PagedCache):
         return config.capture and not generation_config.disable_compile
-    model_class: Any = type(model)
-    compiled: bool = model_class._valid_auto_compile_criteria(model, model_kwargs, generation_config)
+    compiled: bool = own(model_kwargs, generation_config)
     return compiled
 
 
-def decode_call(model: PreTrainedModel, decoder: CapturedDecoder, compile_config: Any) -> Callable[..., Any]:
+def decode_call(own: Method, decoder: CapturedDecoder, compile_config: Any) -> Callable[..., Any]:
     """The model's `get_compiled_call`: what a decode loop calls in the model's place."""
     run = Run()
 
     def call(**inputs: Any) -> Any:
         if isinstance(inputs.get("past_key_values"), PagedCache):
             return decoder(run, **inputs)
-        model_class: Any = type(model)
-        return model_class.get_compiled_call(model, compile_config)(**inputs)
+        return own(compile_config)(**inputs)
 
     return call
 
@@ -131,24 +146,45 @@ def _wants_own_cache(model: PreTrainedModel, generation_config: Any, model_kwarg
     return True
 
 
-def fill_in_cache(
-    make_cache: MakeCache,
-    parameters: tuple[str, ...],
-    module: PreTrainedModel,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+class ForwardHook:
     """The decoder's forward pre-hook: gives a plain forward a PagedCache, and refuses what would not fit in one.
 
     Args:
+        make_cache: makes that cache.
         parameters: names of the forward's parameters, in order.
     """
-    named = dict(zip(parameters, args, strict=False)) | kwargs
-    if named.get("past_key_values") is None and not module.training and _uses_cache(module, named):
-        named["past_key_values"] = make_cache(0)
-    if isinstance(named.get("past_key_values"), PagedCache):
-        _check_input(module, named)
-    return args[len(parameters) :], named
+
+    def __init__(self, make_cache: MakeCache, parameters: tuple[str, ...]) -> None:
+        self.make_cache, self.parameters = make_cache, parameters
+        self._has_warned = False
+
+    def __call__(
+        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that the forward gets instead.
+
+        Raises:
+            CacheFullError, CacheStateError: the cache cannot take these tokens; nothing was written.
+        """
+        named = dict(zip(self.parameters, args, strict=False)) | kwargs
+        if named.get("past_key_values") is None and not module.training and _uses_cache(module, named):
+            named["past_key_values"] = self.make_cache(0)
+        if isinstance(named.get("past_key_values"), PagedCache):
+            _check_input(module, named)
+            self._warn_of_attentions(module, named)
+        return args[len(self.parameters) :], named
+
+    def _warn_of_attentions(self, module: PreTrainedModel, arguments: dict[str, Any]) -> None:
+        inputs = _inputs(arguments)
+        if self._has_warned or inputs is None or inputs.shape[1] > 1 or not _wants_attentions(module, arguments):
+            return
+        self._has_warned = True
+        warnings.warn(
+            "output_attentions: a decode step that reads pages has no attention weights, so there are none in its "
+            "output (prompts have theirs). To get all of them undo the patch, or pass "
+            "past_key_values=DynamicCache(config=model.config).",
+            stacklevel=2,
+        )
 
 
 def _uses_cache(module: PreTrainedModel, arguments: dict[str, Any]) -> bool:
@@ -156,13 +192,24 @@ def _uses_cache(module: PreTrainedModel, arguments: dict[str, Any]) -> bool:
     return bool(getattr(module.config, "use_cache", True) if use_cache is None else use_cache)
 
 
+def _wants_attentions(module: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    """Whether attention weights are asked for that the model would give unpatched."""
+    wanted = arguments.get("output_attentions")
+    wanted = getattr(module.config, "output_attentions", False) if wanted is None else wanted
+    return bool(wanted) and original_implementation(module.config) == "eager"
+
+
+def _inputs(arguments: dict[str, Any]) -> Tensor | None:
+    """The new tokens `[b, t]`, or their embeddings `[b, t, hidden]`."""
+    embeds = arguments.get("inputs_embeds")
+    return embeds if embeds is not None else arguments.get("input_ids")
+
+
 def _check_input(module: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Before the first layer writes anything: there must be room, and nobody may expect gradients."""
     if module.training:
         raise CacheStateError("A PagedCache carries no gradients: call model.eval(), or train without a cache.")
-    embeds = arguments.get("inputs_embeds")
-    inputs = embeds if embeds is not None else arguments.get("input_ids")
-    mask = arguments.get("attention_mask")
+    inputs, mask = _inputs(arguments), arguments.get("attention_mask")
     if inputs is not None:
         batch_size, num_new = inputs.shape[:2]
         valid = mask[:, -num_new:] if isinstance(mask, Tensor) and mask.ndim == 2 else None

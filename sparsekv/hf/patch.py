@@ -7,9 +7,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparsekv.cache import Arena, DecodeStats, PagedCache
+from sparsekv.cache import Arena, DecodeStats, PagedCache, check_settings
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import PatchError
@@ -37,12 +38,20 @@ class Patch:
     def __init__(self, model: PreTrainedModel, config: SparseConfig, layers: list[support.LayerStatus]) -> None:
         self.model, self.config, self.layers = model, config, layers
         self.stats = DecodeStats()
-        self.decoder = CapturedDecoder(model, config.fuse)
+        self.decoder = CapturedDecoder(model, config, layers)
         self.is_active = False
         self._arena = Arena()
+        self._before: dict[str, Any] = {}  # what the model itself had under the names of our methods
+        self._hook: RemovableHandle | None = None
 
     def new_cache(self, reserve_tokens: int = 0) -> PagedCache:
-        """A cache as `generate` gets it, to be passed as `past_key_values` (and kept for the next turn)."""
+        """A cache as `generate` gets it, to be passed as `past_key_values` (and kept for the next turn).
+
+        Args:
+            reserve_tokens: tokens to allocate memory for at once, of all sequences together: for a batch of 4 that
+                will hold 1,000 tokens each, 4,000. More than `max_tokens` is not reserved; what is not reserved is
+                allocated when it is needed.
+        """
         return PagedCache(
             support.text_config(self.model),
             self.config,
@@ -54,35 +63,48 @@ class Patch:
 
     def free_memory(self) -> None:
         """Gives back the memory of the last cache, which is kept for the next one while decode steps are captured
-        (on a GPU), and the captured steps."""
+        (on a GPU), and the captured steps. The next `generate` captures anew, also if that has failed before."""
         self._arena.clear()
         self.decoder.clear()
 
     def undo(self) -> None:
-        """Makes the model what it was before; a second call does nothing."""
+        """Makes the model what it was before; a second call does nothing. Caches made by the patch hold pages that
+        only a patched model reads: `cache.to_dynamic()` makes plain ones of them."""
         if not self.is_active:
             return
-        config = support.text_config(self.model)
-        if attention.is_patched(config):  # else the user has set another since
-            config._attn_implementation_internal = config._attn_implementation.original
-        for name in (_PREPARE, _MAY_COMPILE, _COMPILED, _ATTRIBUTE):
-            delattr(self.model, name)
+        self._restore()
         self.free_memory()
-        self._hook.remove()
         self.is_active = False
 
     def _apply(self) -> None:
         # Partials of bound methods, not closures: a deep copy of the model gets its own, and they can be pickled.
-        config, decoder = support.text_config(self.model), support.decoder_of(self.model)
-        config._attn_implementation_internal = attention.AttentionName(config._attn_implementation)
-        setattr(self.model, _PREPARE, partial(generation.prepare_cache, self.model, self.new_cache))
-        setattr(self.model, _MAY_COMPILE, partial(generation.may_capture, self.model, self.config))
-        setattr(self.model, _COMPILED, partial(generation.decode_call, self.model, self.decoder))
-        parameters = tuple(inspect.signature(decoder.forward).parameters)
-        hook = partial(generation.fill_in_cache, self.new_cache, parameters)
-        self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
-        setattr(self.model, _ATTRIBUTE, self)
+        model, decoder = self.model, support.decoder_of(self.model)
+        own = {name: getattr(model, name) for name in (_PREPARE, _MAY_COMPILE, _COMPILED)}
+        hook = generation.ForwardHook(self.new_cache, tuple(inspect.signature(decoder.forward).parameters))
+        self._before = {name: vars(model)[name] for name in own if name in vars(model)}
+        try:
+            self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+            setattr(model, _PREPARE, partial(generation.prepare_cache, model, own[_PREPARE], self.new_cache))
+            setattr(model, _MAY_COMPILE, partial(generation.may_capture, own[_MAY_COMPILE], self.config))
+            setattr(model, _COMPILED, partial(generation.decode_call, own[_COMPILED], self.decoder))
+            setattr(model, _ATTRIBUTE, self)
+            config = support.text_config(model)
+            config._attn_implementation_internal = attention.AttentionName(config._attn_implementation)
+        except BaseException:
+            self._restore()
+            raise
         self.is_active = True
+
+    def _restore(self) -> None:
+        """What the model was, however much of the patch is in place."""
+        config = support.text_config(self.model)
+        if attention.is_patched(config):  # else the user has set another since
+            config._attn_implementation_internal = config._attn_implementation.original
+        for name in (_PREPARE, _MAY_COMPILE, _COMPILED, _ATTRIBUTE):
+            vars(self.model).pop(name, None)
+        vars(self.model).update(self._before)
+        if self._hook is not None:
+            self._hook.remove()
 
     @property
     def _captures(self) -> bool:
@@ -105,35 +127,30 @@ class Patch:
     @property
     def _loop(self) -> str:
         """How generate's decode loop runs, for the report."""
-        not_paged = [str(status.layer_idx) for status in self.layers if not status.is_paged]
-        if not self.config.capture:
-            return "eager (capture=False)"
-        if self.model.device.type != "cuda":
-            return f"eager (CUDA graphs need a GPU, and the device is {self.model.device})"
-        if not_paged:
-            return f"eager (not in pages: layers {', '.join(not_paged)})"
-        if self.decoder.refusal is not None:
-            return f"eager ({self.decoder.refusal})"
+        reason = self.decoder.why_eager(self.model.device)
+        if reason is not None:
+            return f"eager ({reason})"
         return f"CUDA graphs ({self.decoder.captures} captured, {self.decoder.replays} replays)"
 
 
 def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings: Any) -> Patch:
     """Makes `model` decode sparsely, in force at once: `generate` and plain forwards need no further change.
 
-    Prefill and every forward of several tokens stay dense and the model's own. Other models are not affected. In
-    training mode the model computes exactly what it computes unpatched.
+    Prefill and every forward of several tokens stay dense and the model's own. Other models are not affected, in
+    whatever thread they run. In training mode the model computes exactly what it computes unpatched.
 
     Args:
-        model: a decoder-only transformers model.
-        config: settings; or give single ones by name: `patch(model, budget=2048)`.
+        model: a decoder-only transformers model whose attention is `eager`, `sdpa` or a flash attention.
+        config: settings; or give single ones by name: `patch(model, budget=2048)` (tokens per kv head).
 
     Returns:
         The patch: printable, undoable (`undo`, or a `with` block), with the counters of what was read (`stats`).
 
     Raises:
-        ConfigError, UnknownNameError: a setting is not allowed.
+        ConfigError, UnknownNameError: a setting is not allowed, or not for this model.
         UnsupportedModelError: the model cannot be served.
-        PatchError: it is patched already. In every case the model is as it was.
+        PatchError: it is patched already, or was made with the config of a patched model.
+        In every case the model is as it was.
     """
     settled = SparseConfig.of(config, **settings)
     DIGESTS.get(settled.digest), POLICIES.get(settled.policy)
@@ -147,7 +164,9 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
             f"{type(model).__name__} was made with the config of a patched model. Undo that patch before making "
             "another model from its config, or make the second one with copy.deepcopy(model)."
         )
-    made = Patch(model, settled, support.examine(model, settled))
+    layers = support.examine(model, settled)
+    check_settings(settled, support.text_config(model))
+    made = Patch(model, settled, layers)
     made._apply()
     return made
 

@@ -37,7 +37,7 @@ def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling
     """Causal attention of a layer's newest tokens, which are in its pages already: query `[b, hq, t, d]`, key and
     value `[b, hkv, t, d]` -> `[b, t, hq, d]`; zero where there is padding."""
     num_new = query.shape[2]
-    past, valid = layer.length - num_new, layer.store.table.valid
+    past, valid = layer.length - num_new, layer.valid
     if valid is None and not past:
         return causal(query, key, value, scaling).transpose(1, 2).contiguous()
     out = query.new_zeros(query.shape[0], num_new, *query.shape[1::2])
@@ -46,8 +46,8 @@ def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling
         if columns is None:
             continue
         own = [x[row : row + 1, :, columns] for x in (query, key, value)]
-        if layer.store.table.lengths[row] > own[0].shape[2]:
-            own[1:] = layer.store.sequence(layer.layer_idx, row)
+        if layer.row_length(row) > own[0].shape[2]:
+            own[1:] = layer.sequence(row)
         out[row, columns] = causal(own[0], own[1], own[2], scaling)[0].transpose(0, 1)
     return out
 

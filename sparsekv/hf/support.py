@@ -8,8 +8,10 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sparsekv.cache import check_settings
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
+from sparsekv.hf import attention
 from sparsekv.ops import why_reference
 from sparsekv.policies import POLICIES, Reads
 
@@ -46,6 +48,7 @@ def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
 
     Raises:
         UnsupportedModelError: nothing could be served sparsely, or not rightly; the message says why.
+        ConfigError, UnknownNameError: as `check_settings`.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -55,6 +58,7 @@ def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
     reason = _reason_to_refuse(model)
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
+    check_settings(config, model.config)
     layers = DynamicCache(config=text_config(model)).layers
     return [_status(i, layer, config) for i, layer in enumerate(layers)]
 
@@ -73,6 +77,12 @@ def _reason_to_refuse(model: PreTrainedModel) -> str | None:
         return "its code does not use transformers' attention interface, so its attention cannot be exchanged"
     if not cast(Any, type(model))._supports_default_dynamic_cache():
         return "it does not use transformers' key/value cache"
+    implementation = attention.original_implementation(config)
+    if not attention.is_served(implementation):
+        return (
+            f"its attention implementation is {implementation!r}; 'eager', 'sdpa' and flash attention are served, so "
+            "after model.set_attn_implementation('sdpa') it can"
+        )
     return _reason_in_layers(config)
 
 

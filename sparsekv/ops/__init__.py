@@ -6,15 +6,18 @@ each.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sparsekv.ops import reference, schema
+from sparsekv.ops import schema
 from sparsekv.ops.cuda import why_reference
-from sparsekv.ops.formulas import Formula, register_formula
+from sparsekv.ops.formulas import FORMULAS, Formula
 
-__all__ = ["Formula", "for_backend", "register_formula", "why_reference"]
+__all__ = ["FORMULAS", "Formula", "for_backend", "why_reference"]
+
+_PLAIN = SimpleNamespace(**schema.PLAIN)
 
 
 def for_backend(backend: str) -> Any:
@@ -22,4 +25,4 @@ def for_backend(backend: str) -> Any:
 
     `auto` is `torch.ops.sparsekv` (the dispatcher picks by device); `reference` is plain torch on any device.
     """
-    return reference if backend == "reference" else getattr(torch.ops, schema.NAMESPACE)
+    return _PLAIN if backend == "reference" else getattr(torch.ops, schema.NAMESPACE)

@@ -7,12 +7,7 @@ sparsekv works without it where there is no GPU.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import os
-import uuid
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sparsekv.errors import KernelCompileError
+from sparsekv.ops import kernel_files
+from sparsekv.ops.kernel_files import Cubin, sha256
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 OLDEST_CAPABILITY = (8, 0)  # bf16 arithmetic and asynchronous copies
 # Of cuda.core.ProgramOptions, beside the architecture and the include path. Generic lambdas must be device code.
 OPTIONS: dict[str, Any] = {"std": "c++17", "device_as_default_execution_space": True}
-ENTRY_FORMAT = 1  # part of the key: an older format is never read
-SUFFIX = ".kernel"
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +38,6 @@ class KernelSpec:
 
     def __str__(self) -> str:
         return f"{self.expression} of {self.source}"
-
-
-@dataclass(frozen=True)
-class Cubin:
-    """Machine code of one kernel for one architecture."""
-
-    code: bytes
-    symbol: str  # the kernel's mangled name
 
 
 class Obstacle(NamedTuple):
@@ -190,36 +177,16 @@ def cached_cubin(spec: KernelSpec, arch: str) -> Cubin:
         KernelCompileError: as `compile_cubin`.
     """
     _require_available()
-    directory = cache_directory()
+    directory = kernel_files.cache_directory()
     if directory is None:
-        _warn_once("there is no home directory")
+        kernel_files.warn_once("there is no home directory")
         return compile_cubin(spec, arch)
-    entry = directory / f"{Path(spec.source).stem}-{arch}-{_key(spec, arch)}{SUFFIX}"
-    cubin = _read_entry(entry)
+    entry = directory / f"{Path(spec.source).stem}-{arch}-{_key(spec, arch)}{kernel_files.SUFFIX}"
+    cubin = kernel_files.read(entry)
     if cubin is None:
         cubin = compile_cubin(spec, arch)
-        _write_entry(entry, cubin)
+        kernel_files.write(entry, cubin)
     return cubin
-
-
-def cache_directory() -> Path | None:
-    """`$SPARSEKV_CACHE_DIR`, else `sparsekv/kernels` in the user's cache directory; None without a home.
-
-    It need not exist, nor be writable.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    chosen = os.environ.get("SPARSEKV_CACHE_DIR") or f"{caches}/sparsekv/kernels"
-    try:
-        return Path(chosen).expanduser()
-    except RuntimeError:
-        return None
-
-
-def cache_usage() -> tuple[int, int]:
-    """How many kernels the disk cache holds, and their bytes."""
-    directory = cache_directory()
-    sizes = [entry.stat().st_size for entry in directory.glob(f"*{SUFFIX}")] if directory else []
-    return len(sizes), sum(sizes)
 
 
 def _key(spec: KernelSpec, arch: str) -> str:
@@ -229,47 +196,9 @@ def _key(spec: KernelSpec, arch: str) -> str:
     must not end up under the key of what it was before.
     """
     headers = sorted(path for path in (sources_dir() / "common").rglob("*") if path.is_file())
-    contents = [(path.name, _sha256(path.read_bytes()).hex()) for path in headers]
-    parts = (ENTRY_FORMAT, nvrtc_version(), OPTIONS, arch, spec, _sha256(_read_source(spec)).hex(), contents)
-    return _sha256(repr(parts).encode()).hex()
-
-
-def _sha256(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def _read_entry(entry: Path) -> Cubin | None:
-    try:
-        content = entry.read_bytes()
-    except OSError:
-        return None
-    checksum, payload = content[:32], content[32:]
-    if _sha256(payload) != checksum:
-        _log.info("%s is damaged and is replaced", entry)
-        return None
-    symbol, _, code = payload.partition(b"\0")
-    return Cubin(code, symbol.decode())
-
-
-def _write_entry(entry: Path, cubin: Cubin) -> None:
-    """In one step, so that no other process ever sees a part of it."""
-    payload = cubin.symbol.encode() + b"\0" + cubin.code
-    temporary = entry.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(_sha256(payload) + payload)
-            temporary.replace(entry)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        _warn_once(f"{entry.parent}: {error.strerror}")
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    remedy = "SPARSEKV_CACHE_DIR=... names a folder to keep them in"
-    _log.warning("Every process compiles kernels anew, as they cannot be kept (%s). %s.", reason, remedy)
+    contents = [(path.name, sha256(path.read_bytes()).hex()) for path in headers]
+    parts = (kernel_files.FORMAT, nvrtc_version(), OPTIONS, arch, spec, sha256(_read_source(spec)).hex(), contents)
+    return sha256(repr(parts).encode()).hex()
 
 
 @functools.cache
@@ -288,13 +217,3 @@ def load(spec: KernelSpec, device: int) -> Kernel:
     with torch.cuda.device(device):
         Device(device).set_current()  # torch's own context: the device's primary one
         return ObjectCode.from_cubin(cubin.code, name=str(spec)).get_kernel(cubin.symbol)
-
-
-def preload(specs: Iterable[KernelSpec], device: int) -> None:
-    """`load` all of them, in parallel: NVRTC compiles without holding Python's lock.
-
-    Raises:
-        KernelCompileError: as `load`, for the first that fails.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda spec: load(spec, device), specs))

@@ -6,8 +6,6 @@ Nothing here waits for the device or depends on a length, so every call can be c
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sparsekv.ops import compiler, instances, reference
-from sparsekv.ops.launch import arguments, launch
+from sparsekv.ops.launch import arguments, launch, readable, usable
 from sparsekv.ops.plans import UNIT, Split, attend_plan, score_plan, selectable, step_plan
+from sparsekv.ops.step import step_by_step
 
 POOLINGS = {"max": 0, "sum": 1}
 PER_HEAD = 2  # in place of a pooling: a score for every query head
@@ -29,7 +28,10 @@ def why_reference(
     """Why a model runs in plain torch on a device, or None if kernels serve it.
 
     Args:
+        dtype: of the model.
         geometry: head_dim and query heads of a kv head; None: not the same in all layers.
+        page_size: in tokens.
+        digest: its name.
     """
     if device.type != "cuda":
         return f"there are kernels for CUDA, and the device is {device.type}"
@@ -42,19 +44,11 @@ def why_reference(
 
 def _served(query: Tensor, kv_pool: Tensor) -> bool:
     """Whether kernels serve these shapes; warns once if none can run on this device."""
-    if not _usable(query.device.index):
+    if not usable(query.device.index):
         return False
     _, _, num_kv_heads, page_size, head_dim = kv_pool.shape
     reason = instances.why_not(kv_pool.dtype, head_dim, query.shape[1] // num_kv_heads, page_size)
     return reason is None and query.dtype == kv_pool.dtype and kv_pool.is_contiguous()
-
-
-@functools.cache
-def _usable(device: int) -> bool:
-    obstacle = compiler.unavailable(device)
-    if obstacle is not None:
-        warnings.warn(f"sparsekv's kernels cannot run, plain torch does their work, slowly: {obstacle}", stacklevel=2)
-    return obstacle is None
 
 
 def append_kv(
@@ -73,7 +67,7 @@ def append_kv(
     if other_digest or not _served(key, kv_pool):
         reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest)
         return
-    key, value = _readable(key.to(kv_pool.dtype)), _readable(value.to(kv_pool.dtype))
+    key, value = readable(key), readable(value)
     (b, num_kv_heads, t, head_dim), page_size = key.shape, kv_pool.shape[3]
     columns = num_new = None
     if valid is not None:
@@ -101,11 +95,11 @@ def score_pages(
     scaling: float,
 ) -> Tensor:
     """See `reference.score_pages`."""
-    num_kv_heads, max_pages = summary[0].shape[1], block_table.shape[1]
+    num_kv_heads, max_pages = reference.kv_heads_of(summary), block_table.shape[1]
     b, num_q_heads, head_dim = query.shape
     group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
     served = instances.why_not(query.dtype, head_dim, group, page_size) is None and _keeps(digest, summary, query)
-    if not served or not _usable(query.device.index):
+    if not served or not usable(query.device.index):
         return reference.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
         )
@@ -121,8 +115,9 @@ def score_pages(
 
 
 def _keeps(digest: str, summary: Sequence[Tensor], like: Tensor) -> bool:
-    """Whether it is the digest that the kernels keep, in their layout."""
-    return digest == instances.DIGEST and summary[0].is_contiguous() and summary[0].dtype == like.dtype
+    """Whether it is the digest that the kernels keep, in their layout; False if none is kept."""
+    fits = [field.is_contiguous() and field.dtype == like.dtype for field in summary]
+    return digest == instances.DIGEST and fits == [True]
 
 
 def select_pages(
@@ -137,7 +132,7 @@ def select_pages(
     """See `reference.select_pages`."""
     b, num_kv_heads, max_pages = scores.shape
     served = page_size in instances.PAGE_SIZES and selectable(max_pages, k) and scores.dtype == torch.float32
-    if not served or not _usable(scores.device.index):
+    if not served or not usable(scores.device.index):
         return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
     args = arguments(scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots)
@@ -198,7 +193,7 @@ def sparse_decode(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.sparse_decode`: one kernel where it serves the call, else the ops one after the other."""
+    """See `step.sparse_decode`: one kernel where it serves the call, else the ops one after the other."""
     num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
     (b, num_q_heads, head_dim), max_pages = query.shape, block_table.shape[1]
     group, plan = num_q_heads // num_kv_heads, None
@@ -207,8 +202,8 @@ def sparse_decode(
     if plan is None:
         new = (key, value, block_table, seq_lens, kv_pool, summary, state, limits, digest, group_pooling)
         chosen = (k, sink_tokens, recent_tokens, scaling, softcap, sinks)
-        return reference.step_by_step(torch.ops.sparsekv, query, *new, *chosen)
-    key, value = (None if x is None else _readable(x.to(kv_pool.dtype)) for x in (key, value))
+        return step_by_step(torch.ops.sparsekv, query, *new, *chosen)
+    key, value = (None if x is None else readable(x.to(kv_pool.dtype)) for x in (key, value))
     out, lse = _outputs(query)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=query.device)
     sinks, wide = _sink_logits(sinks, query)
@@ -224,45 +219,6 @@ def sparse_decode(
     split = plan.split
     launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.ctas)
     return out, lse, slots
-
-
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.rotate`."""
-    tensors = (query, key, cos, sin)
-    (b, num_q_heads, _, d), num_kv_heads = query.shape, key.shape[1]
-    aligned = all(
-        x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(n % 2 for n in x.stride()[:2]) for x in tensors
-    )
-    served = aligned and query.dtype in instances.ELEMENTS and all(x.dtype == query.dtype for x in tensors)
-    if not served or d % 4 or query.shape[2] != 1 or not _usable(query.device.index):
-        return reference.rotate(query, key, cos, sin)
-    turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
-    rows = [0 if len(x) == 1 else x.stride(0) for x in (cos, sin)]
-    strides = [np.int64(n) for n in (*query.stride()[:2], *key.stride()[:2], *rows)]
-    args = [*arguments(*tensors, *turned), *strides, *arguments(num_q_heads, num_kv_heads, d)]
-    warps = 8
-    launch(
-        instances.elementwise("rotate", query.dtype),
-        query,
-        (-(-(num_q_heads + num_kv_heads) // warps), b, 1),
-        warps,
-        args,
-    )
-    return turned[0], turned[1]
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """See `reference.rms_norm`."""
-    d = x.shape[-1]
-    served = x.dtype in instances.ELEMENTS and weight.dtype == x.dtype and d % 8 == 0 and weight.is_contiguous()
-    if not served or not x.numel() or weight.data_ptr() % 16 or not _usable(x.device.index):
-        return reference.rms_norm(x, weight, epsilon)
-    rows = _readable(x.reshape(-1, d))
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    args = [*arguments(rows, weight, out), np.int64(rows.stride(0)), *arguments(d, float(epsilon))]
-    warps = min(max(-(-d // (8 * 32)), 1), 32)
-    launch(instances.elementwise("rms_norm", x.dtype), x, (len(rows), 1, 1), warps, args)
-    return out
 
 
 def _launch_scores(
@@ -302,9 +258,3 @@ def _log2(page_size: int) -> int:
 
 def _int32s(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int32).contiguous()
-
-
-def _readable(tokens: Tensor) -> Tensor:
-    """Tokens whose channels lie together, each at a multiple of 16 bytes."""
-    aligned = tokens.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tokens.stride()[:-1])
-    return tokens if tokens.stride(-1) == 1 and aligned else tokens.contiguous()

@@ -1,41 +1,53 @@
 """What the ops need to know about a digest: how to summarise pages and how to score the summaries.
 
-Digests live one floor up and register their formula here under their name, because an op's schema can carry a
-name but not a callable.
+Digests live one floor up and are filed here under their name, because an op's schema can carry a name but not a
+callable.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
-from sparsekv.errors import UnknownNameError
+from sparsekv.registry import Registry
 
 
-class Formula(Protocol):
-    """The two functions of a digest, in plain torch."""
+class Formula(ABC):
+    """The two functions of a digest, in plain torch. Stateless: what they need lies in the tensors handed to them."""
 
+    @abstractmethod
     def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        """Summaries of m pages: keys `[m, hkv, p, d]`, valid `[m, p]` bool -> fields `[m, hkv, ...]`."""
-        ...
+        """Summaries of m pages.
 
+        Args:
+            keys: `[m, hkv, p, d]`, in the pool's dtype.
+            valid: `[m, p]` bool. Every page has at least one valid token; what lies in the others is arbitrary, NaN
+                included.
+            state: the digest's fixed tensors, `[hkv, ...]`.
+
+        Returns:
+            A tensor `[m, hkv, *shape]` for every field; stored in the field's dtype, whatever dtype it has here.
+        """
+
+    @abstractmethod
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        """Scores of pages: query `[b, hkv, g, d]` float32, fields `[b, pages, hkv, ...]` -> `[b, hkv, g, pages]`."""
-        ...
+        """A score per query head and page. Only the order of the pages within a head matters.
+
+        Args:
+            query: `[b, hkv, g, d]` float32.
+            summary: a tensor `[b, pages, hkv, *shape]` for every field, in its dtype.
+            state: the digest's fixed tensors, `[hkv, ...]`.
+
+        Returns:
+            `[b, hkv, g, pages]` float32.
+        """
 
 
-_FORMULAS: dict[str, Formula] = {}
-
-
-def register_formula(name: str, formula: Formula) -> None:
-    """Makes `name` usable as the `digest` argument of `append_kv` and `score_pages`."""
-    _FORMULAS[name] = formula
+FORMULAS: Registry[Formula] = Registry("digest")
 
 
 def formula(name: str) -> Formula:
     """The formula of a digest; raises UnknownNameError."""
-    if name not in _FORMULAS:
-        raise UnknownNameError("digest", name, _FORMULAS)
-    return _FORMULAS[name]
+    return FORMULAS.get(name)()

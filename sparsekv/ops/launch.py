@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,15 @@ def gpu(device: int) -> Gpu:
     return Gpu(properties.multi_processor_count, (properties.major, properties.minor), shared)
 
 
+@functools.cache
+def usable(device: int) -> bool:
+    """Whether kernels run on a device; warns once if not."""
+    obstacle = compiler.unavailable(device)
+    if obstacle is not None:
+        warnings.warn(f"sparsekv's kernels cannot run, plain torch does their work, slowly: {obstacle}", stacklevel=2)
+    return obstacle is None
+
+
 @functools.lru_cache(4096)
 def _int32(number: int) -> np.int32:
     return np.int32(number)
@@ -65,6 +75,12 @@ def _argument(value: Any) -> Any:
     if isinstance(value, int):
         return _int32(value)
     return np.float32(value) if isinstance(value, float) else value
+
+
+def readable(tokens: Tensor) -> Tensor:
+    """Tokens whose channels lie together, each at a multiple of 16 bytes."""
+    aligned = tokens.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tokens.stride()[:-1])
+    return tokens if tokens.stride(-1) == 1 and aligned else tokens.contiguous()
 
 
 def launch(

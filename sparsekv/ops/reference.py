@@ -8,14 +8,13 @@ int32 (page ids of a sequence in order; entries past its end are ignored), `seq_
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from sparsekv.errors import ConfigError
 from sparsekv.ops.formulas import formula
 
 NEG_INF = float("-inf")
@@ -126,11 +125,23 @@ def score_pages(
         summary: fields `[num_pages, hkv, ...]` of the digest; `state`: its fixed per-head tensors.
         group_pooling: `max`, `sum` or `mean_softmax` over the query heads that share a kv head; only the last
             uses `scaling`, the attention's factor on dot products.
+
+    Raises:
+        ConfigError: `summary` is empty. UnknownNameError: there is no such digest.
     """
-    num_kv_heads = summary[0].shape[1]
+    num_kv_heads = kv_heads_of(summary)
     grouped = rearrange(query.float(), "b (h g) d -> b h g d", h=num_kv_heads)
     scores = formula(digest).score(grouped, [_take_rows(field, block_table) for field in summary], state)
     return pool_group(scores, seq_lens, page_size, group_pooling, scaling)
+
+
+def kv_heads_of(summary: Sequence[Tensor]) -> int:
+    """How many kv heads a digest is kept for. Raises ConfigError if it is not kept."""
+    if not summary:
+        raise ConfigError(
+            "Pages without digests cannot be scored: `summary` is empty. Keep a digest, or read all pages."
+        )
+    return summary[0].shape[1]
 
 
 def pool_group(scores: Tensor, seq_lens: Tensor, page_size: int, group_pooling: str, scaling: float) -> Tensor:
@@ -230,78 +241,6 @@ def attend_pages(
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1)
 
 
-def sparse_decode(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_pool: Tensor,
-    summary: Sequence[Tensor],
-    state: Sequence[Tensor],
-    limits: Tensor | None,
-    digest: str,
-    group_pooling: str,
-    k: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    scaling: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole decode step by Quest's policy: append, score, select, attend, one after the other.
-
-    Args: those of the four ops; `key`, `value` `[b, hkv, 1, d]`, or None where the token is in its page already.
-
-    Returns:
-        output and log-sum-exp as `attend_pages` does, and the slots `[b, hkv, k]` that it read.
-    """
-    new = (key, value, block_table, seq_lens, kv_pool, summary, state, limits, digest, group_pooling)
-    chosen = (k, sink_tokens, recent_tokens, scaling, softcap, sinks)
-    return step_by_step(sys.modules[__name__], query, *new, *chosen)
-
-
-def step_by_step(
-    ops: Any,
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_pool: Tensor,
-    summary: Sequence[Tensor],
-    state: Sequence[Tensor],
-    limits: Tensor | None,
-    digest: str,
-    group_pooling: str,
-    k: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    scaling: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sparse_decode` by the four ops of a namespace."""
-    where, page_size = (block_table, seq_lens), kv_pool.shape[3]
-    if key is not None and value is not None:
-        ops.append_kv(key, value, None, *where, kv_pool, summary, state, digest)
-    if k >= block_table.shape[1] and limits is None:  # every page is read: there is nothing to choose
-        slots = _every_slot(block_table, seq_lens, kv_pool, k)
-        out, lse = ops.attend_pages(query, kv_pool, *where, None, scaling, softcap, sinks)
-        return out, lse, slots
-    scores = ops.score_pages(query, summary, state, *where, page_size, digest, group_pooling, scaling)
-    slots = ops.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
-    out, lse = ops.attend_pages(query, kv_pool, *where, slots, scaling, softcap, sinks)
-    return out, lse, slots
-
-
-def _every_slot(block_table: Tensor, seq_lens: Tensor, kv_pool: Tensor, k: int) -> Tensor:
-    """The selection of all pages: slots `[b, hkv, k]` int32."""
-    slot = torch.arange(k, dtype=torch.int32, device=block_table.device)
-    slots = torch.where(slot * kv_pool.shape[3] < seq_lens[:, None], slot, -1)
-    return slots[:, None].expand(-1, kv_pool.shape[2], -1).contiguous()
-
-
 def _attend_chunk(
     grouped: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,43 +291,3 @@ def _gather_pages(
 def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
     """`source[rows]`, by the operator that copies whole rows."""
     return source.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding, channel i turning with channel i + d/2, as transformers' Llama applies it.
-
-    Source: Su et al., "RoFormer" (2021), section 3.2; the pairing is GPT-NeoX's.
-
-    Args:
-        query, key: `[b, hq, t, d]`, `[b, hkv, t, d]`.
-        cos, sin: `[b or 1, t, d]` of each token's position, in the same dtype.
-
-    Returns:
-        The turned query and key, in new contiguous tensors.
-    """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    first, second = (x * cos + _quarter_turn(x) * sin for x in (query, key))
-    return first.contiguous(), second.contiguous()
-
-
-def _quarter_turn(x: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((-high, low), dim=-1)
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Channels divided by their root mean square in float32, times a weight, as transformers' Llama does it.
-
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), section 4.
-
-    Args:
-        x: `[..., d]`.
-        weight: `[d]`, in the same dtype.
-        epsilon: added to the mean of the squares.
-
-    Returns:
-        `[..., d]`, contiguous.
-    """
-    wide = x.float()
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return (weight * normal.to(x.dtype)).contiguous()

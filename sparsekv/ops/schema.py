@@ -1,7 +1,7 @@
 """The ops as PyTorch operators: signatures, shapes under tracing, and the implementation for every device.
 
 `torch.ops.sparsekv.*` is the backend switch: kernels serve CUDA (`sparsekv/ops/cuda.py`), the reference all else.
-What each op means is said in `sparsekv/ops/reference.py`.
+What each op means is said in `sparsekv/ops/reference.py`, `step.py` and `around.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.ops import cuda, reference
+from sparsekv.ops import around, cuda, reference, step
 
 NAMESPACE = "sparsekv"
 
@@ -101,12 +101,33 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+PLAIN: dict[str, Callable[..., Any]] = {
+    "append_kv": reference.append_kv,
+    "score_pages": reference.score_pages,
+    "select_pages": reference.select_pages,
+    "attend_pages": reference.attend_pages,
+    "sparse_decode": step.sparse_decode,
+    "rotate": around.rotate,
+    "rms_norm": around.rms_norm,
+}
+
+_ON_GPU: dict[str, Callable[..., Any]] = {
+    "append_kv": cuda.append_kv,
+    "score_pages": cuda.score_pages,
+    "select_pages": cuda.select_pages,
+    "attend_pages": cuda.attend_pages,
+    "sparse_decode": cuda.sparse_decode,
+    "rotate": around.rotate_on_gpu,
+    "rms_norm": around.rms_norm_on_gpu,
+}
+
+
 def _define_ops() -> None:
     for name, schema in SCHEMAS.items():
         qualified = f"{NAMESPACE}::{name}"
         torch.library.define(qualified, schema)
-        torch.library.impl(qualified, "CompositeExplicitAutograd", getattr(reference, name))
-        torch.library.impl(qualified, "CUDA", getattr(cuda, name))
+        torch.library.impl(qualified, "CompositeExplicitAutograd", PLAIN[name])
+        torch.library.impl(qualified, "CUDA", _ON_GPU[name])
         torch.library.register_fake(qualified, _FAKES[name])
 
 

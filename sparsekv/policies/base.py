@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.config import SparseConfig
+from sparsekv.errors import ConfigError
 from sparsekv.registry import Registry
 
 POLICIES: Registry[Policy] = Registry("policy")
@@ -36,15 +37,16 @@ class DecodeStep:
 
     Attributes:
         layer_idx: the layer.
-        query: `[b, hq, d]`.
-        kv_pool: `[num_pages, 2, hkv, p, d]`.
-        summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`.
+        query: `[b, hq, d]`, in the model's dtype.
+        kv_pool: `[num_pages, 2, hkv, p, d]`, in the dtype that the first keys had; tokens not written are arbitrary.
+        summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`, in its dtypes; none where the
+            policy does not read digests.
         block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
         k: the width of a selection, in pages: what the longest sequence may read.
         scaling: the attention's factor on dot products.
         config: the settings in force.
         ops: the namespace of the ops.
-        key, value: `[b, hkv, 1, d]` of the new token while it is not in its page yet; None: it is.
+        key, value: `[b, hkv, 1, d]` of the new token, in the pool's dtype, while it is not in its page; None: it is.
     """
 
     layer_idx: int
@@ -63,8 +65,8 @@ class DecodeStep:
 
     @property
     def fits(self) -> bool:
-        """Whether every page may be read: there is nothing to choose."""
-        return self.k >= self.block_table.shape[1]
+        """Whether every page may be read, however long the sequences are within the table: nothing is chosen."""
+        return self.config.covers(self.block_table.shape[1])
 
     def append(self) -> None:
         """Puts the new token into its page, if it is not there yet. Before anything else is read."""
@@ -73,7 +75,12 @@ class DecodeStep:
             self.ops.append_kv(self.key, self.value, None, *where, self.config.digest)
 
     def digest_scores(self) -> Tensor:
-        """The digest's score of every page, `[b, hkv, max_pages]` float32."""
+        """The digest's score of every page, `[b, hkv, max_pages]` float32; -inf past a sequence's end.
+
+        Raises:
+            ConfigError: no digests are kept, as the policy does not say that it reads them.
+        """
+        self._check_digests()
         scores: Tensor = self.ops.score_pages(
             self.query,
             self.summary,
@@ -88,7 +95,14 @@ class DecodeStep:
         return scores
 
     def select(self, scores: Tensor) -> Tensor:
-        """The forced pages and the best of the others within the budget: slots `[b, hkv, k]` int32."""
+        """The forced pages and the best of the others within the budget.
+
+        Args:
+            scores: `[b, hkv, max_pages]` float32, on the query's device; NaN counts as -inf.
+
+        Returns:
+            slots `[b, hkv, k]` int32, ascending, -1 at the end where a sequence reads fewer.
+        """
         config = self.config
         slots: Tensor = self.ops.select_pages(
             scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent, self._limits()
@@ -96,15 +110,27 @@ class DecodeStep:
         return slots
 
     def attend(self, slots: Tensor | None, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
-        """Attention over the listed pages, `[b, hq, d]`; None lists all."""
+        """Attention over the listed pages, `[b, hq, d]` in the query's dtype.
+
+        Args:
+            slots: `[b, hkv, k]` int32, -1 for none; None lists all.
+            softcap: `softcap * tanh(x / softcap)` of the logits; 0: none.
+            sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
+        """
         out: Tensor = self.ops.attend_pages(
             self.query, self.kv_pool, self.block_table, self.seq_lens, slots, self.scaling, softcap, sinks
         )[0]
         return out
 
     def attend_best(self, softcap: float = 0.0, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`append`, `digest_scores`, `select`, `attend` in one op: output `[b, hq, d]`, slots `[b, hkv, k]` int32."""
+        """`append`, `digest_scores`, `select`, `attend` in one op: output `[b, hq, d]`, slots `[b, hkv, k]` int32.
+
+        Raises:
+            ConfigError: as `digest_scores`.
+        """
         config = self.config
+        if not self.fits:
+            self._check_digests()
         out, _, slots = self.ops.sparse_decode(
             self.query,
             self.key,
@@ -127,11 +153,20 @@ class DecodeStep:
         return out, slots
 
     def _limits(self) -> Tensor | None:
-        """Pages each sequence may read when the budget is a fraction of its own length, `[b]` int32."""
+        """`config.budget_pages` of each sequence, `[b]` int32, if the budget is a fraction; None: k for all."""
         if not self.config.is_fraction:
             return None
-        pages = (self.seq_lens.double() * self.config.budget / self.config.page_size).ceil()
-        return pages.clamp_min(self.config.forced_pages).to(torch.int32)
+        tokens = (self.seq_lens.double() * self.config.budget).ceil().to(torch.int32)
+        pages = (tokens + (self.config.page_size - 1)) // self.config.page_size
+        return pages.clamp_min(self.config.forced_pages)
+
+    def _check_digests(self) -> None:
+        if not self.summary:
+            raise ConfigError(
+                f"policy={self.config.policy!r} asks for the digests' scores, and layer {self.layer_idx} keeps no "
+                "digests. Set `reads = Reads.DIGESTS` in the policy's class (from sparsekv.policies import Reads), "
+                "or choose pages without digests."
+            )
 
 
 class Policy(ABC):
@@ -151,13 +186,24 @@ class Policy(ABC):
         """Slots `[b, hkv, k]` int32 to read, ascending, -1 for none; None: every page."""
 
     def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Stores the new token; output `[b, hq, d]` and the slots that were read. To be overridden where one op does
-        all of it."""
+        """Stores the new token and attends. To be overridden where one op does all of it.
+
+        Args:
+            softcap: `softcap * tanh(x / softcap)` of the logits; 0: none.
+            sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
+
+        Returns:
+            output `[b, hq, d]` in the query's dtype, and the slots that were read, `[b, hkv, k]` int32; None: all.
+        """
         step.append()
         slots = None if step.fits else self.select(step)
         return step.attend(slots, softcap, sinks), slots
 
 
 def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
-    """Class decorator: files a policy under `name` for `SparseConfig(policy=name)`."""
+    """Class decorator: files a policy under `name` for `SparseConfig(policy=name)`.
+
+    Raises:
+        ConfigError: another policy has that name.
+    """
     return POLICIES.register(name)

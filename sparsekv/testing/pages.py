@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,27 +75,25 @@ def random_pages(
     dtype: torch.dtype = torch.float32,
     spare: int = 2,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Pages:
-    """Pages of sequences with these lengths, on the CPU.
+    """Pages of sequences with these lengths.
 
     Args:
         spare: pages of the pool, and columns of the table, that no sequence uses.
     """
-    generator = torch.Generator().manual_seed(seed)
+    there: Any = {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
     counts = [-(-n // page_size) for n in lengths]
-    ids = torch.randperm(sum(counts) + spare, generator=generator).int()
-    kv_pool = torch.full((len(ids), 2, num_kv_heads, page_size, head_dim), NAN, dtype=dtype)
+    ids = torch.randperm(sum(counts) + spare, **there)
     used = ids[: sum(counts)] if sum(counts) else ids[:1]
-    block_table = used[torch.randint(len(used), (len(lengths), max(counts, default=0) + spare), generator=generator)]
-    first = 0
-    for row, (n, count) in enumerate(zip(lengths, counts, strict=True)):
-        block_table[row, :count] = ids[first : first + count]
-        first += count
-        for position in range(n):
-            page, offset = int(block_table[row, position // page_size]), position % page_size
-            token = torch.randn(2, num_kv_heads, head_dim, generator=generator)
-            kv_pool[page, :, :, offset] = token.to(dtype)
-    return Pages(kv_pool, block_table, torch.tensor(lengths, dtype=torch.int32))
+    block_table = used[torch.randint(len(used), (len(lengths), max(counts, default=0) + spare), **there)]
+    kv_pool = torch.full((len(ids), 2, num_kv_heads, page_size, head_dim), NAN, dtype=dtype, device=device)
+    tokens = torch.randn(sum(lengths), 2, num_kv_heads, head_dim, **there).to(dtype)
+    for row, new in enumerate(tokens.split(list(lengths))):
+        own, position = ids[sum(counts[:row]) :][: counts[row]], torch.arange(len(new), device=device)
+        block_table[row, : len(own)] = own
+        kv_pool[own[position // page_size], :, :, position % page_size] = new
+    return Pages(kv_pool, block_table.int(), torch.tensor(lengths, dtype=torch.int32, device=device))
 
 
 def empty_summary(digest: Digest, pages: Pages) -> list[Tensor]:
@@ -104,7 +103,7 @@ def empty_summary(digest: Digest, pages: Pages) -> list[Tensor]:
     for field in digest.fields(page_size, head_dim):
         dtype = field.dtype or pages.kv_pool.dtype
         trap = NAN if dtype.is_floating_point else torch.iinfo(dtype).max
-        tensors.append(torch.full((num_pages, num_kv_heads, *field.shape), trap, dtype=dtype))
+        tensors.append(pages.kv_pool.new_full((num_pages, num_kv_heads, *field.shape), trap, dtype=dtype))
     return tensors
 
 
@@ -116,14 +115,14 @@ def fitted_state(digest: Digest, pages: Pages) -> list[Tensor]:
 
 
 def fresh_summary(name: str, pages: Pages, state: Sequence[Tensor]) -> list[Tensor]:
-    """The digests of all used pages, computed one page at a time from their tokens; NaN in every other place."""
-    digest = DIGESTS.get(name)()
-    summary = empty_summary(digest, pages)
-    for row, slot, count in pages.used():
-        page = int(pages.block_table[row, slot])
-        keys = torch.full_like(pages.kv_pool[page, 0], NAN)
-        keys[:, :count] = pages.kv_pool[page, 0, :, :count]
-        valid = torch.arange(pages.page_size) < count
-        for stored, computed in zip(summary, digest.summarize(keys[None], valid[None], state), strict=True):
-            stored[page] = computed[0].to(stored.dtype)
+    """The digests of all used pages, computed from their tokens; NaN in every other place."""
+    digest, p = DIGESTS.get(name)(), pages.page_size
+    summary, device = empty_summary(digest, pages), pages.kv_pool.device
+    slot = torch.arange(pages.block_table.shape[1], device=device)
+    row, column = (slot * p < pages.seq_lens[:, None]).nonzero(as_tuple=True)
+    ids = pages.block_table[row, column].long()
+    valid = column[:, None] * p + torch.arange(p, device=device) < pages.seq_lens[row, None]
+    keys = pages.kv_pool[ids, 0].masked_fill(~valid[:, None, :, None], NAN)
+    for stored, computed in zip(summary, digest.summarize(keys, valid, state), strict=True):
+        stored[ids] = computed.to(stored.dtype)
     return summary

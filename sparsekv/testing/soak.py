@@ -23,60 +23,14 @@ import sparsekv
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import SparseKVError
 from sparsekv.ops import instances, reference
-from sparsekv.testing.pages import NAN, Pages
+from sparsekv.testing.cases import Case
+from sparsekv.testing.pages import NAN, empty_summary, fresh_summary
 
 OPS: Any = torch.ops.sparsekv
+DIGEST = DIGESTS.get(instances.DIGEST)()
 
 # Relative error (Frobenius norm) of an output. Weights are rounded to 16 bits, which is most of it.
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One random call of every op."""
-
-    dtype: torch.dtype
-    head_dim: int
-    num_kv_heads: int
-    group: int
-    page_size: int
-    lengths: list[int]
-    k: int
-    sink_tokens: int
-    recent_tokens: int
-    pooling: str
-    softcap: float
-    with_sinks: bool
-    with_limits: bool
-    num_new: int
-    padded: bool
-    seed: int
-
-    @staticmethod
-    def draw(rng: random.Random) -> Case:
-        """Odd sizes are likely: empty, one token, around a page and around the budget."""
-        page_size = rng.choice(instances.PAGE_SIZES)
-        k = rng.choice([1, 2, 3, 7, 16, 33, 128])
-        edges = [1, page_size - 1, page_size, page_size + 1, k * page_size, k * page_size + 1, 2 * k * page_size + 3]
-        lengths = [rng.choice([rng.choice(edges), rng.randint(1, 3000)]) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
-        return Case(
-            dtype=rng.choice(list(instances.ELEMENTS)),
-            head_dim=rng.choice(instances.HEAD_DIMS),
-            num_kv_heads=rng.choice([1, 2, 3, 4, 8]),
-            group=rng.choice([1, 2, 3, 4, 5, 7, 8, 9, 16]),
-            page_size=page_size,
-            lengths=lengths,
-            k=k,
-            sink_tokens=rng.choice([0, 1, 4, page_size + 1]),
-            recent_tokens=rng.choice([0, 1, 64, 3 * page_size]),
-            pooling=rng.choice(["max", "max", "sum", "mean_softmax"]),
-            softcap=rng.choice([0.0, 0.0, 5.0, 50.0]),
-            with_sinks=rng.random() < 0.3,
-            with_limits=rng.random() < 0.2,
-            num_new=rng.choice([1, 1, page_size, rng.randint(2, 100)]),
-            padded=rng.random() < 0.5,
-            seed=rng.randrange(1 << 31),
-        )
 
 
 @dataclass
@@ -102,26 +56,6 @@ class Tally:
             raise SparseKVError(f"{name}: relative error {error:.2g}, allowed is {allowed:.2g}: {case}")
 
 
-def random_layer(case: Case, device: torch.device, lengths: list[int]) -> Pages:
-    """Shuffled pages of sequences with these lengths; what no token was written to is NaN."""
-    generator = torch.Generator(device).manual_seed(case.seed)
-    counts = [-(-n // case.page_size) for n in lengths]
-    num_pages, width = sum(counts) + 3, max(counts) + 2
-    shape = (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
-    pool = torch.randn(shape, device=device, generator=generator).to(case.dtype)
-    ids = torch.randperm(num_pages, device=device, generator=generator).int()
-    table = ids[torch.randint(num_pages, (len(lengths), width), device=device, generator=generator)]
-    written = torch.zeros(num_pages, case.page_size, dtype=torch.bool, device=device)
-    first = 0
-    for row, (n, count) in enumerate(zip(lengths, counts, strict=True)):
-        table[row, :count] = ids[first : first + count]
-        positions = torch.arange(count * case.page_size, device=device).view(count, case.page_size)
-        written[ids[first : first + count].long()] = positions < n
-        first += count
-    pool.masked_fill_(~written[:, None, None, :, None], NAN)
-    return Pages(pool, table, torch.tensor(lengths, dtype=torch.int32, device=device))
-
-
 def check(case: Case, device: torch.device, tally: Tally) -> None:
     """Every op on one case, against the reference on the same device.
 
@@ -143,12 +77,12 @@ def check_append(case: Case, device: torch.device) -> None:
     if case.padded:
         places = torch.rand(len(case.lengths), columns, device=device, generator=generator).argsort(1)
         valid = places < case.num_new
-    pages = random_layer(case, device, [n + case.num_new for n in case.lengths])
+    pages = case.pages([n + case.num_new for n in case.lengths], device)
     shape = (2, len(case.lengths), case.num_kv_heads, columns, case.head_dim)
     key, value = torch.randn(shape, device=device, generator=generator).to(case.dtype)
     written = []
     for op in (OPS.append_kv, reference.append_kv):
-        pool, digests = pages.kv_pool.clone(), empty_digests(pages)
+        pool, (digests,) = pages.kv_pool.clone(), empty_summary(DIGEST, pages)
         op(key, value, valid, pages.block_table, pages.seq_lens, pool, [digests], [], instances.DIGEST)
         written.append((pool, digests))
     (pool, digests), (expected_pool, expected_digests) = written
@@ -161,8 +95,8 @@ class Inputs:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(case.seed + 2)
-        self.case, self.pages = case, random_layer(case, device, case.lengths)
-        self.digests = fresh_digests(self.pages)
+        self.case, self.pages = case, case.pages(case.lengths, device)
+        (self.digests,) = fresh_summary(instances.DIGEST, self.pages, [])
         shape = (len(case.lengths), case.num_kv_heads * case.group, case.head_dim)
         self.query = torch.randn(shape, device=device, generator=generator).to(case.dtype)
         self.sinks = torch.randn(shape[1], device=device, generator=generator) if case.with_sinks else None
@@ -227,23 +161,6 @@ def _check_attention(
     out, lse = reference.attend_pages(*inputs.attend_arguments(slots))
     tally.add(name, result[0], out, ALLOWED[inputs.case.dtype], inputs.case)
     tally.add(f"{name}: log-sum-exp", result[1], lse, 1e-4, inputs.case)
-
-
-def empty_digests(pages: Pages) -> Tensor:
-    """Digests of a pool, all NaN."""
-    num_pages, _, num_kv_heads, _, head_dim = pages.kv_pool.shape
-    return pages.kv_pool.new_full((num_pages, num_kv_heads, 2, head_dim), NAN)
-
-
-def fresh_digests(pages: Pages) -> Tensor:
-    """Min/max digests of all used pages, the others NaN."""
-    p, result = pages.page_size, empty_digests(pages)
-    slot = torch.arange(pages.block_table.shape[1], device=result.device)
-    row, column = (slot * p < pages.seq_lens[:, None]).nonzero(as_tuple=True)
-    ids = pages.block_table[row, column].long()
-    valid = column[:, None] * p + torch.arange(p, device=result.device) < pages.seq_lens[row, None]
-    result[ids] = DIGESTS.get(instances.DIGEST)().summarize(pages.kv_pool[ids, 0], valid, [])[0]
-    return result
 
 
 def _same(name: str, actual: Tensor, expected: Tensor, case: object) -> None:

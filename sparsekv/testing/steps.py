@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparsekv import ops
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
-from sparsekv.policies import DecodeStep
+from sparsekv.policies import DecodeStep, Policy, Reads
 from sparsekv.testing.pages import Pages, fitted_state, fresh_summary
+
+
+class Unsteady(Policy):
+    """The first page, the last, and every third between: more or fewer than a budget, which only the slots tell."""
+
+    reads = Reads.DIGESTS
+
+    def select(self, step: DecodeStep) -> Tensor:
+        device, num_slots = step.query.device, step.block_table.shape[1]
+        slot = torch.arange(step.k, dtype=torch.int32, device=device) * 3 % num_slots
+        last = (step.seq_lens - 1) // step.config.page_size  # [b]
+        listed = slot.expand(len(last), -1).minimum(last[:, None]).sort(-1).values
+        repeated = torch.cat([torch.zeros_like(last[:, None], dtype=torch.bool), listed.diff() == 0], dim=1)
+        listed = listed.masked_fill(repeated, num_slots).sort(-1).values
+        slots = listed.masked_fill(listed == num_slots, -1)
+        return slots[:, None].repeat(1, step.kv_pool.shape[2], 1)
 
 
 def decode_step(

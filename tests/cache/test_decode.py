@@ -81,6 +81,22 @@ def test_observers_see_the_step_as_it_is() -> None:
     assert step.kv_pool.shape[1:] == (2, 2, 4, 8)
 
 
+def test_observers_can_be_assigned() -> None:
+    """The layers see them; a fork has its own."""
+    pair = CachePair(**SMALL)
+    pair.forward(40)
+    seen: list[int] = []
+    pair.paged.observers = [lambda step, slots: seen.append(step.layer_idx)]
+    fork = pair.fork()
+    pair.forward(1)
+    assert seen == [0, 1]
+    fork.forward(1)
+    assert (seen, fork.paged.observers) == ([0, 1], [])
+    pair.paged.observers = ()
+    pair.forward(1)
+    assert seen == [0, 1]
+
+
 @pytest.mark.parametrize(("t", "is_sparse"), [(14, False), (15, False), (16, True), (40, True)])
 def test_dense_while_the_context_fits_the_budget(t: int, is_sparse: bool) -> None:
     """Four pages of four are read in any case; only the fifth leaves something to choose."""

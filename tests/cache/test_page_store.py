@@ -53,7 +53,8 @@ class Modelled:
         length = self.length
         for layer in LAYERS:
             key, value = tokens(layer, new, padding=float("nan"))
-            self.store.append(layer, length, key, value, None if bool(visible.all()) else visible, scored=True)
+            seen = None if bool(visible.all()) else visible
+            self.store.write(layer, *self.store.accept(layer, length, key, value, seen, scored=True))
         self.rows = after
 
     def crop(self, count: int) -> None:

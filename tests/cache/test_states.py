@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache import PagedCache, tagged_layer
-from sparsekv.cache.paged_layer import Mode
+from sparsekv.cache.handshake import Mode
 from sparsekv.errors import CacheFullError, CacheStateError, UnknownNameError
 from sparsekv.testing.cache_pair import CachePair, tiny_config
 
@@ -239,6 +239,25 @@ def test_attention_that_passes_the_pages_by_is_an_error() -> None:
         pair.paged.update(*kv(3), 1)
     pair.paged.crop(-1)
     assert pair.paged.get_seq_length() == 10
+
+
+@pytest.mark.parametrize("t", [1, 4])
+def test_another_attention_is_noticed_before_it_runs(t: int) -> None:
+    """Also in a model of one layer, where no second layer comes to notice that the first was passed by."""
+    pair = prefilled(t=10, num_layers=1)
+    pair.paged.model_config._attn_implementation = "eager"
+    for _ in range(2):
+        with pytest.raises(CacheStateError, match=r"Layer 0 of this cache lives in pages, .*to_dynamic"):
+            pair.paged.update(*kv(3, t), 0)
+    assert pair.paged.get_seq_length() == pair.paged.to_dynamic().get_seq_length() == 10
+
+
+def test_a_model_may_be_patched_after_its_cache_was_made() -> None:
+    pair = CachePair(**SMALL)
+    pair.paged.model_config._attn_implementation = "eager"
+    pair.forward(10, 3)
+    pair.forward(1)
+    pair.check()
 
 
 def test_tags_need_both_tensors() -> None:

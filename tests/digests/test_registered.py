@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sparsekv import digests
 from sparsekv.digests import DIGESTS, Digest, Field, register
-from sparsekv.ops import formulas
 from sparsekv.testing.cache_pair import CachePair
 from sparsekv.testing.pages import NAN, empty_summary, fitted_state, fresh_summary, random_pages
 
@@ -162,7 +161,7 @@ class FirstKeys(Digest):
 def own_digest() -> Iterator[str]:
     register("test.first_keys")(FirstKeys)
     yield "test.first_keys"
-    del DIGESTS._classes["test.first_keys"], formulas._FORMULAS["test.first_keys"]
+    DIGESTS.remove("test.first_keys")
 
 
 def test_a_user_s_own_digest(own_digest: str) -> None:

@@ -65,3 +65,25 @@ def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, pr
         tokens = torch.ones(1, 1, dtype=torch.long).as_subclass(OnGpu)
         found = patch.decoder.obstacle({"input_ids": tokens, "past_key_values": cache} | rest)
     assert found is None if reason is None else re.search(reason, str(found))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "device_map", "reason"),
+    [
+        ("llama", {}, {}, None),
+        ("llama", {"capture": False}, {}, "capture=False"),
+        ("llama", {}, {"model": 0, "lm_head": 1}, "the model lies on several devices"),
+        ("gemma3_text", {}, {}, "not in pages: layers 0, 2"),
+    ],
+)
+def test_the_report_and_the_decode_step_give_the_same_reason(family, settings, device_map, reason, tiny) -> None:
+    """What holds for every step of a model on a GPU, and before that what holds on a CPU."""
+    model = tiny(family)
+    model.hf_device_map = device_map
+    with sparsekv.patch(model, **settings) as patch:
+        assert patch.decoder.why_eager(torch.device("cuda", 0)) == reason
+        first = reason if reason == "capture=False" else "CUDA graphs need a GPU, and the device is cpu"
+        assert patch.decoder.why_eager(torch.device("cpu")) == first
+        assert str(patch).endswith(f"  decode loop of generate: eager ({first})")
+        patch.decoder.refusal = "a test"
+        assert patch.decoder.why_eager(torch.device("cuda", 0)) == (reason or "a test")

@@ -137,6 +137,27 @@ def test_a_served_family_may_have_a_config_that_is_refused(family, setting, reas
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("implementation", ["flex_attention", "paged|eager", "of_a_user"])
+def test_an_attention_implementation_that_is_not_served_is_refused(implementation, tiny, state_of) -> None:
+    """Its masks are of another kind, or nobody knows what it computes. The message names what to set instead."""
+    model = tiny("llama")
+    model.config._attn_implementation_internal = implementation
+    before = state_of(model)
+    with pytest.raises(UnsupportedModelError, match=r"'(\w|\|)+'; 'eager', 'sdpa' and flash attention are served"):
+        sparsekv.patch(model)
+    assert state_of(model) == before
+    model.set_attn_implementation("sdpa")
+    sparsekv.patch(model).undo()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flash_attention_2", "kernels-community/flash-attn2"])
+def test_attention_implementations_that_are_served(implementation, tiny) -> None:
+    model = tiny("llama")
+    model.config._attn_implementation_internal = implementation
+    sparsekv.patch(model).undo()
+    assert model.config._attn_implementation == implementation
+
+
 def test_a_model_without_a_head_is_refused(tiny) -> None:
     with pytest.raises(UnsupportedModelError, match="LlamaModel cannot decode sparsely: it cannot generate"):
         sparsekv.patch(tiny("llama").model)

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import pickle
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import sparsekv
 from sparsekv import ConfigError, PatchError, SparseConfig, UnknownNameError
-from sparsekv.hf import support
+from sparsekv.hf import generation, support
 from sparsekv.ops import compiler
 
 SMALL = {"budget": 16, "page_size": 4, "sinks": 2, "recent": 4, "dense_layers": 1}
@@ -134,6 +134,56 @@ def test_an_implementation_set_by_the_user_stays(tiny, prompt, decode, assert_sa
     assert_same(decode(model, prompt(40, 33)), theirs)
 
 
+def test_what_the_model_had_of_its_own_comes_back(tiny, prompt, decode, state_of) -> None:
+    """A method set on the instance is still called for caches that are not the patch's, and is there afterwards."""
+    model, called = tiny("llama"), []
+    plain = model._prepare_cache_for_generation
+
+    def own(self, *args, **kwargs):
+        called.append(self)
+        return plain(*args, **kwargs)
+
+    model._prepare_cache_for_generation = MethodType(own, model)
+    before = state_of(model)
+    with sparsekv.patch(model, **SMALL) as patch:
+        decode(model, prompt(40))
+        assert (called, patch.stats.sparse_steps) == ([], STEPS)
+        decode(model, prompt(40), use_cache=False)
+        assert called == [model]
+        twin = copy.deepcopy(model)
+    assert state_of(model) == before
+    sparsekv.unpatch(twin)
+    decode(twin, prompt(40))
+    assert called == [model, twin]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch.nn.Module, "register_forward_pre_hook"),
+        (AttentionMaskInterface, "register"),
+        (generation, "ForwardHook"),
+    ],
+)
+def test_an_error_while_patching_leaves_the_model_as_it_was(owner, name, tiny, state_of, monkeypatch) -> None:
+    """And it can be patched afterwards."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("a test")
+
+    model = tiny("llama")
+    before = state_of(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(owner, name, fail)
+        with pytest.raises(RuntimeError, match="a test"):
+            sparsekv.patch(model)
+    assert state_of(model) == before
+    with pytest.raises(PatchError, match="nothing to undo"):
+        sparsekv.unpatch(model)
+    sparsekv.patch(model).undo()
+    assert state_of(model) == before
+
+
 # -- settings
 
 
@@ -163,6 +213,22 @@ def test_settings_that_are_not_allowed(settings, tiny, state_of) -> None:
     model = tiny("llama")
     before = state_of(model)
     with pytest.raises(ConfigError):
+        sparsekv.patch(model, **settings)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dense_layers": (0, 40)}, "the model has layers 0 to 3"),
+        ({"digest": "sign_sketch", "dense_layers": 0}, "sign_sketch"),
+    ],
+)
+def test_settings_that_are_not_allowed_for_this_model(settings, message, tiny, state_of) -> None:
+    """Its heads have 12 channels, and a sketch has whole bytes: said before the first token, not at it."""
+    model = tiny("llama", head_dim=12, hidden_size=48)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match=message):
         sparsekv.patch(model, **settings)
     assert state_of(model) == before
 

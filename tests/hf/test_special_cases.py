@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -86,15 +87,39 @@ def test_a_sequence_does_not_depend_on_its_batch(budget, policy, tiny, prompt, d
 
 
 def test_output_attentions(tiny, prompt, decode, assert_same) -> None:
-    """Weights exist where attention is dense; a step that reads pages has none."""
+    """Weights exist where attention is dense; a step that reads pages has none, which is said once."""
     model = tiny("llama", attn_implementation="eager")
     theirs = decode(model, prompt(40, 33), output_attentions=True)
-    with sparsekv.patch(model, **FULL) as patch:
-        ours = decode(model, prompt(40, 33), output_attentions=True)
+    with (
+        sparsekv.patch(model, **FULL) as patch,
+        pytest.warns(UserWarning, match="output_attentions: a decode step that reads pages has no") as warned,
+    ):
+        both = [decode(model, prompt(40, 33), output_attentions=True) for _ in range(2)]
+    assert len(warned) == 1
+    for ours in both:
+        assert_same(ours, theirs)
+        torch.testing.assert_close(ours.attentions[0], theirs.attentions[0])
+        assert all(weights is None for step in ours.attentions[1:] for weights in step)
+    assert patch.stats.dense_steps == 2 * (NEW - 1)
+
+
+def test_attention_weights_of_every_step_from_a_cache_without_pages(tiny, prompt, decode, assert_same) -> None:
+    """The way out that the warning names."""
+    model = tiny("llama", attn_implementation="eager")
+    theirs = decode(model, prompt(40, 33), output_attentions=True)
+    with sparsekv.patch(model, **SMALL), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = decode(
+            model, prompt(40, 33), output_attentions=True, past_key_values=DynamicCache(config=model.config)
+        )
     assert_same(ours, theirs)
-    torch.testing.assert_close(ours.attentions[0], theirs.attentions[0])
-    assert all(weights is None for step in ours.attentions[1:] for weights in step)
-    assert patch.stats.dense_steps == NEW - 1
+    torch.testing.assert_close(ours.attentions, theirs.attentions)
+
+
+def test_no_warning_of_attention_weights_that_there_would_not_be_unpatched(tiny, prompt, decode) -> None:
+    with sparsekv.patch(tiny("llama"), **SMALL) as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(patch.model, prompt(40, 33), output_attentions=True)
 
 
 def test_output_scores_and_hidden_states(tiny, prompt, decode, assert_same) -> None:
@@ -212,9 +237,10 @@ def test_other_cache_implementations_are_transformers_own_and_warn(name, expecte
         assert arguments["past_key_values"].offloading
 
 
-def test_a_used_cache_in_a_model_that_is_no_longer_patched_is_refused(tiny, prompt) -> None:
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_a_used_cache_in_a_model_that_is_no_longer_patched_is_refused(num_layers, tiny, prompt) -> None:
     """Its attention would see the new token alone: an error before it answers."""
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=num_layers)
     with sparsekv.patch(model, budget=64, page_size=4, recent=8) as patch:
         cache = patch.new_cache()
         model(**prompt(40), past_key_values=cache)

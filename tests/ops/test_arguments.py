@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from sparsekv import ops
 from sparsekv.digests import DIGESTS
-from sparsekv.ops import compiler, cuda, plans
+from sparsekv.errors import ConfigError
+from sparsekv.ops import around, compiler, cuda, plans, reference
 from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.launch import Gpu
 from sparsekv.ops.plans import Split
@@ -58,8 +60,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     launches = Launches()
     for function in (plans.attend_plan, plans._step_plan, plans.score_plan):
         function.cache_clear()
-    monkeypatch.setattr(cuda, "launch", launches)
-    monkeypatch.setattr(cuda, "_usable", lambda device: True)
+    for module in (cuda, around):
+        monkeypatch.setattr(module, "usable", lambda device: True)
+        monkeypatch.setattr(module, "launch", launches)
     monkeypatch.setattr(plans, "gpu", lambda device: Gpu(132, (9, 0), 220_000))
     monkeypatch.setattr(plans, "capacity", lambda spec, device, cluster, warps, shared: 7 * (18 // cluster))
     yield launches
@@ -127,3 +130,34 @@ def test_a_gpu_without_clusters_takes_the_step_op_by_op(launches: Launches, monk
     monkeypatch.setattr(plans, "gpu", lambda device: Gpu(108, (8, 0), 150_000))
     assert plans.step_plan(0, torch.bfloat16, 8, 128, 4, 2048, 128) is None
     assert plans.attend_plan(0, torch.bfloat16, 8, 128, 4, 128).split.cluster == 1
+
+
+def test_a_layer_without_digests_decodes_whole(launches: Launches) -> None:
+    """What the fused step cannot serve goes op by op; without digests there is only everything to read."""
+    step = list(arguments(4, 64)["sparse_decode"])
+    step[6], width = [], step[3].shape[1]
+    step[11] = width  # k
+    expected = ops.for_backend("reference").sparse_decode(*step)
+    for ours, theirs in zip(cuda.sparse_decode(*step), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert launches.made == []
+
+
+@pytest.mark.parametrize("op", [cuda.score_pages, reference.score_pages])
+def test_pages_without_digests_cannot_be_scored(op: Any, launches: Launches) -> None:
+    changed = list(arguments(4, 64)["score_pages"])
+    changed[1] = []
+    with pytest.raises(ConfigError, match="Pages without digests cannot be scored"):
+        op(*changed)
+
+
+@pytest.mark.parametrize(
+    ("launch", "inputs"),
+    [
+        (around.rotate_on_gpu, (torch.randn(2, 4, 1, 64), torch.randn(2, 2, 1, 64), *torch.randn(2, 1, 1, 64))),
+        (around.rms_norm_on_gpu, (torch.randn(2, 3, 1024), torch.randn(1024), 1e-6)),
+    ],
+)
+def test_arguments_of_what_lies_around(launch: Any, inputs: tuple[Any, ...], launches: Launches) -> None:
+    launch(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs))
+    assert launches.made == [launch.__name__.removesuffix("_on_gpu")]

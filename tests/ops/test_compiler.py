@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sparsekv.errors import KernelCompileError
-from sparsekv.ops import compiler
-from sparsekv.ops.compiler import Cubin, KernelSpec
+from sparsekv.ops import compiler, kernel_files
+from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops.kernel_files import Cubin
 
 pytestmark = pytest.mark.skipif(
     compiler._no_compiler() is not None, reason="needs the cuda extra: pip install sparsekv[cuda]"
@@ -30,7 +31,7 @@ ARCH = "sm_90"
 @pytest.fixture(autouse=True)
 def _no_memory_of_other_tests() -> Iterator[None]:
     def forget() -> None:
-        for function in (compiler.obstacle, compiler.nvrtc_version, compiler._warn_once, compiler.load):
+        for function in (compiler.obstacle, compiler.nvrtc_version, kernel_files.warn_once, compiler.load):
             function.cache_clear()
 
     forget()
@@ -87,7 +88,7 @@ def test_the_second_time_it_comes_from_the_cache(sources: Path, cache: Path, com
     assert compiled == [FILL]
     (entry,) = entries(cache)  # and no temporary file
     assert entry.name.startswith("fill-sm_90-")
-    assert compiler.cache_usage() == (1, entry.stat().st_size)
+    assert kernel_files.cache_usage() == (1, entry.stat().st_size)
 
 
 def append_to(name: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
@@ -154,7 +155,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (record,) = caplog.records  # once
     assert record.levelno == logging.WARNING
     assert str(tmp_path / "file" / "cache") in record.message
-    assert compiler.cache_usage() == (0, 0)
+    assert kernel_files.cache_usage() == (0, 0)
 
 
 def test_a_full_disk_leaves_nothing_behind(
@@ -185,7 +186,7 @@ def test_where_the_cache_is(environment: dict[str, str], directory: str, monkeyp
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert compiler.cache_directory() == Path(directory)
+    assert kernel_files.cache_directory() == Path(directory)
 
 
 def test_without_a_home_nothing_is_cached(
@@ -197,7 +198,7 @@ def test_without_a_home_nothing_is_cached(
     monkeypatch.chdir(tmp_path)
     assert compiler.cached_cubin(FILL, ARCH).code
     assert "no home directory" in caplog.text
-    assert compiler.cache_usage() == (0, 0)
+    assert kernel_files.cache_usage() == (0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["cuda"]  # and no folder called "~"
 
 
@@ -252,7 +253,7 @@ def test_the_error_has_the_log_and_the_name_of_the_kernel(
             attempt(spec, arch)
         assert said in str(raised.value)
         assert f"{spec.expression} of {spec.source}" in str(raised.value)
-    assert compiler.cache_usage() == (0, 0)
+    assert kernel_files.cache_usage() == (0, 0)
 
 
 @pytest.mark.parametrize("module", ["cuda.core", "cuda.bindings", "cuda.bindings.nvrtc"])
@@ -331,14 +332,13 @@ def test_a_loaded_kernel_runs(sources: Path, cache: Path) -> None:
     from cuda.core import LaunchConfig, Stream, launch
 
     specs = [KernelSpec("fill.cu", f"fill<float, {n}>") for n in range(4)]
-    compiler.preload(specs, 0)
-    assert len(entries(cache)) == 4
     out = torch.zeros(4, 32, device="cuda")
     stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
     for row, spec in zip(out, specs, strict=True):
         kernel = compiler.load(spec, 0)
         assert compiler.load(spec, 0) is kernel
         launch(stream, LaunchConfig(grid=1, block=32), kernel, row.data_ptr())
+    assert len(entries(cache)) == 4
     assert out.cpu().equal(torch.tensor([0.0, 2.0, 4.0, 6.0])[:, None].expand(4, 32))
 
 

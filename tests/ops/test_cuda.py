@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsekv import ops
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import KernelError
 from sparsekv.ops import cuda, instances, launch, plans, reference
 from sparsekv.ops.plans import Split
 from sparsekv.testing import naive
+from sparsekv.testing.cases import Case
 from sparsekv.testing.pages import Pages, edge_lengths, fitted_state, fresh_summary, random_pages
-from sparsekv.testing.soak import Case, Tally, check, same_slots, soak
+from sparsekv.testing.soak import Tally, check, same_slots, soak
 from sparsekv.testing.tolerance import assert_as_good_as, plain_attention
 
 pytestmark = pytest.mark.gpu
@@ -172,9 +174,9 @@ def test_a_captured_step_follows_growing_lengths() -> None:
     seq_lens = torch.tensor([1, 1], dtype=torch.int32, device=CUDA)
     query, key, value = (torch.randn(2, heads, 1, 128, device=CUDA).bfloat16() for heads in (16, 4, 4))
 
-    def step(ops: Any, pool: Tensor, digests: Tensor) -> tuple[Tensor, ...]:
+    def step(namespace: Any, pool: Tensor, digests: Tensor) -> tuple[Tensor, ...]:
         settings = (None, "minmax", "max", 4, 4, 16, 0.1)
-        result: tuple[Tensor, ...] = ops.sparse_decode(
+        result: tuple[Tensor, ...] = namespace.sparse_decode(
             query[:, :, 0], key, value, table, seq_lens, pool, [digests], [], *settings
         )
         return result
@@ -193,7 +195,7 @@ def test_a_captured_step_follows_growing_lengths() -> None:
         for tensor in (query, key, value):
             tensor.copy_(torch.randn_like(tensor))
         graph.replay()
-        _, _, expected_slots = step(reference, expected_pool, expected_digests)
+        _, _, expected_slots = step(ops.for_backend("reference"), expected_pool, expected_digests)
         assert torch.equal(pool, expected_pool)
         assert torch.equal(digests, expected_digests)
         score = (query[:, :, 0], [digests], [], table, seq_lens, 16, "minmax", "max", 0.1)
@@ -207,12 +209,12 @@ def test_a_missing_compiler_is_one_warning_and_plain_torch(monkeypatch: pytest.M
     pages = random_pages([70], head_dim=64, dtype=torch.bfloat16)
     query = torch.randn(1, 4, 64).bfloat16()
     expected = on_gpu(reference.attend_pages, query, pages, None, 0.1)
-    cuda._usable.cache_clear()
-    monkeypatch.setattr(cuda.compiler, "unavailable", lambda device=None: "no NVRTC. Remedy: pip install it.")
+    launch.usable.cache_clear()
+    monkeypatch.setattr(launch.compiler, "unavailable", lambda device=None: "no NVRTC. Remedy: pip install it.")
     with pytest.warns(UserWarning, match="plain torch does their work, slowly: no NVRTC. Remedy"):
         out = on_gpu(OPS.attend_pages, query, pages, None, 0.1)
     torch.testing.assert_close(out[0], expected[0])
-    cuda._usable.cache_clear()
+    launch.usable.cache_clear()
 
 
 def test_another_thread_and_another_stream() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from sparsekv.ops import reference
+from sparsekv.ops import around
 
 OPS = torch.ops.sparsekv
 
@@ -30,7 +30,7 @@ def test_reference_turns_complex_numbers(t: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_reference_is_what_transformers_computes(dtype: torch.dtype) -> None:
     tensors = inputs(3, 4, 1, 2, 16, dtype)
-    for ours, theirs in zip(reference.rotate(*tensors), apply_rotary_pos_emb(*tensors), strict=True):
+    for ours, theirs in zip(around.rotate(*tensors), apply_rotary_pos_emb(*tensors), strict=True):
         assert torch.equal(ours, theirs)
         assert ours.is_contiguous()
 
@@ -43,7 +43,7 @@ def test_opcheck() -> None:
 def test_norm_reference_in_float64() -> None:
     x, weight = torch.randn(2, 3, 40, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
     expected = x / (x.square().sum(-1, keepdim=True) / 40 + 0.1).sqrt() * weight
-    torch.testing.assert_close(reference.rms_norm(x, weight, 0.1), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(around.rms_norm(x, weight, 0.1), expected, rtol=1e-6, atol=1e-6)
 
 
 def norm(d: int, dtype: torch.dtype) -> LlamaRMSNorm:
@@ -55,7 +55,7 @@ def norm(d: int, dtype: torch.dtype) -> LlamaRMSNorm:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_norm_reference_is_what_transformers_computes(dtype: torch.dtype) -> None:
     made, x = norm(48, dtype), torch.randn(2, 3, 48, dtype=dtype)
-    assert torch.equal(reference.rms_norm(x, made.weight, 1e-5), made(x))
+    assert torch.equal(around.rms_norm(x, made.weight, 1e-5), made(x))
 
 
 @pytest.mark.gpu

@@ -56,6 +56,17 @@ def attend_arguments(
     return query, pages.kv_pool, pages.block_table, pages.seq_lens, slots, 0.25, softcap, extra
 
 
+def step_arguments(
+    digest: str, k: int, appended: bool = True, limited: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
+    pages, summary, state = layer(digest, dtype)
+    key, value = torch.randn(2, 3, 2, 1, 16, dtype=dtype) if appended else (None, None)
+    limits = torch.tensor([2, 1, 3], dtype=torch.int32) if limited else None
+    where = pages.block_table, pages.seq_lens, pages.kv_pool, summary, state
+    query, sinks = torch.randn(3, 4, 16, dtype=dtype), torch.randn(4, dtype=dtype)
+    return query, key, value, *where, limits, digest, "max", k, 4, 4, 0.25, 5.0, sinks
+
+
 CASES: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("append_kv", lambda: append_arguments("minmax", 3, padded=False)),
     ("append_kv", lambda: append_arguments("minmax", 9, padded=True, dtype=torch.bfloat16)),
@@ -69,6 +80,12 @@ CASES: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("attend_pages", lambda: attend_arguments(None, 0.0, sinks=False)),
     ("attend_pages", lambda: attend_arguments(2, 5.0, sinks=True)),
     ("attend_pages", lambda: attend_arguments(3, 0.0, sinks=False, dtype=torch.bfloat16)),
+    ("sparse_decode", lambda: step_arguments("minmax", 2)),
+    ("sparse_decode", lambda: step_arguments("minmax", 9, dtype=torch.bfloat16)),
+    ("sparse_decode", lambda: step_arguments("sign_sketch", 2, limited=True)),
+    ("sparse_decode", lambda: step_arguments("minmax", 2, appended=False)),
+    ("rotate", lambda: (torch.randn(2, 4, 1, 8), torch.randn(2, 2, 1, 8), *torch.randn(2, 2, 1, 8))),
+    ("rms_norm", lambda: (torch.randn(2, 3, 8), torch.randn(8), 1e-6)),
 ]
 each_case = pytest.mark.parametrize(
     ("name", "arguments"), CASES, ids=[f"{name}{i}" for i, (name, _) in enumerate(CASES)]
@@ -78,6 +95,10 @@ each_case = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _fresh_graphs() -> None:
     torch._dynamo.reset()
+
+
+def test_every_op_has_a_case() -> None:
+    assert {name for name, _ in CASES} == set(schema.SCHEMAS), "add the new op's arguments to CASES above"
 
 
 @each_case
@@ -127,7 +148,7 @@ def test_backends() -> None:
     """`auto` is the dispatcher, `reference` plain torch; both know the same ops, and on the CPU they agree."""
     auto, plain = ops.for_backend("auto"), ops.for_backend("reference")
     assert auto is OPS
-    assert plain is reference
+    assert plain.score_pages is reference.score_pages
     arguments = score_arguments("minmax")
     assert torch.equal(auto.score_pages(*arguments), plain.score_pages(*arguments))
     assert all(callable(getattr(plain, name)) and hasattr(auto, name) for name in schema.SCHEMAS)

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from sparsekv import ops
 from sparsekv.errors import SparseKVError
-from sparsekv.ops import reference
 from sparsekv.testing import soak
-from sparsekv.testing.soak import Case, Tally, check
+from sparsekv.testing.cases import Case
+from sparsekv.testing.soak import Tally, check
 
 CPU = torch.device("cpu")
+PLAIN = ops.for_backend("reference")
 CASE = replace(
     Case.draw(random.Random(0)),
     head_dim=64, group=4, num_kv_heads=2, page_size=16, lengths=[1, 100, 257], k=4, pooling="max", with_limits=False,
@@ -26,7 +28,7 @@ class Ops:
         setattr(self, name, wrong)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(reference, name)
+        return getattr(PLAIN, name)
 
 
 def test_the_reference_passes() -> None:
@@ -42,18 +44,18 @@ def test_cases_are_the_same_for_a_seed() -> None:
 
 def scaled(name: str, factor: float) -> Any:
     def wrong(*args: Any) -> Any:
-        result = getattr(reference, name)(*args)
+        result = getattr(PLAIN, name)(*args)
         return result * factor if isinstance(result, torch.Tensor) else (result[0] * factor, *result[1:])
 
     return wrong
 
 
 def shifted_slots(*args: Any) -> torch.Tensor:
-    return (reference.select_pages(*args) - 1).clamp_min(-1)
+    return (PLAIN.select_pages(*args) - 1).clamp_min(-1)
 
 
 def forgetful_append(*args: Any) -> None:
-    reference.append_kv(*args)
+    PLAIN.append_kv(*args)
     args[5][0] = 0.0  # a page of the pool
 
 

@@ -1,9 +1,12 @@
 """What each policy selects: exactly the pages that its definition names."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from sparsekv.config import SparseConfig
+from sparsekv.errors import ConfigError
 from sparsekv.policies import POLICIES, DecodeStep
 from sparsekv.policies.oracle import exact_scores
 from sparsekv.testing import naive
@@ -105,6 +108,18 @@ def test_a_fraction_takes_the_best_pages_within_each_row_s_limit() -> None:
     scores = naive.pool_group(naive.page_bounds(step.query, pages), 2, "max", step.scaling)
     limits = torch.tensor([step.config.budget_pages(n) for n in pages.lengths])
     assert torch.equal(slots, naive.select_pages(scores, pages.seq_lens, P, step.k, 2, 1, limits))
+
+
+@pytest.mark.parametrize("ask", [DecodeStep.digest_scores, DecodeStep.attend_best])
+def test_scores_of_digests_that_are_not_kept(ask: object) -> None:
+    """A policy that forgets to say that it reads them is told what to set."""
+    pages = random_pages([100, 20], page_size=P)
+    config = SparseConfig(page_size=P, sinks=2, recent=1, budget=40, policy="recent")
+    step = dataclasses.replace(decode_step(torch.randn(2, 4, 16), pages, config, layer_idx=3), summary=[])
+    with pytest.raises(
+        ConfigError, match=r"policy='recent' asks .* layer 3 keeps no digests.*`reads = Reads.DIGESTS`"
+    ):
+        ask(step)
 
 
 def test_digest_scores_are_the_op_s() -> None:

@@ -1,0 +1,39 @@
+"""How a layer and its attention function find each other: transformers does not hand the cache to the latter.
+
+`update` hands out views of the keys and values that carry a tag, an attribute that leads back to the layer. A layer
+becomes paged when the tags of its first update arrive at the attention function (the handshake). A model that
+transforms keys on the way loses them, and the layer stays a plain dynamic one.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsekv.cache.paged_layer import PagedLayer
+
+_TAG = "_sparsekv_layer"
+
+
+class Mode(Enum):
+    """What a layer is: not known before the handshake, then one of the others."""
+
+    NEW = "new"
+    PAGED = "paged"
+    DENSE = "dense"
+
+
+def tagged(states: Tensor, layer: PagedLayer) -> Tensor:
+    """The same keys or values, which lead back to the layer."""
+    view = states.view_as(states)
+    setattr(view, _TAG, layer)
+    return view
+
+
+def tagged_layer(key: Tensor, value: Tensor) -> PagedLayer | None:
+    """The layer that handed out both tensors, or None."""
+    layer: PagedLayer | None = getattr(key, _TAG, None)
+    return layer if layer is not None and getattr(value, _TAG, None) is layer else None

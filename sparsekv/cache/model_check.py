@@ -1,0 +1,54 @@
+"""Settings against the model that a cache is for: what can be known before the first token is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sparsekv.config import SparseConfig
+from sparsekv.digests import DIGESTS
+from sparsekv.errors import ConfigError
+from sparsekv.policies import POLICIES, Reads
+
+
+def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None:
+    """Checks what a SparseConfig alone cannot.
+
+    Args:
+        model_config: the model's; of a multimodal model its text part is used.
+
+    Raises:
+        UnknownNameError: there is no such digest or policy.
+        ConfigError: `dense_layers` names a layer that the model does not have, or the digest cannot be kept of heads
+            of this size.
+    """
+    digest, policy = DIGESTS.get(config.digest)(), POLICIES.get(config.policy)
+    layers, head_dim = DynamicCache(config=model_config).layers, _head_dim(model_config)
+    _check_dense_layers(config, len(layers))
+    is_scored = policy.reads is Reads.DIGESTS and any(
+        type(layer) is DynamicLayer and not config.is_dense_layer(i) for i, layer in enumerate(layers)
+    )
+    if is_scored and head_dim is not None:
+        digest.fields(config.page_size, head_dim)
+
+
+def _check_dense_layers(config: SparseConfig, num_layers: int) -> None:
+    named = config.dense_layers if isinstance(config.dense_layers, tuple) else ()
+    missing = [layer for layer in named if layer >= num_layers]
+    if missing:
+        raise ConfigError(
+            f"dense_layers={config.dense_layers} names {', '.join(map(str, missing))}, and the model has layers 0 to "
+            f"{num_layers - 1}. Name some of these, or give a whole number for the first so many."
+        )
+
+
+def _head_dim(model_config: Any) -> int | None:
+    """Channels of a head; None where the config does not say, or the layers differ."""
+    text = model_config.get_text_config(decoder=True)
+    try:
+        head_dim = getattr(text, "head_dim", None)
+        return int(head_dim or text.hidden_size // text.num_attention_heads)
+    except (AttributeError, RuntimeError, TypeError):  # transformers refuses what differs per layer; lists do, too
+        return None

@@ -1,0 +1,65 @@
+"""Random calls of every op, for the soak: shapes, lengths and settings, odd ones among them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparsekv.ops import instances
+from sparsekv.testing.pages import Pages, random_pages
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random call of every op."""
+
+    dtype: torch.dtype
+    head_dim: int
+    num_kv_heads: int
+    group: int
+    page_size: int
+    lengths: list[int]
+    k: int
+    sink_tokens: int
+    recent_tokens: int
+    pooling: str
+    softcap: float
+    with_sinks: bool
+    with_limits: bool
+    num_new: int
+    padded: bool
+    seed: int
+
+    @staticmethod
+    def draw(rng: random.Random) -> Case:
+        """Odd sizes are likely: empty, one token, around a page and around the budget."""
+        page_size = rng.choice(instances.PAGE_SIZES)
+        k = rng.choice([1, 2, 3, 7, 16, 33, 128])
+        edges = [1, page_size - 1, page_size, page_size + 1, k * page_size, k * page_size + 1, 2 * k * page_size + 3]
+        lengths = [rng.choice([rng.choice(edges), rng.randint(1, 3000)]) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
+        return Case(
+            dtype=rng.choice(list(instances.ELEMENTS)),
+            head_dim=rng.choice(instances.HEAD_DIMS),
+            num_kv_heads=rng.choice([1, 2, 3, 4, 8]),
+            group=rng.choice([1, 2, 3, 4, 5, 7, 8, 9, 16]),
+            page_size=page_size,
+            lengths=lengths,
+            k=k,
+            sink_tokens=rng.choice([0, 1, 4, page_size + 1]),
+            recent_tokens=rng.choice([0, 1, 64, 3 * page_size]),
+            pooling=rng.choice(["max", "max", "sum", "mean_softmax"]),
+            softcap=rng.choice([0.0, 0.0, 5.0, 50.0]),
+            with_sinks=rng.random() < 0.3,
+            with_limits=rng.random() < 0.2,
+            num_new=rng.choice([1, 1, page_size, rng.randint(2, 100)]),
+            padded=rng.random() < 0.5,
+            seed=rng.randrange(1 << 31),
+        )
+
+    def pages(self, lengths: Sequence[int], device: torch.device) -> Pages:
+        """Shuffled pages of sequences with these lengths; what no token was written to is NaN."""
+        shape = (self.num_kv_heads, self.head_dim, self.page_size)
+        return random_pages(lengths, *shape, self.dtype, seed=self.seed, device=device)

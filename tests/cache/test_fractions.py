@@ -1,0 +1,88 @@
+"""A budget that is a fraction: of each row's own length, whatever else is in the batch and however wide the table is.
+
+Tables on a GPU are wider than on a CPU; here a CPU's are made as wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekv.cache import PagedCache
+from sparsekv.policies import POLICIES, DecodeStep
+from sparsekv.testing.cache_pair import tiny_config
+
+LENGTHS = (90, 61, 33, 5)
+HQ, HKV, D = 4, 2, 8
+
+
+def decoded(
+    rows: Sequence[int], width: int | None = None, **settings: object
+) -> tuple[Tensor, list[int], PagedCache]:
+    """Attention `[rows, hq, d]` of one more token of these rows, pages that each row's first head reads, cache."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randn(len(LENGTHS), 2, HKV, max(LENGTHS) + 1, D, generator=generator)[list(rows)]
+    query = torch.randn(len(LENGTHS), HQ, 1, D, generator=generator)[list(rows)]
+    lengths = torch.tensor(LENGTHS)[list(rows)]
+    n = int(lengths.max())
+    tokens = tokens[:, :, :, -n - 1 :]
+    visible = torch.arange(n + 1) >= n - lengths[:, None]
+    cache = PagedCache(tiny_config(1, HQ, HKV, D), dense_layers=0, sinks=1, recent=3, **settings)
+    if width is not None:
+        cache._store.table.width = lambda num_pages, device: width
+    read: list[int] = []
+
+    def note(step: DecodeStep, slots: Tensor | None) -> None:
+        pages = -(-step.seq_lens // step.config.page_size)
+        read.extend((pages if slots is None else (slots[:, 0] >= 0).sum(1)).tolist())
+
+    cache.observers.append(note)
+    cache.update(tokens[:, 0, :, :-1], tokens[:, 1, :, :-1], 0)
+    layer = cache.layers[0]
+    layer.commit(visible[:, :-1])
+    cache.update(tokens[:, 0, :, -1:], tokens[:, 1, :, -1:], 0)
+    return layer.decode(query, 0.5, 0.0, None, visible)[:, :, 0], read, cache
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("budget", [0.1, 0.5, 0.77, 0.95, 1.0])
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_a_row_reads_the_same_alone_and_in_a_batch(policy: str, budget: float, page_size: int) -> None:
+    """On tables as wide as they must be, and on wider ones."""
+    settings = {"policy": policy, "budget": budget, "page_size": page_size}
+    together, read, cache = decoded(range(len(LENGTHS)), **settings)
+    expected = [
+        cache.config.pages_for(n + 1)
+        if policy == "all"
+        else min(cache.config.pages_for(n + 1), cache.config.budget_pages(n + 1))
+        for n in LENGTHS
+    ]
+    assert read == expected
+    assert cache.stats.pages_read == HKV * sum(expected)
+    for width in (None, 40, 512):
+        for row in range(len(LENGTHS)):
+            alone, read, _ = decoded([row], width, **settings)
+            assert read == [expected[row]]
+            torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+def test_a_short_sequence_reads_a_fraction_of_its_own_pages() -> None:
+    """0.77 of 62 tokens are 48: three pages of the four, not all because 0.77 of four pages are rounded up."""
+    _, read, cache = decoded([1], policy="top_k", budget=0.77, page_size=16)
+    assert read == [3]
+    assert (cache.stats.sparse_steps, cache.stats.dense_steps) == (1, 0)
+
+
+@pytest.mark.parametrize(("budget", "is_sparse"), [(1.0, False), (0.99, True)])
+def test_all_of_the_context_is_nothing_to_choose(budget: float, is_sparse: bool) -> None:
+    _, _, cache = decoded([0], 512, policy="top_k", budget=budget, page_size=16)
+    assert (cache.stats.sparse_steps, cache.stats.dense_steps) == ((1, 0) if is_sparse else (0, 1))
+
+
+def test_pages_that_are_always_read_are_nothing_to_choose() -> None:
+    """Five tokens and the new one lie in one page of sixteen."""
+    _, _, cache = decoded([3], policy="top_k", budget=0.1, page_size=16)
+    assert (cache.stats.sparse_steps, cache.stats.dense_steps) == (0, 1)
