@@ -80,9 +80,17 @@ format: $(READY) ## let ruff and clang-format format and fix
 bench: $(READY) ## time sparse attention beside dense
 	$(BIN)/sparsekv bench $(ARGS)
 
+.PHONY: docs
+docs: $(READY) ## make the API reference from the docstrings, in build/api
+	$(BIN)/python .ci/api.py $(ARGS)
+
+.PHONY: notebooks
+notebooks: $(READY) ## execute the notebooks in place, ARGS names some of them
+	$(BIN)/python .ci/notebooks.py $(ARGS)
+
 .PHONY: wheel
-wheel: $(READY) ## build dist/*.whl and the sdist
-	$(BIN)/python -m build --no-isolation
+wheel: $(READY) ## build dist/*.whl and the sdist, byte for byte reproducible
+	$(BIN)/python .ci/build.py $(ARGS)
 
 .PHONY: clean
 clean: ## remove what was built; .venv stays

@@ -1,1 +1,1 @@
-"""Measuring sparsekv: a testbed model, questions over long contexts, speed; later the accuracy harness."""
+"""Measuring sparsekv: a testbed model, questions over long contexts, accuracy and speed."""

@@ -48,6 +48,7 @@ class Row:
         said: tokens of the answer to every turn begun.
         nll: the negative log-likelihood of the reference's tokens, in nats, where they are fed.
         num_tokens: tokens decoded, until the row had ended.
+        is_finite: whether the model has given numbers at every step; what it says without is no answer.
     """
 
     turns: Sequence[PromptTurn]
@@ -57,6 +58,7 @@ class Row:
     nll: float = 0.0
     num_scored: int = 0
     num_tokens: int = 0
+    is_finite: bool = True
     _queue: list[int] = field(default_factory=list)
     _next: int | None = None
 
@@ -133,6 +135,13 @@ def turns_of(question: Question, encode: Encode) -> list[PromptTurn]:
     return [PromptTurn(encode(turn.prompt), encode(turn.reference)) for turn in question.turns]
 
 
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer."""
+    found = model.generation_config.eos_token_id
+    ids = [found] if isinstance(found, int) else list(found or [])
+    return frozenset([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
+
+
 @torch.inference_mode()
 def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Tensor:
     """Fills a cache with documents in dense passes; returns the mask `[b, n]` of what is no padding (on the left)."""
@@ -172,6 +181,8 @@ def decode(
 ) -> int:
     """Decodes all rows to their ends, a token of each at a time; returns the number of steps.
 
+    Rows whose logits were NaN or infinite at any step are told so (`is_finite`).
+
     Args:
         step: the model's forward.
         mask: `[rows, n]`, of what is in the cache.
@@ -179,6 +190,7 @@ def decode(
         banned: tokens that are never said.
     """
     positions, num_steps = mask.sum(1, keepdim=True), 0
+    is_finite = torch.ones(len(rows), dtype=torch.bool, device=mask.device)
     is_padded = not bool(mask.all())
     while not all(row.is_done for row in rows):
         if before_step is not None:
@@ -189,8 +201,12 @@ def decode(
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             inputs["attention_mask"] = mask
         logits = step(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        # A model may rule out tokens with minus infinity; NaN goes through amax.
+        is_finite &= logits.amax(-1).isfinite().to(is_finite.device)
         _take(rows, logits, list(banned))
         num_steps += 1
+    for row, finite in zip(rows, is_finite.tolist(), strict=True):
+        row.is_finite = finite
     return num_steps
 
 

@@ -6,6 +6,7 @@ compiles its kernels at first use, with nvcc.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -151,5 +152,5 @@ class Shelf:
         return scores.topk(self.inputs.point.k, dim=-1, sorted=False).indices
 
 
-COMPETITORS: dict[str, Any] = {"flashinfer": FlashInferDense, "sdpa": Sdpa, "shelf": Shelf}
+COMPETITORS: dict[str, Callable[[Inputs], Competitor]] = {"flashinfer": FlashInferDense, "sdpa": Sdpa, "shelf": Shelf}
 DENSE_COMPETITORS = ("flashinfer", "sdpa")

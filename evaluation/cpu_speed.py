@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from sparsekv.cache.page_store import PageStore
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.testing.timing import median_ms
 
-from .report import new_console, save_json, save_speed_plot
+from .report import new_console, result, save_json
+from .speed_plots import step_figure
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Shape:
                 f"--q-heads={self.num_q_heads} must be a multiple of --kv-heads={self.num_kv_heads}: every kv head "
                 "serves as many query heads."
             )
+
+    def __str__(self) -> str:
+        return f"{self.num_q_heads} query and {self.num_kv_heads} kv heads of {self.head_dim}"
 
     @property
     def scaling(self) -> float:
@@ -168,8 +173,8 @@ def run(
     device: torch.device,
     command: str,
     out: str | None = None,
-) -> int:
-    """Measures, prints the table and writes the files asked for."""
+) -> dict[str, Any]:
+    """Measures, prints the table and writes the files asked for; returns what the JSON file holds."""
     console = new_console()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     timings = []
@@ -177,21 +182,23 @@ def run(
         for context in track(contexts, "Measuring", console=console, transient=True):
             timings.append(Bench(shape, context, config, device, dtype).measure(repeats))
     console.print(_table(timings, shape, config, device, dtype))
+    settings = {"shape": asdict(shape), "config": asdict(config), "dtype": str(dtype), "device": str(device)}
+    where = {"geometry": str(shape), "batch": shape.batch, "budget": config.budget}
+    rows = [{**where, **asdict(t), "speedup": t.speedup} for t in timings]
+    content = result(command, settings, rows)
     if out:
-        settings = {"shape": asdict(shape), "config": asdict(config), "dtype": str(dtype), "device": str(device)}
-        rows = [{**asdict(t), "speedup": t.speedup} for t in timings]
-        path = save_json(out, f"attention_{device.type}", command, settings, rows)
-        save_speed_plot(path.with_suffix(".png"), rows, f"{config.budget} tokens read of each head")
+        path = save_json(out, f"attention_{device.type}", content)
+        step_figure(rows).savefig(path.with_suffix(".png"))
         console.print(f"Written: {path} and .png")
-    return 0
+    return content
 
 
 def _table(
     timings: list[Timing], shape: Shape, config: SparseConfig, device: torch.device, dtype: torch.dtype
 ) -> Table:
     title = (
-        f"One layer's decode step on {device.type}: batch {shape.batch}, {shape.num_q_heads} query and "
-        f"{shape.num_kv_heads} kv heads of {shape.head_dim}, {str(dtype).removeprefix('torch.')}, "
+        f"One layer's decode step on {device.type}: batch {shape.batch}, {shape}, "
+        f"{str(dtype).removeprefix('torch.')}, "
         f"budget {config.budget}"
     )
     table = Table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,22 +18,41 @@ from transformers.cache_utils import Cache
 
 import sparsekv
 from sparsekv import DecodeStats, PagedCache
+from sparsekv.command_line import add_json_option
 from sparsekv.errors import ConfigError
+from sparsekv.testing.timing import synchronize
 
 from . import testbed
-from .answers import Answer, ask, encode, prefill
-from .pages_plot import PageTrace, save_pages_plot
-from .report import choose_device, new_console, positive, save_json
+from .asking import PromptTurn, Row, decode, prefill
+from .pages_plot import PageTrace, pages_figure
+from .report import choose_device, new_console, positive, result, save_json
+from .tasks import Metric
 from .testbed.stories import Question, Story, make_story
 
 TASKS = ("needle", "many_keys")
 MIN_CONTEXT, MAX_CONTEXT = 4096, 32768  # below, the smallest budget is all sinks and recent; above, never trained
-PICTURES = (".png", ".pdf", ".svg")
 BUDGET_SHARES = (32, 16, 8)  # the budgets shown: the context divided by these
 _CAPTION = (
     "The story is prefilled once, densely; questions and answers are decoded token by token.\n"
     "Budgets are tokens per kv head; the first two of the six layers always read everything. Shares count digests."
 )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and what it took.
+
+    Attributes:
+        text: the decoded answer, without the end token.
+        is_right: whether it equals the expected text.
+        num_tokens: tokens decoded one by one, the question's included.
+        ms_per_token: mean milliseconds of one of them.
+    """
+
+    text: str
+    is_right: bool
+    num_tokens: int
+    ms_per_token: float
 
 
 @dataclass
@@ -70,13 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=positive, default=8, help="questions about it (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number tells another story")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
-    parser.add_argument("--out", default="sparsekv_demo.png", metavar="PNG", help="where the picture goes")
-    parser.add_argument("--json", metavar="DIR", help="also write DIR/demo.json with everything that was measured")
+    parser.add_argument(
+        "--out", default="sparsekv_demo", metavar="DIR",
+        help="write DIR/demo.png, the pages read, and DIR/demo.json (default %(default)s)",
+    )  # fmt: skip
+    add_json_option(parser)
     parser.add_argument("--quick", action="store_true", help="a 4k story and 4 questions: a few seconds")
 
 
-def run(args: argparse.Namespace, command: str) -> int:
-    """Tells a story, asks the questions with every method, prints the table and saves the picture."""
+def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Tells a story, asks the questions with every method, prints the table and writes the files; returns what the
+    JSON file holds."""
     context, num_questions = (MIN_CONTEXT, 4) if args.quick else (args.context, args.questions)
     _check(context, Path(args.out))
     console = new_console()
@@ -86,32 +110,29 @@ def run(args: argparse.Namespace, command: str) -> int:
     with _progress(console) as progress:
         methods, trace = _compare(model, tokenizer, story, progress)
     console.print(_table(story, methods))
-    save_pages_plot(Path(args.out), trace, context)
-    console.print(f"Which pages were read, and where the answer lies: [bold]{args.out}[/bold]")
-    if args.json:
-        path = save_json(args.json, "demo", command, {"context": context, "seed": args.seed}, _rows(methods))
-        console.print(f"Written: {path}")
-    return 0
+    content = result(command, {"context": context, "seed": args.seed}, _rows(methods))
+    path = save_json(args.out, "demo", content)
+    picture = path.with_suffix(".png")
+    pages_figure(trace, context).savefig(picture)
+    console.print(f"Which pages were read, and where the answer lies: [bold]{picture}[/bold]; all figures: {path}")
+    return content
 
 
-def _check(context: int, picture: Path) -> None:
+def _check(context: int, folder: Path) -> None:
     """Before anything is read or measured."""
     if not MIN_CONTEXT <= context <= MAX_CONTEXT:
         raise ConfigError(f"--context={context} is not allowed: {MIN_CONTEXT} to {MAX_CONTEXT}.")
-    if picture.suffix not in PICTURES:
-        raise ConfigError(f"--out={picture} is no picture: the name must end in {', '.join(PICTURES)}.")
-    if not picture.parent.is_dir():
-        raise ConfigError(f"--out={picture}: there is no folder {picture.parent}.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out={folder} is a file: name a folder; demo.png and demo.json are written into it.")
 
 
 def _compare(model: Any, tokenizer: Any, story: Story, progress: Progress) -> tuple[list[Method], PageTrace]:
     """Reads the story once; every method then decodes from the same keys and values."""
-    ids = encode(tokenizer, story.text, model.device)
     config = sparsekv.SparseConfig(budget=_budgets(story.num_tokens)[0])
     reading = progress.add_task(f"reading {story.num_tokens:,} tokens (dense prefill)", total=1)
     with sparsekv.patch(model, config) as patch:
         cache = patch.new_cache()
-        prefill(model, ids, cache)
+        prefill(model, [_encode(tokenizer, story.text)], cache)
         progress.advance(reading)
         plain = Method("dense", cache.to_dynamic(), None)
         sparse = _sparse_methods(cache, story.num_tokens)
@@ -140,6 +161,25 @@ def _ask_all(model: Any, tokenizer: Any, method: Method, story: Story, progress:
         progress.advance(task)
 
 
+def ask(model: Any, tokenizer: Any, cache: Cache, prompt: str, expected: str) -> Answer:
+    """Feeds a question token by token, decodes greedily to the end token, and puts the cache back as it was."""
+    turn = PromptTurn(_encode(tokenizer, prompt), _encode(tokenizer, expected))
+    row = Row([turn], Metric.RECALL, frozenset([tokenizer.eos_token_id]))
+    mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=model.device)
+    synchronize(model.device)
+    start = time.perf_counter()
+    decode(model, cache, [row], mask)
+    seconds = time.perf_counter() - start
+    cache.crop(-row.num_tokens)
+    text = tokenizer.decode(row.said[0])
+    return Answer(text, text == expected, row.num_tokens, seconds / row.num_tokens * 1e3)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
 def _shown(story: Story, method: Method) -> Question:
     """The first question that the method got right, to be drawn; if there is none, the first."""
     right = [q for q, answer in zip(story.questions, method.answers, strict=True) if answer.is_right]
@@ -149,10 +189,11 @@ def _shown(story: Story, method: Method) -> Question:
 def _trace(model: Any, tokenizer: Any, cache: PagedCache, question: Question) -> PageTrace:
     """Asks one question again, at the smallest budget, and notes every page read."""
     fork = cache.fork(budget=_budgets(cache.get_seq_length())[0])
-    trace = PageTrace(question, page_size=fork.config.page_size, budget=int(fork.config.budget))
+    trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.budget))
     fork.observers.append(trace.observe)
     answer = ask(model, tokenizer, fork, question.prompt, question.answer)
     trace.words = f"{question.prompt} {answer.text}".split()
+    trace.num_asked = len(question.prompt.split())
     return trace
 
 

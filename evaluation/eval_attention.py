@@ -9,18 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from .eval_plots import DPI, legend_below, put_title, shown, styles
+from .eval_plots import DPI, legend_below, put_title, saved, shown, styles
 from .report import new_figure
 from .results import Line
 from .summary import Run
 
 
-def save_attention_plot(run: Run, length: int, path: Path) -> list[Path]:
-    """By layer, a row per budget: the true attention in the pages read, and the oracle's pages among them."""
+def attention_figure(run: Run, length: int, budgets: Sequence[int] = ()) -> Any:
+    """By layer, a row per budget: the true attention in the pages read, and the oracle's pages among them.
+
+    Args:
+        budgets: those to show (default: all that were measured).
+
+    Returns:
+        The figure, or None if there is nothing to draw.
+    """
     lines = [line for line in run.probes if line["length"] == length]
-    budgets = sorted({line["budget"] for line in lines if line["budget"]})
+    measured = sorted({line["budget"] for line in lines if line["budget"]})
+    budgets = [budget for budget in measured if budget in budgets or not budgets]
     if not budgets:
-        return []
+        return None
     size = {"figsize": (10.5, 1.3 + 2.7 * len(budgets)), "dpi": DPI}
     figure, axes = new_figure(nrows=len(budgets), ncols=2, squeeze=False, sharex=True, sharey=True, **size)
     for row, budget in zip(axes, budgets, strict=True):
@@ -34,8 +42,12 @@ def save_attention_plot(run: Run, length: int, path: Path) -> list[Path]:
         panel.set_xlabel("layer")
     put_title(figure, *_title(run, lines))
     legend_below(figure, axes.flat)
-    figure.savefig(path)
-    return [path]
+    return figure
+
+
+def save_attention_plot(run: Run, length: int, path: Path) -> list[Path]:
+    """Draws `attention_figure`; returns the files."""
+    return saved(attention_figure(run, length), path)
 
 
 def _title(run: Run, lines: Sequence[Line]) -> tuple[str, str]:

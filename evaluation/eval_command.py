@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsekv.errors import ConfigError, SparseKVError
+from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, run_to_exit_code, with_json
+from sparsekv.errors import ConfigError
 
 from . import eval_options
 from .report import new_console
@@ -29,14 +31,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     report = commands.add_parser("report", help="tables, pictures and one HTML page of a run")
     report.add_argument("folder", metavar="DIR", help="a run's folder (--out of run)")
     report.add_argument("--out", metavar="DIR", help="where to (default: DIR/report)")
-    report.set_defaults(run=_report)
+    add_json_option(report)
+    report.set_defaults(run=with_json(_report))
     export = commands.add_parser("export", help="the examples of a run as a file, for other programs to answer")
     eval_options.add_arguments(export)
     export.set_defaults(run=_export)
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
-    from .runner import Share, run
+    from .plan import Share
+    from .session import run
 
     options, console, folder = eval_options.options_of(args), new_console(), Path(args.out)
     failed = run(options, folder, command, console)
@@ -55,14 +59,14 @@ def _print_tables(folder: Path, console: Any) -> None:
 
 
 def _export(args: argparse.Namespace, command: str) -> int:
-    from .runner import export
+    from .session import export
 
     path = export(eval_options.options_of(args), Path(args.out), command)
     new_console().print(f"Written: {path}")
     return 0
 
 
-def _report(args: argparse.Namespace, command: str) -> int:
+def _report(args: argparse.Namespace, command: str) -> dict[str, Any]:
     from .eval_page import write_report
 
     folder = Path(args.folder)
@@ -73,7 +77,18 @@ def _report(args: argparse.Namespace, command: str) -> int:
     _print_tables(folder, console)
     for path in written:
         console.print(f"Written: {path}")
-    return 0
+    return _content(folder)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """What `eval report --json` prints: the manifest, what a reader must know, and every cell."""
+    from .cells import cells
+    from .eval_tables import notes
+    from .summary import Run
+
+    run = Run.read(folder)
+    found = [{**asdict(cell), "share": cell.share} for cell in cells(run)]
+    return {"manifest": run.manifest, "notes": notes(run), "cells": found}
 
 
 def spelt_out(arguments: list[str]) -> list[str]:
@@ -84,14 +99,9 @@ def spelt_out(arguments: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m evaluation`."""
+    """`python -m evaluation`; returns the exit code (see `sparsekv.command_line`)."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m evaluation", description=__doc__)
+    parser = Parser(prog="python -m evaluation", description=__doc__, epilog=EXIT_CODES)
     add_commands(parser)
-    args: Any = parser.parse_args(spelt_out(arguments))
-    try:
-        code: int = args.run(args, shlex.join(["python", "-m", "evaluation", *arguments]))
-    except (SparseKVError, OSError) as error:
-        print(f"evaluation: {error}", file=sys.stderr)
-        return 1
-    return code
+    command = shlex.join(["python", "-m", "evaluation", *arguments])
+    return run_to_exit_code(lambda: parser.run(spelt_out(arguments), command), "evaluation")

@@ -16,6 +16,9 @@ from .report import positive, tokens
 from .tasks import FILE_TASKS, TASKS, make_task
 
 TESTBED = "testbed"
+AUTO, DTYPES = "auto", ("float32", "bfloat16", "float16")
+_LISTS = {"tasks": str, "methods": str, "budgets": int, "lengths": int}
+_TEXTS, _COUNTS, _FLAGS = ("model", "device"), ("num_examples", "batch_tokens", "batch_rows"), ("probe",)
 QUICK = {
     "lengths": (2048,),
     "budgets": (128, 512),
@@ -61,14 +64,25 @@ class RunOptions:
     batch_rows: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "methods", "budgets", "lengths"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty: name at least one.")
-            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        for name, kind in _LISTS.items():
+            object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
+        self._check_single_values()
         for name in self.tasks:
             make_task(name)
         for found, budget in self.cells:
             found.config(self.base, budget)
+
+    def _check_single_values(self) -> None:
+        for name in _TEXTS:
+            _check(name, getattr(self, name), isinstance(getattr(self, name), str), "a text")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            is_left_out = name == "batch_tokens" and value is None
+            _check(name, value, is_left_out or (_is_int(value) and value >= 1), "a whole number, at least 1")
+        for name in _FLAGS:
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
+        _check("seed", self.seed, _is_int(self.seed), "a whole number")
+        _check("dtype", self.dtype, self.dtype in (AUTO, *DTYPES), f"one of {', '.join((AUTO, *DTYPES))}")
 
     @property
     def base(self) -> SparseConfig:
@@ -91,6 +105,27 @@ class RunOptions:
         hidden = ("model", "device", "batch_tokens", "batch_rows", "probe")
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def _listed(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A setting of several values, without repetitions."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(x, kind) and type(x) is not bool for x in value):
+        what = "names" if kind is str else "whole numbers"
+        raise ConfigError(f"{name}={value!r} is not allowed: a list of {what}.")
+    if not value:
+        raise ConfigError(f"{name} is empty: name at least one.")
+    if kind is int and min(value) < 1:
+        raise ConfigError(f"{name}={min(value)} is not allowed: at least 1.")
+    return tuple(dict.fromkeys(value))
+
+
+def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise ConfigError(f"{name}={value!r} is not allowed: {allowed}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,18 +185,23 @@ def _from_file(path: Path, known: set[str]) -> dict[str, Any]:
         raise ConfigError(f"--config: {path} must hold names and values, as `tasks: [needle, passkey]`.")
     for name in content:
         if name not in known:
-            raise UnknownNameError(f"{path}: option", name, known)
+            # Not as it is: the command line is right, so the exit code is not that of a misspelt one.
+            raise ConfigError(str(UnknownNameError(f"{path}: option", name, known)))
     return {name: _as_tokens(name, value) for name, value in content.items()}
 
 
 def _as_tokens(name: str, value: Any) -> Any:
     """Lists stay lists, single values of lists become one; `32k` is a number."""
-    if name not in ("tasks", "methods", "budgets", "lengths"):
+    if name == "batch_tokens":
+        return None if value is None else _number_of_tokens(name, value)
+    if name not in _LISTS:
         return value
     values: Sequence[Any] = value if isinstance(value, list) else [value]
-    if name in ("tasks", "methods"):
-        return list(values)
+    return list(values) if _LISTS[name] is str else [_number_of_tokens(name, x) for x in values]
+
+
+def _number_of_tokens(name: str, value: object) -> int:
     try:
-        return [tokens(str(x)) for x in values]
+        return tokens(str(value))
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"{name}: {error}") from error

@@ -10,18 +10,17 @@ from typing import Any
 from .cells import MEAN, Cell
 from .intervals import Estimate
 from .methods import DENSE
-from .report import BLUE, GREEN, GREY, ORANGE, RED, new_figure, short
+from .report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, short
 from .summary import Run
 
-_PURPLE, _SKY = "#CC79A7", "#56B4E9"
 _OWN_STYLES = {
     "quest": (BLUE, "o"),
     "sketch": (GREEN, "s"),
     "recent": (ORANGE, "^"),
-    "oracle": (_PURPLE, "D"),
+    "oracle": (PURPLE, "D"),
     "random": (GREY, "X"),
 }
-_MORE_STYLES = [(RED, "v"), (_SKY, "P"), ("black", "<"), (GREEN, ">"), (ORANGE, "h"), (BLUE, "*"), (_PURPLE, "p")]
+_MORE_STYLES = [(RED, "v"), (SKY, "P"), ("black", "<"), (GREEN, ">"), (ORANGE, "h"), (BLUE, "*"), (PURPLE, "p")]
 _MIB = 1 << 20
 DPI = 120
 
@@ -34,14 +33,26 @@ def styles(run: Run) -> dict[str, dict[str, Any]]:
     return {n: {"color": looks[n][0], "marker": looks[n][1], "markersize": 6} for n in run.methods if n != DENSE}
 
 
+def saved(figure: Any, path: Path) -> list[Path]:
+    """Writes a figure, if there is one; returns the files."""
+    if figure is None:
+        return []
+    figure.savefig(path)
+    return [path]
+
+
 # -- accuracy against budget
 
 
-def save_accuracy_plot(run: Run, found: Sequence[Cell], mean: Sequence[Cell], path: Path) -> list[Path]:
-    """A panel per task of one length and one of their mean: the figure against the budget, dense as a line."""
+def accuracy_figure(run: Run, found: Sequence[Cell], mean: Sequence[Cell]) -> Any:
+    """A panel per task of one length and one of their mean: the figure against the budget, dense as a line.
+
+    Returns:
+        The figure, or None if there is nothing to draw.
+    """
     by_task = _by_task(run, found, mean)
     if not any(cell.budget for some in by_task.values() for cell in some):
-        return []
+        return None
     columns = min(len(by_task), 4)
     rows = -(-len(by_task) // columns)
     size = {"figsize": (max(3.3 * columns, 6.4), 1.3 + 2.7 * rows), "dpi": DPI}
@@ -58,8 +69,12 @@ def save_accuracy_plot(run: Run, found: Sequence[Cell], mean: Sequence[Cell], pa
         "n: questions per point; bars and grey band: 95 % intervals",
     )
     legend_below(figure, axes.flat[: len(by_task)])
-    figure.savefig(path)
-    return [path]
+    return figure
+
+
+def save_accuracy_plot(run: Run, found: Sequence[Cell], mean: Sequence[Cell], path: Path) -> list[Path]:
+    """Draws `accuracy_figure`; returns the files."""
+    return saved(accuracy_figure(run, found, mean), path)
 
 
 def _by_task(run: Run, found: Sequence[Cell], mean: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -115,12 +130,16 @@ def _draw_dense(panel: Any, figure: Estimate | None, scale: float) -> None:
 # -- accuracy against bytes
 
 
-def save_bytes_plot(run: Run, found: Sequence[Cell], averages: Sequence[Cell], path: Path) -> list[Path]:
-    """A panel per length: the mean accuracy (where there is none, perplexity) against bytes read per token."""
+def bytes_figure(run: Run, found: Sequence[Cell], averages: Sequence[Cell]) -> Any:
+    """A panel per length: the mean accuracy (where there is none, perplexity) against bytes read per token.
+
+    Returns:
+        The figure, or None if there is nothing to draw.
+    """
     by_length = {n: _points(found, averages, n) for n in run.lengths}
     by_length = {length: points for length, points in by_length.items() if points}
     if not by_length:
-        return []
+        return None
     columns = min(len(by_length), 3)
     rows = -(-len(by_length) // columns)
     size = {"figsize": (max(4.4 * columns, 6.4), 1.2 + 3.6 * rows), "dpi": DPI}
@@ -132,8 +151,12 @@ def save_bytes_plot(run: Run, found: Sequence[Cell], averages: Sequence[Cell], p
     _label_outside(axes, len(by_length), "cache read per token [MiB]")
     put_title(figure, *_bytes_title(run, [cell for points in by_length.values() for cell in points], found))
     legend_below(figure, axes.flat[: len(by_length)])
-    figure.savefig(path)
-    return [path]
+    return figure
+
+
+def save_bytes_plot(run: Run, found: Sequence[Cell], averages: Sequence[Cell], path: Path) -> list[Path]:
+    """Draws `bytes_figure`; returns the files."""
+    return saved(bytes_figure(run, found, averages), path)
 
 
 def _bytes_title(run: Run, points: Sequence[Cell], found: Sequence[Cell]) -> tuple[str, str]:

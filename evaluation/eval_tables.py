@@ -13,8 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from sparsekv.errors import ConfigError
-
 from .cells import MEAN, Cell, cells, means
 from .intervals import MIN_DOCUMENTS, Estimate
 from .summary import Run
@@ -57,27 +55,6 @@ def markdown(run: Run) -> str:
         parts.append(f"## {grid.title}\n\n{_as_markdown(grid.header, grid.rows)}")
         parts += [f"{note}\n" for note in grid.notes]
     return "\n".join(parts)
-
-
-def readme_table(run: Run, length: int | None = None) -> str:
-    """Mean accuracy by method and budget at one length (the longest), with the share of the cache's bytes read.
-
-    Raises:
-        ConfigError: there is nothing of that length.
-    """
-    length = run.lengths[-1] if length is None else length
-    if length not in run.lengths:
-        raise ConfigError(f"length={length} was not measured; there is {', '.join(map(str, run.lengths))}.")
-    found = [cell for cell in cells(run) if cell.length == length]
-    averages = {(c.method, c.budget): c for c in means(found)}
-    budgets: Sequence[int | None] = run.budgets or [None]
-    rows = []
-    for method in run.methods:
-        of_budget = [averages.get((method, b)) or averages.get((method, None)) for b in budgets]
-        if any(cell and cell.score for cell in of_budget):
-            rows.append([method, *map(_compact, of_budget)])
-    header = ["method", *("" if b is None else f"{b:,} tokens" for b in budgets)]
-    return _as_markdown(header, rows) + "\n" + _readme_note(found, list(averages.values())) + "\n"
 
 
 def terminal_tables(run: Run, width: int = 118) -> Iterator[Table]:
@@ -262,33 +239,6 @@ def _grid_notes(full: bool, is_scored: bool) -> Iterator[str]:
     if full:
         yield "In brackets: 95 % intervals."
     yield "Budget: tokens read per kv head and layer. Cache read: share of dense decoding's bytes, digests included."
-
-
-# -- README
-
-
-def _compact(cell: Cell | None) -> str:
-    if cell is None or cell.score is None:
-        return ""
-    return _percent(cell.score, full=False) + (f" ({_share(cell)})" if cell.share is not None else "")
-
-
-def _readme_note(found: Sequence[Cell], averages: Sequence[Cell]) -> str:
-    tasks = list(dict.fromkeys(cell.task for cell in found if cell.score))
-    counts = sorted({cell.num_examples for cell in found if cell.score})
-    reach = [
-        max(c.score.value - c.score.low, c.score.high - c.score.value)
-        for c in averages
-        if c.score and c.score.low is not None and c.score.high is not None
-    ]
-    many = str(counts[0]) if len(set(counts)) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "no"
-    text = f"Accuracy in %, in brackets the share of the cache's bytes read. {_named(tasks)}, {many} questions each."
-    return text + (f" 95 % intervals reach at most {100 * max(reach):.1f} points to either side." if reach else "")
-
-
-def _named(tasks: Sequence[str]) -> str:
-    names = ", ".join(escaped(task) for task in tasks)
-    return f"Mean of {len(tasks)} tasks ({names})" if len(tasks) > 1 else names
 
 
 def _as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

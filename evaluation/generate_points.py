@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsekv import SparseConfig
+from sparsekv.command_line import add_json_option
 from sparsekv.errors import ConfigError, UnknownNameError
 
 from .generate_model import GEOMETRIES
@@ -175,6 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="write DIR/generate_DEVICE.json and .png")
     parser.add_argument("--add", action="store_true", help="keep the other points of the files that are there")
+    add_json_option(parser)
 
 
 def _add_points(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,14 +20,15 @@ from transformers import LogitsProcessorList
 
 import sparsekv
 from sparsekv import Patch
-from sparsekv.errors import ConfigError
 from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms
+from .generate_file import measured, rows_to_add_to
 from .generate_model import GEOMETRIES, Subject
 from .generate_points import CAPTURED, DTYPES, LEAST_NEW_TOKENS, MODES, Options, Point, options_of
 from .generate_tables import line, print_result
-from .report import choose_device, new_console, save_generate_plot, save_json
+from .report import choose_device, new_console, result, save_json
+from .speed_plots import tokens_figure
 
 Row = dict[str, Any]
 Result = TypeVar("Result")
@@ -233,8 +233,8 @@ def sweep(bench: Bench, save: Callable[[Sequence[Row]], object], console: Consol
     return rows
 
 
-def run(args: argparse.Namespace, command: str) -> int:
-    """Measures, prints the tables and writes the files asked for."""
+def run(args: argparse.Namespace, command: str) -> Row:
+    """Measures, prints the tables and writes the files asked for; returns what the JSON file holds."""
     device = choose_device(args.device)
     options = options_of(args, device)
     geometries = list(GEOMETRIES)
@@ -250,34 +250,36 @@ def run(args: argparse.Namespace, command: str) -> int:
     print_result(console, rows)
     path = _save([*kept, *rows], bench, command)
     if path is not None:
-        save_generate_plot(path.with_suffix(".png"), [*kept, *rows], {name: MODES[name].label for name in MODES})
+        tokens_figure([*kept, *rows]).savefig(path.with_suffix(".png"))
         console.print(f"Written: {path} and .png")
-    return 0
+    return _content([*kept, *rows], bench, command)
 
 
 def earlier(bench: Bench) -> list[Row]:
-    """Rows of an earlier run that stay in the file: of the same model, at points that this run does not measure.
+    """Rows of an earlier run that stay in the file: at points that this run does not measure.
 
     Raises:
-        ConfigError: what is there is of another model or budget.
+        ConfigError: what is there was measured otherwise, or is no such file.
     """
     path = Path(bench.options.out or "") / f"generate_{bench.device.type}.json"
     if not bench.options.add or not path.exists():
         return []
-    rows: list[Row] = json.loads(path.read_text())["rows"]
-    wanted = bench.subject.name, bench.options.config.budget
-    others = {(row["model"], row["budget"]) for row in rows} - {wanted}
-    if others:
-        raise ConfigError(f"--add: {path} holds {sorted(others)}, and this is {wanted}. Choose another --out.")
-    measured = {(where.batch, where.context) for where in bench.options.points}
-    return [row for row in rows if (row["batch"], row["context"]) not in measured]
+    points = {(where.batch, where.context) for where in bench.options.points}
+    rows = rows_to_add_to(path, _content([], bench, ""))
+    return [row for row in rows if (row["batch"], row["context"]) not in points]
 
 
 def _save(rows: Sequence[Row], bench: Bench, command: str) -> Path | None:
-    options = bench.options
-    if options.out is None:
+    if bench.options.out is None:
         return None
+    return save_json(bench.options.out, f"generate_{bench.device.type}", _content(rows, bench, command))
+
+
+def _content(rows: Sequence[Row], bench: Bench, command: str) -> Row:
+    """What the file holds. Rows that do not say how they were measured were measured by this command."""
+    options = bench.options
     rows = sorted(rows, key=lambda row: (row["batch"], row["context"]))  # a point's modes stay in their order
+    points = {(row["batch"], row["context"]) for row in rows}
     settings = {
         **bench.subject.describe(),
         "dtype": str(bench.subject.model.dtype),
@@ -285,7 +287,9 @@ def _save(rows: Sequence[Row], bench: Bench, command: str) -> Path | None:
         "dense_layers": options.config.dense_layers,
         "new_tokens": options.new_tokens,
         "timed_tokens": options.timed_tokens,
-        "num_points": len(options.points),
-        "modes": list(options.modes),
+        "num_points": len(points.union((where.batch, where.context) for where in options.points)),
+        "modes": [name for name in MODES if name in (*options.modes, *(row["mode"] for row in rows))],
     }
-    return save_json(options.out, f"generate_{bench.device.type}", command, settings, rows)
+    content = result(command, settings, [])
+    here = measured(content)
+    return {**content, "rows": [{**row, "measured": row.get("measured", here)} for row in rows]}

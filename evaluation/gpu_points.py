@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from sparsekv import SparseConfig
-from sparsekv.errors import UnknownNameError
+from sparsekv.errors import ConfigError, UnknownNameError
 
 K, M = 1 << 10, 1 << 20
 
@@ -36,6 +37,23 @@ class Geometry:
     def group(self) -> int:
         """Query heads that share a kv head."""
         return self.num_q_heads // self.num_kv_heads
+
+    @classmethod
+    def of(cls, model: str) -> Geometry:
+        """Of a model on the hub or in a folder, whose config alone is read.
+
+        Raises:
+            ConfigError: there is no such model, or its config does not tell the heads.
+        """
+        try:
+            config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+            heads = int(config.num_attention_heads)
+            kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+            head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"--model={model}: {why} A --geometry ({', '.join(GEOMETRIES)}) will do.") from error
+        return cls(model, heads, kv_heads, head_dim)
 
 
 GEOMETRIES = {
@@ -136,24 +154,36 @@ class Point:
 
 
 def grid(
-    names: Sequence[str], batches: Sequence[int], contexts: Sequence[int], budgets: Sequence[int], page_size: int = 16
+    layers: Sequence[Geometry],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    budgets: Sequence[int],
+    page_size: int = 16,
 ) -> list[Point]:
     """Every combination.
 
     Raises:
-        UnknownNameError: a geometry has no such name.
         ConfigError: a budget is too small.
     """
-    for name in names:
-        if name not in GEOMETRIES:
-            raise UnknownNameError("--geometry", name, GEOMETRIES)
     return [
-        Point(GEOMETRIES[name], batch, context, SparseConfig(budget=budget, page_size=page_size))
-        for name in names
+        Point(geometry, batch, context, SparseConfig(budget=budget, page_size=page_size))
+        for geometry in layers
         for budget in budgets
         for batch in batches
         for context in contexts
     ]
+
+
+def geometries(names: Sequence[str]) -> list[Geometry]:
+    """Those of these names.
+
+    Raises:
+        UnknownNameError: there is none of a name.
+    """
+    for name in names:
+        if name not in GEOMETRIES:
+            raise UnknownNameError("--geometry", name, GEOMETRIES)
+    return [GEOMETRIES[name] for name in names]
 
 
 # (geometries, pairs of batch and context, budgets)
@@ -175,8 +205,8 @@ def preset_points(name: str, page_size: int = 16) -> list[Point]:
     return [
         point
         for names, pairs, budgets in PRESETS[name]
-        for one in names
+        for geometry in geometries(names)
         for budget in budgets
         for batch, context in pairs
-        for point in grid([one], [batch], [context], [budget], page_size)
+        for point in grid([geometry], [batch], [context], [budget], page_size)
     ]

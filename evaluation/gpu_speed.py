@@ -25,7 +25,8 @@ from .gpu_points import PART_OVER_L2, Point
 from .gpu_step import Check, DecodeStep
 from .gpu_tables import print_result
 from .replay import Spread, Timer, read_tb_per_s
-from .report import new_console, save_gpu_speed_plot, save_json, short
+from .report import new_console, result, save_json, short
+from .speed_plots import step_figure
 
 H200_TB_PER_S = 4.39  # measured: a maximum over 4 GB, many times; a run's own measurement scatters by a percent
 
@@ -191,8 +192,8 @@ class Bench:
         }
 
 
-def run(points: Sequence[Point], options: Options, device: torch.device, command: str) -> int:
-    """Measures all points, prints the tables and writes the files asked for."""
+def run(points: Sequence[Point], options: Options, device: torch.device, command: str) -> Row:
+    """Measures all points, prints the tables and writes the files asked for; returns what the JSON file holds."""
     console = new_console()
     if device.index is not None:
         torch.cuda.set_device(device)
@@ -203,9 +204,9 @@ def run(points: Sequence[Point], options: Options, device: torch.device, command
     print_result(console, rows, machine.tb_per_s, options.check_only)
     path = _save(rows, len(points), machine, options, command)
     if path is not None:
-        save_gpu_speed_plot(path.with_suffix(".png"), rows)
+        step_figure(rows).savefig(path.with_suffix(".png"))
         console.print(f"Written: {path} and .png")
-    return 0
+    return _content(rows, len(points), machine, options, command)
 
 
 def sweep(points: Sequence[Point], machine: Machine, options: Options, command: str, console: Console) -> list[Row]:
@@ -241,6 +242,10 @@ def _line(row: Row) -> str:
 def _save(rows: Sequence[Row], num_points: int, machine: Machine, options: Options, command: str) -> Path | None:
     if options.out is None or options.check_only:
         return None
+    return save_json(options.out, "attention_cuda", _content(rows, num_points, machine, options, command))
+
+
+def _content(rows: Sequence[Row], num_points: int, machine: Machine, options: Options, command: str) -> Row:
     settings = {
         "num_points": num_points,
         "tb_per_s": machine.tb_per_s,
@@ -248,4 +253,4 @@ def _save(rows: Sequence[Row], num_points: int, machine: Machine, options: Optio
         "l2_bytes": machine.l2_bytes,
         "replays": options.replays,
     }
-    return save_json(options.out, "attention_cuda", command, settings, rows)
+    return result(command, settings, rows)

@@ -44,7 +44,12 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _source(name: str, result: dict[str, Any]) -> str:
     where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
-    how = f"`{result['command']}`, {where}, torch {result['versions']['torch']}, {result['date']}"
+    measured = [row["measured"]["command"] for row in result["rows"] if row.get("measured")]
+    commands = list(dict.fromkeys(measured)) or [result["command"]]  # rows may be of several
+    how = (
+        ", ".join(f"`{command}`" for command in commands)
+        + f"; {where}, torch {result['versions']['torch']}, {result['date']}"
+    )
     return f"\n{how}: [all figures](evaluation/results/{name}.json)\n"
 
 

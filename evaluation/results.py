@@ -1,29 +1,43 @@
-"""The folder of a run: what was measured, line by line, and under which circumstances.
+"""The folder of a run: what was measured, line by line.
 
-    manifest.json    settings, versions, the model and its hash
+    manifest.json    settings, versions, the model and its hash (see `manifest.py`)
     results*.jsonl   one line per question, method and budget; a file per process
     probes*.jsonl    one line per layer, method and budget: what was read of the true attention
 
-A line is on the disk before the next is begun, so a run that was killed goes on where it was.
+Questions that are decoded together, those of a batch by one method at one budget, are finished together: their lines
+are on the disk before the next are begun. So a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsekv.errors import ConfigError
 
-MANIFEST = "manifest.json"
 Line = dict[str, Any]
 
-# What may differ when a run goes on: more tasks, lengths, methods, budgets and examples. All else must be the same.
-_GROWING = ("tasks", "lengths", "methods", "budgets", "num_examples")
+RESULTS, PROBES = "results*.jsonl", "probes*.jsonl"
+OF_RESULTS = ("task", "length", "method", "budget", "document", "question", "error")
+OF_PROBES = ("task", "length", "method", "budget", "layer", "steps", "mass", "overlap")
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "method": str,
+    "length": int,
+    "document": int,
+    "question": int,
+    "layer": int,
+    "steps": int,
+    "budget": (int, type(None)),
+    "error": (str, type(None)),
+    "mass": list,
+    "overlap": list,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,11 @@ class Key:
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Key:
         return cls(**{name: line[name] for name in cls.__dataclass_fields__})
+
+    @property
+    def place(self) -> tuple[str, int, int, int]:
+        """The question, whoever answers it."""
+        return self.task, self.length, self.document, self.question
 
 
 class LineFile:
@@ -80,66 +99,74 @@ def _drop_half_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def read_lines(folder: Path, pattern: str) -> Iterator[Line]:
+def read_lines(folder: Path, pattern: str, names: Sequence[str] = ()) -> Iterator[Line]:
     """The lines of all files of a kind, in the order of the files' names; a half-written last line is left out.
 
+    Args:
+        names: what every line must hold, as `OF_RESULTS`.
+
     Raises:
-        ConfigError: another line is no JSON.
+        ConfigError: another line is no JSON, or lacks something; or a file is no text.
     """
     for path in sorted(folder.glob(pattern)):
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for number, text in enumerate(lines[:-1], 1):
+        for number, text in enumerate(read_text(path).split("\n")[:-1], 1):
             try:
-                yield json.loads(text)
+                line = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{path}, line {number} is no JSON: {error}. Mend or delete that line.") from error
+            wrong = _wrong(line, names) if names else None
+            if wrong:
+                raise ConfigError(f"{path}, line {number} {wrong}. Mend or delete that line.")
+            yield line
 
 
-def finished(folder: Path) -> set[Key]:
-    """What is in a run's folder already; lines with an error are to be measured again."""
-    return {Key.of(line) for line in read_lines(folder, "results*.jsonl") if not line["error"]}
-
-
-def save_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest, or adds to the one that is there.
+def read_text(path: Path) -> str:
+    """A file that we wrote.
 
     Raises:
-        ConfigError: the folder holds a run of something else.
+        ConfigError: it is no UTF-8, so something else wrote it.
     """
-    path = folder / MANIFEST
-    content = dict(manifest)
-    if path.exists():
-        content = _continued(path, json.loads(path.read_text(encoding="utf-8")), content)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text: {error}. Mend or delete it.") from error
 
 
-def _continued(path: Path, old: Line, new: Line) -> Line:
-    was, now = _fixed(old), _fixed(new)
-    different = [name for name in now if was.get(name) != now[name]]
-    if different:
-        told = "; ".join(f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in different)
-        raise ConfigError(f"{path} is of another run ({told}). Choose another --out, or the same settings.")
-    settings = dict(new["settings"])
-    for name in _GROWING:
-        before, here = old["settings"][name], settings[name]
-        settings[name] = max(before, here) if name == "num_examples" else list(dict.fromkeys([*before, *here]))
-    return {**new, "settings": settings}
+def finished(folder: Path) -> dict[Key, Line]:
+    """What is in a run's folder already; what is an error, or no figure, is to be measured again.
+
+    Raises:
+        ConfigError: a line is no result.
+    """
+    found = map(checked, read_lines(folder, RESULTS, OF_RESULTS))
+    return {Key.of(line): line for line in found if not line["error"]}
 
 
-def _fixed(manifest: Line) -> Line:
-    fixed = {name: value for name, value in manifest["settings"].items() if name not in _GROWING}
-    return {"model": manifest["model"], **fixed}
+def _wrong(line: Any, names: Sequence[str]) -> str | None:
+    """What keeps a line from being used, or None."""
+    if not isinstance(line, dict):
+        return "is no object of names and values"
+    lacking = [name for name in names if name not in line]
+    if lacking:
+        return f"lacks {', '.join(lacking)}"
+    odd = [name for name in names if not isinstance(line[name], _KINDS[name])]
+    return f"has {odd[0]}={line[odd[0]]!r}, which is of the wrong type" if odd else None
 
 
-def model_hash(model: Any) -> str:
-    """SHA-256 over the names, shapes and a sample of every parameter's values: the same weights, the same hash,
-    without reading gigabytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(flat.numel() // 4096, 1)].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample)
-    return digest.hexdigest()
+def checked(line: Line) -> Line:
+    """A result's line, as an error if it holds nothing that can be averaged."""
+    if line["error"]:
+        return line
+    score, nll, count = (line.get(name) for name in ("score", "nll", "num_scored"))
+    if score is None and nll is None:
+        return {**line, "error": "neither a score nor a likelihood was written"}
+    if score is not None and not 0 <= _number(score) <= 1:
+        return {**line, "error": f"score={score!r} is not between 0 and 1"}
+    if nll is not None and not (math.isfinite(_number(nll)) and _number(count) > 0):
+        return {**line, "error": f"nll={nll!r} of {count!r} tokens is no likelihood"}
+    return line
+
+
+def _number(value: Any) -> float:
+    """NaN if it is none."""
+    return float(value) if isinstance(value, (int, float)) else math.nan

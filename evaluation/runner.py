@@ -6,11 +6,7 @@ they read. Under `accelerate launch` each process takes its share of the documen
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +16,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import sparsekv
-from sparsekv import PagedCache, Patch, SparseConfig
-from sparsekv.errors import ConfigError, SparseKVError
+from sparsekv import PagedCache, Patch
+from sparsekv.errors import ConfigError
 
-from . import testbed
-from .asking import Row, decode, prefill, stepper, turns_of
-from .eval_options import TESTBED, RunOptions
-from .methods import Method
+from .asking import Row, decode, prefill, stepper, stop_ids, turns_of
+from .counters import Counters, layers_not_sparse
+from .eval_options import RunOptions
+from .manifest import check_manifest, describe, save_manifest
+from .plan import Batch, Cell, Plan, Share, grouped
 from .probes import Probe
-from .report import choose_device, circumstances
-from .results import Key, Line, LineFile, finished, model_hash, save_manifest
+from .results import Key, Line, LineFile, finished
 from .tasks import Document, Metric, Task, Writer, make_task, score
 
-_BATCH_TOKENS = {"cuda": 1 << 20, "cpu": 1 << 15}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Cell = tuple[Method, "int | None"]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which documents this process takes: those whose number leaves `rank` when divided by `count`."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Share:
-        """As `accelerate launch` and `torchrun` tell it."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-    @property
-    def suffix(self) -> str:
-        """Of the files that this process writes."""
-        return f"-{self.rank:05d}" if self.count > 1 else ""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Documents of one task and length that are prefilled together, and the cells that lack them."""
-
-    task: str
-    length: int
-    numbers: tuple[int, ...]
-    cells: tuple[Cell, ...]
+_BATCH_TOKENS_ON_GPU, _BATCH_TOKENS = 1 << 20, 1 << 15
+_NOT_FINITE = "the model gave logits that are not finite (NaN or infinite), so what was said is no answer"
 
 
 class Runner:
@@ -85,16 +52,27 @@ class Runner:
         self.writer = Writer(tokenizer)
         self.tasks = {task: make_task(task) for task in options.tasks}
         self._check_lengths()
-        self.stop_ids = _stop_ids(model, tokenizer)
-        if self.share.rank == 0:
-            save_manifest(folder, self._manifest(name, command))
+        self.stop_ids = stop_ids(model, tokenizer)
+        on_gpu = model.device.type == "cuda"
+        batch_tokens = options.batch_tokens or (_BATCH_TOKENS_ON_GPU if on_gpu else _BATCH_TOKENS)
+        self.plan = Plan(options, self.tasks, self.share, batch_tokens)
+        self._done: Mapping[Key, Line] = {}
+        self._expected: dict[Any, Any] = {}
+        self._manifest = describe(name, model, self.writer.prefix, options.settings(), self.tasks, command)
+        self._save_manifest()
         self._results = LineFile(folder / f"results{self.share.suffix}.jsonl")
         self._probes = LineFile(folder / f"probes{self.share.suffix}.jsonl")
 
     def run(self, console: Console) -> tuple[int, int]:
-        """Measures what is missing; returns how many lines were written, and how many of them are errors."""
-        batches = self._missing()
-        total = sum(len(batch.cells) * self._questions(batch.task) * len(batch.numbers) for batch in batches)
+        """Measures what is missing; returns how many lines were written, and how many of them are errors.
+
+        Raises:
+            ConfigError: what the folder holds was asked about other documents, or is no result.
+        """
+        self._done = finished(self.folder)
+        self._expected = {key.place: line.get("expected") for key, line in self._done.items()}
+        batches = self.plan.missing(self._done)
+        total = sum(len(self.plan.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)
         written = failed = 0
         with _progress(console) as progress:
             bar = progress.add_task("questions", total=total)
@@ -107,77 +85,30 @@ class Runner:
                     progress.advance(bar, len(lines))
         return written, failed
 
-    def examples(self) -> Iterator[Line]:
-        """Every document and question in tokens."""
-        for name, task in self.tasks.items():
-            count = math.ceil(self.options.num_examples / self._questions(name))
-            for length in self.options.lengths:
-                for number in range(count):
-                    document = self._document(name, length, number)
-                    yield {"task": name, "length": length, "document": number, **self._in_tokens(task, document)}
+    def document(self, name: str, length: int, number: int) -> Document:
+        """The document of a task, with all its questions.
 
-    def _document(self, task: str, length: int, number: int) -> Document:
-        return self.tasks[task].write(self.writer, length, self._questions(task), self.options.seed + number)
-
-    def _in_tokens(self, task: Task, document: Document) -> Line:
-        asked = []
-        for number, question in enumerate(document.questions):
-            turns = [
-                {"prompt_ids": t.prompt, "reference_ids": t.reference, "answers": list(turn.answers)}
-                for t, turn in zip(turns_of(question, self.writer.encode), question.turns, strict=True)
-            ]
-            asked.append({"question": number, "turns": turns, "details": question.details})
-        stop_ids = sorted(self.stop_ids)
-        told = {"metric": task.metric.value, "stops": task.stops, "eos_token_id": stop_ids}
-        return {**told, "document_ids": self.writer.check(document.text), "questions": asked}
-
-    # -- what is to be done
-
-    def _questions(self, task: str) -> int:
-        """About one document."""
-        return min(self.tasks[task].num_questions, self.options.num_examples)
-
-    def _missing(self) -> list[Batch]:
-        done = finished(self.folder)
-        return [batch for task in self.tasks for length in self.options.lengths
-                for batch in self._batches(task, length, done)]  # fmt: skip
-
-    def _batches(self, task: str, length: int, done: set[Key]) -> Iterator[Batch]:
-        count = math.ceil(self.options.num_examples / self._questions(task))
-        numbers = [n for n in range(count) if n % self.share.count == self.share.rank]
-        at_once = self._at_once(task, length)
-        for start in range(0, len(numbers), at_once):
-            some = numbers[start : start + at_once]
-            for cells, of_cells in _grouped(some, lambda n: self._open_cells(task, length, n, done)):
-                if cells:
-                    yield Batch(task, length, tuple(of_cells), cells)
-
-    def _open_cells(self, task: str, length: int, number: int, done: set[Key]) -> tuple[Cell, ...]:
-        asked = range(self._questions(task))
-        return tuple(
-            (m, b)
-            for m, b in self.options.cells
-            if not all(Key(task, length, m.name, b, number, question) in done for question in asked)
-        )
-
-    def _at_once(self, task: str, length: int) -> int:
-        """Documents that are prefilled together."""
-        most = self.options.batch_tokens or _BATCH_TOKENS[self.model.device.type]
-        return max(1, min(most // length, self.options.batch_rows // self._questions(task)))
+        Raises:
+            ConfigError: it cannot be written for this tokenizer and length.
+        """
+        task, room = self.tasks[name], length - len(self.writer.prefix)
+        return task.write(self.writer, room, task.num_questions, task.seed_of(self.options.seed, number))
 
     # -- how it is done
 
     def _measure(self, batch: Batch) -> Iterator[list[Line]]:
         """The lines of a batch, cell by cell."""
-        documents = [self._document(batch.task, batch.length, number) for number in batch.numbers]
-        ids = [self.writer.check(document.text) for document in documents]
+        documents = [self.document(batch.task, batch.length, number) for number in batch.numbers]
+        ids = [self.writer.document_ids(document.text) for document in documents]
+        self._check_same(batch, documents)
         self._check_room(batch, documents, ids)
         default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
-        for digest, cells in _grouped(batch.cells, lambda cell: cell[0].digest or default):
+        for digest, cells in grouped(batch.cells, lambda cell: cell[0].digest or default):
             base = self.options.base.with_(digest=digest)
             with sparsekv.patch(self.model, base) as patch:
                 cache = patch.new_cache()
                 mask = prefill(self.model, ids, cache)
+                self._tell_of_layers(patch)
                 for cell in cells:
                     yield self._decode(batch, documents, patch, cache, mask, cell)
                 del cache
@@ -186,12 +117,12 @@ class Runner:
         self, batch: Batch, documents: Sequence[Document], patch: Patch, cache: PagedCache, mask: Tensor, cell: Cell
     ) -> list[Line]:
         (method, budget), task = cell, self.tasks[batch.task]
-        places = [(d, q) for d, document in enumerate(documents) for q in range(len(document.questions))]
+        places = self.plan.questions(batch, cell, self._done)
         rows = [self._row(task, documents[d], q) for d, q in places]
         of_rows = torch.tensor([d for d, _ in places])
-        config = method.config(cache.config, budget)
-        fork = cache.fork(config)
+        fork = cache.fork(method.config(cache.config, budget))
         fork.batch_select_indices(of_rows)
+        counters = Counters(fork)
         mask = mask[of_rows.to(mask.device)]
         longest = max(row.longest for row in rows)
         probe = self._probe(batch, fork, budget, longest)
@@ -199,18 +130,19 @@ class Runner:
         look = None if probe is None else probe.before_step
         num_steps = decode(step, fork, rows, mask, look, () if task.stops else sorted(self.stop_ids))
         if probe is not None:
-            self._save_probe(batch, method.name, budget, probe)
-        counted = _counts(fork, num_steps, len(rows))
-        counted["error"] = _error(fork, config, budget, int(mask.sum(1).min()), num_steps)
+            identity = {"task": batch.task, "length": batch.length, "method": method.name, "budget": budget}
+            self._probes.add({**identity, **line} for line in probe.lines())
+        counted = counters.counts(num_steps, len(rows))
+        error = counters.error(num_steps, int(mask.sum(1).max()))
+        errors = [error or (None if row.is_finite else _NOT_FINITE) for row in rows]
         return [
             {
-                **_identity(batch.task, batch.length, method.name, budget),
-                "document": batch.numbers[d],
-                "question": q,
-                **self._outcome(task, documents[d], q, row, counted["error"]),
+                **vars(batch.key(cell, batch.numbers[d], q)),
+                **self._outcome(task, documents[d], q, row, wrong),
                 **counted,
+                "error": wrong,
             }
-            for (d, q), row in zip(places, rows, strict=True)
+            for (d, q), row, wrong in zip(places, rows, errors, strict=True)
         ]
 
     def _row(self, task: Task, document: Document, number: int) -> Row:
@@ -220,7 +152,7 @@ class Runner:
     def _outcome(self, task: Task, document: Document, number: int, row: Row, error: str | None) -> Line:
         question = document.questions[number]
         said = [self.writer.tokenizer.decode(ids) for ids in row.said]
-        expected = [list(turn.answers) for turn in question.turns]
+        expected = _expected(document, number)
         scored = task.metric is not Metric.PERPLEXITY and error is None
         return {
             "score": score(task.metric, said, expected) if scored else None,
@@ -239,10 +171,6 @@ class Runner:
         probe = Probe(num_steps)
         cache.observers.append(probe)
         return probe
-
-    def _save_probe(self, batch: Batch, method: str, budget: int | None, probe: Probe) -> None:
-        key = _identity(batch.task, batch.length, method, budget)
-        self._probes.add({**key, **line} for line in probe.lines())
 
     # -- checks and circumstances
 
@@ -263,7 +191,7 @@ class Runner:
         needed = max(
             len(text) + self._row(task, document, q).longest
             for document, text in zip(documents, ids, strict=True)
-            for q in range(len(document.questions))
+            for q in self.plan.asked(batch.task)
         )
         if self._context is not None and needed > self._context:
             raise ConfigError(
@@ -271,124 +199,35 @@ class Runner:
                 f"the model's context is {self._context}: ask for shorter documents. What was finished is kept."
             )
 
-    def _manifest(self, name: str, command: str) -> Line:
-        config = sparsekv.hf.support.text_config(self.model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return {
-            **circumstances(command),
-            "model": {
-                "name": name,
-                "sha256": model_hash(self.model),
-                "num_layers": config.num_hidden_layers,
-                "num_kv_heads": heads,
-                "head_dim": head_dim,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-            },
-            "settings": self.options.settings(),
-        }
+    def _check_same(self, batch: Batch, documents: Sequence[Document]) -> None:
+        """What the folder holds was asked about the same documents."""
+        for number, document in zip(batch.numbers, documents, strict=True):
+            for q in self.plan.asked(batch.task):
+                place, expected = (batch.task, batch.length, number, q), _expected(document, q)
+                if self._expected.get(place, expected) != expected:
+                    raise ConfigError(
+                        f"{self.folder} has answers to question {q} about document {number} of {batch.task} at "
+                        f"{batch.length} tokens, but expected {self._expected[place]!r}, and it is now {expected!r}: "
+                        "its documents were written otherwise. Choose another --out."
+                    )
+
+    def _save_manifest(self) -> None:
+        """Every process looks whether it may go on; one writes."""
+        (save_manifest if self.share.rank == 0 else check_manifest)(self.folder, self._manifest)
+
+    def _tell_of_layers(self, patch: Patch) -> None:
+        """Which layers choose no pages is known when they were used."""
+        found = layers_not_sparse(patch.layers, patch.config)
+        if self._manifest.get("layers_not_sparse") != found:
+            self._manifest["layers_not_sparse"] = found
+            self._save_manifest()
 
 
-def _identity(task: str, length: int, method: str, budget: int | None) -> Line:
-    return {"task": task, "length": length, "method": method, "budget": budget}
-
-
-def _grouped(items: Sequence[Any], key: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Items by key, in the order of the first of each."""
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    yield from groups.items()
-
-
-def _counts(cache: PagedCache, num_steps: int, num_rows: int) -> Line:
-    """What a token of one sequence read, over all layers."""
-    stats, tokens = cache.stats, max(num_steps, 1) * num_rows
-    return {
-        "bytes_per_token": stats.bytes_read / tokens,
-        "dense_bytes_per_token": stats.bytes_total / tokens,
-        "pages_per_token": stats.pages_read / tokens,
-        "sparse_steps": stats.sparse_steps,
-        "dense_steps": stats.dense_steps,
-    }
-
-
-def _error(cache: PagedCache, config: SparseConfig, budget: int | None, shortest: int, num_steps: int) -> str | None:
-    """What the counters say against a method's claim, or None."""
-    stats = cache.stats
-    if stats.sparse_steps + stats.dense_steps != num_steps:
-        return f"of {num_steps} steps {stats.sparse_steps} sparse and {stats.dense_steps} dense ones were counted"
-    if budget is None:
-        return "dense, and yet some steps chose pages" if stats.sparse_steps else None
-    if stats.sparse_steps < num_steps and config.pages_for(shortest) > config.budget_pages(shortest):
-        return f"{stats.dense_steps} of {num_steps} steps were dense, although the document exceeds the budget"
-    return None
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer."""
-    found = model.generation_config.eos_token_id
-    ids = [found] if isinstance(found, int) else list(found or [])
-    return frozenset([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
+def _expected(document: Document, number: int) -> list[list[str]]:
+    """The right answers to a question, by turn."""
+    return [list(turn.answers) for turn in document.questions[number].turns]
 
 
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
-def load(options: RunOptions) -> tuple[Any, Any]:
-    """The model and its tokenizer.
-
-    Raises:
-        ConfigError: there is no such model, device or dtype.
-    """
-    local = os.environ.get("LOCAL_RANK")
-    wanted = f"cuda:{local}" if local and options.device == "auto" and torch.cuda.is_available() else options.device
-    device = choose_device(wanted)
-    names = {"auto": torch.float32 if device.type == "cpu" else torch.bfloat16, **_DTYPES}
-    if options.dtype not in names:
-        raise ConfigError(f"dtype={options.dtype!r} is not allowed: {', '.join(names)}.")
-    if options.model == TESTBED:
-        return testbed.load(device, names[options.dtype])
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=names[options.dtype])
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {options.model}: {' '.join(str(error).split())[:300]}") from error
-    return model.to(device).eval(), tokenizer
-
-
-def run(options: RunOptions, folder: Path, command: str, console: Console) -> int:
-    """Loads the model and measures; returns the number of answers that are errors.
-
-    Raises:
-        SparseKVError: bad input, and nothing was changed; or the disk is full, and nothing is lost.
-    """
-    model, tokenizer = load(options)
-    runner = Runner(model, tokenizer, options.model, options, folder, command)
-    try:
-        written, failed = runner.run(console)
-    except OSError as error:
-        raise SparseKVError(f"{error}. What was finished is in {folder}; the same command goes on.") from error
-    console.print(f"{written} answers written to {folder}")
-    if failed:
-        console.print(f"[red]{failed} of them are errors: the counters contradict the method (see 'error')[/red]")
-    return failed
-
-
-def export(options: RunOptions, folder: Path, command: str) -> Path:
-    """Writes `examples.jsonl`, a line per document, in tokens: for programs that cannot import sparsekv.
-
-    Raises:
-        ConfigError: bad input.
-    """
-    model, tokenizer = load(options)
-    runner = Runner(model, tokenizer, options.model, options, folder, command)
-    path = folder / "examples.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for example in runner.examples():
-            file.write(json.dumps(example) + "\n")
-    return path

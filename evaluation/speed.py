@@ -14,19 +14,21 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from sparsekv import SparseConfig
+from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, run_to_exit_code, with_json
 from sparsekv.errors import ConfigError
 
 from . import cpu_speed, generate_points, generate_speed, gpu_speed
 from .competitors import COMPETITORS
-from .gpu_points import GEOMETRIES, PRESETS, Point, grid, preset_points
+from .gpu_points import GEOMETRIES, PRESETS, Geometry, Point, geometries, grid, preset_points
 from .report import choose_device, positive, tokens
 
 _CPU_ONLY = ("q_heads", "kv_heads", "head_dim")
-_GPU_ONLY = ("preset", "geometry", "bandwidth", "against", "check_only")
-_SET_BY_PRESET = ("geometry", "contexts", "batches", "budgets")
+_GPU_ONLY = ("preset", "geometry", "model", "bandwidth", "against", "check_only")
+_SET_BY_PRESET = ("geometry", "model", "contexts", "batches", "budgets")
 _QUICK_REPEATS, _REPEATS = 5, 20
 
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=positive, help=f"timed calls, of which the median counts (default {_REPEATS})"
     )
     parser.add_argument("--out", metavar="DIR", help="write DIR/attention_DEVICE.json and .png")
+    add_json_option(parser)
     cpu = parser.add_argument_group("on a CPU")
     cpu.add_argument("--q-heads", type=positive, help="query heads (default 8)")
     cpu.add_argument("--kv-heads", type=positive, help="kv heads (default 2)")
@@ -66,7 +69,9 @@ def _add_gpu_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--quick", dest="preset", action="store_const", const="quick", help="the same as --preset quick"
     )
-    group.add_argument(
+    layers = group.add_mutually_exclusive_group()
+    layers.add_argument("--model", metavar="ID_OR_PATH", help="layers like those of this model, whose config is read")
+    layers.add_argument(
         "--geometry", nargs="+", metavar="NAME", help=f"layers like those of {', '.join(GEOMETRIES)} (default: first)"
     )
     group.add_argument("--against", nargs="*", choices=list(COMPETITORS), help="competitors (default: all)")
@@ -79,8 +84,8 @@ def _add_gpu_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--check-only", action="store_true", default=None, help="check all shapes, time none")
 
 
-def run(args: argparse.Namespace, command: str) -> int:
-    """Measures, prints the tables and writes the files asked for."""
+def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measures, prints the tables and writes the files asked for; returns what the JSON file holds."""
     device = choose_device(args.device)
     if device.type == "cuda":
         _refuse(args, _CPU_ONLY, "is for --device cpu; on a GPU --geometry names the heads")
@@ -102,9 +107,9 @@ def gpu_points(args: argparse.Namespace) -> list[Point]:
     if args.preset:
         _refuse(args, _SET_BY_PRESET, f"is set by --preset {args.preset}: leave one of them out")
         return preset_points(args.preset, args.page_size)
-    names = args.geometry or list(GEOMETRIES)[:1]
+    layers = [Geometry.of(args.model)] if args.model else geometries(args.geometry or list(GEOMETRIES)[:1])
     contexts = args.contexts or [8192, 32768, 131072]
-    return grid(names, args.batches or [1], contexts, args.budgets or [2048], args.page_size)
+    return grid(layers, args.batches or [1], contexts, args.budgets or [2048], args.page_size)
 
 
 def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
@@ -133,26 +138,41 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(attention)
-    attention.set_defaults(run=run)
+    attention.set_defaults(run=with_json(run), measure=run)
     generate = commands.add_parser(
         "generate", help="a token of a whole model's generate", description=generate_speed.__doc__
     )
     generate_points.add_arguments(generate)
-    generate.set_defaults(run=generate_speed.run)
+    generate.set_defaults(run=with_json(generate_speed.run), measure=generate_speed.run)
+
+
+def measure(command: str) -> dict[str, Any]:
+    """The same as `sparsekv bench COMMAND`, from Python: prints, and returns what `--json` does.
+
+    Args:
+        command: as `attention --contexts 8k 32k` or `generate --points 1x32k`.
+
+    Raises:
+        SparseKVError: an option is not allowed, or a check failed.
+    """
+    parser = Parser(prog="sparsekv bench")
+    add_commands(parser)
+    args = parser.parse_args(shlex.split(command))
+    found: dict[str, Any] = args.measure(args, f"sparsekv bench {command}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `python -m evaluation.speed`."""
-    parser = argparse.ArgumentParser(
+    """Entry point of `python -m evaluation.speed`; returns the exit code (see `sparsekv.command_line`)."""
+    parser = Parser(
         prog="python -m evaluation.speed",
         description="Times sparse attention beside dense attention.",
-        epilog="`python -m evaluation.speed WHAT --help` lists the options.",
+        epilog=f"`python -m evaluation.speed WHAT --help` lists the options; {EXIT_CODES}.",
     )
     add_commands(parser)
     arguments = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(arguments)
-    measure: Callable[[argparse.Namespace, str], int] = args.run
-    return measure(args, shlex.join(["python", "-m", "evaluation.speed", *arguments]))
+    command = shlex.join(["python", "-m", "evaluation.speed", *arguments])
+    return run_to_exit_code(lambda: parser.run(arguments, command), "evaluation.speed")
 
 
 if __name__ == "__main__":

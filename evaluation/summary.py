@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsekv.errors import ConfigError
 
+from .manifest import MANIFEST, OF_PEERS, read_json, read_manifest, runs_of
 from .methods import DENSE
-from .results import MANIFEST, Key, Line, read_lines
-
-_OF_RESULTS = ("task", "length", "method", "budget", "document", "question", "error")
-_OF_PROBES = ("task", "length", "method", "budget", "layer", "steps", "mass", "overlap")
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "task": str,
-    "method": str,
-    "length": int,
-    "document": int,
-    "question": int,
-    "layer": int,
-    "steps": int,
-    "budget": (int, type(None)),
-    "error": (str, type(None)),
-    "mass": list,
-    "overlap": list,
-}
+from .results import OF_PROBES, OF_RESULTS, PROBES, RESULTS, Key, Line, checked, read_lines
 
 
 @dataclass(frozen=True)
@@ -38,7 +21,7 @@ class Run:
     Attributes:
         manifest: empty if there is none.
         lines: one per question, method and budget. What was measured goes before an error, later lines before earlier
-            ones.
+            ones. One whose question is not dense's is an error.
         probes: as in the files.
         notes: what a reader of the figures should know.
     """
@@ -57,9 +40,10 @@ class Run:
             ConfigError: there are no results, or a line that is no result.
         """
         notes: list[str] = []
-        manifest = _read_manifest(folder, notes)
+        manifest = read_manifest(folder)
+        notes += _notes_of(folder, manifest)
         found: dict[Key, Line] = {}
-        for line in map(_checked, _read(folder, "results*.jsonl", _OF_RESULTS, notes)):
+        for line in map(checked, _read(folder, RESULTS, OF_RESULTS, notes)):
             key = Key.of(line)
             if not (line["error"] and key in found and not found[key]["error"]):
                 found[key] = line
@@ -67,8 +51,8 @@ class Run:
             raise ConfigError(
                 f"{folder} holds no results (results*.jsonl): `sparsekv eval run --out {folder}` first."
             )
-        probes = tuple(_read(folder, "probes*.jsonl", _OF_PROBES, notes))
-        return cls(folder, manifest, tuple(found.values()), probes, tuple(notes))
+        probes = tuple(_read(folder, PROBES, OF_PROBES, notes))
+        return cls(folder, manifest or {}, tuple(_of_one_question(found)), probes, tuple(notes))
 
     @property
     def errors(self) -> list[Line]:
@@ -104,59 +88,70 @@ class Run:
         return list(dict.fromkeys([*settings, *there]))
 
 
-def _read_manifest(folder: Path, notes: list[str]) -> Line:
-    path = folder / MANIFEST
-    if not path.exists():
-        notes.append(f"There is no {MANIFEST}: model, versions and settings are not known.")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}. Mend or delete it.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold names and values. Mend or delete it.")
-    return content
-
-
-def _read(folder: Path, pattern: str, names: Sequence[str], notes: list[str]) -> list[Line]:
-    found = []
+def _read(folder: Path, pattern: str, names: Sequence[str], notes: list[str]) -> Iterator[Line]:
     for path in sorted(folder.glob(pattern)):
-        for number, line in enumerate(read_lines(folder, path.name), 1):
-            wrong = _wrong(line, names)
-            if wrong:
-                raise ConfigError(f"{path}, line {number} {wrong}. Mend or delete that line.")
-            found.append(line)
+        yield from read_lines(folder, path.name, names)
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             notes.append(
                 f"The last line of {path.name} is half-written and left out: the run goes on, or was stopped."
             )
-    return found
 
 
-def _wrong(line: Any, names: Sequence[str]) -> str | None:
-    """What keeps a line from being used, or None."""
-    if not isinstance(line, dict):
-        return "is no object of names and values"
-    lacking = [name for name in names if name not in line]
-    if lacking:
-        return f"lacks {', '.join(lacking)}"
-    odd = [name for name in names if not isinstance(line[name], _KINDS[name])]
-    return f"has {odd[0]}={line[odd[0]]!r}, which is of the wrong type" if odd else None
+def _of_one_question(found: dict[Key, Line]) -> Iterator[Line]:
+    """The lines; those that answer another question than dense at the same place (or, if that has not answered it,
+    the first one there) as errors. Compared with it they would say nothing."""
+    expected: dict[Any, Any] = {}
+    for key, line in sorted(found.items(), key=lambda pair: pair[0].method != DENSE):
+        if not line["error"]:
+            expected.setdefault(key.place, line.get("expected"))
+    for key, line in found.items():
+        wanted = expected.get(key.place)
+        if line["error"] or line.get("expected") == wanted:
+            yield line
+        else:
+            yield {**line, "error": f"another question than others at this place, where {wanted!r} is expected"}
 
 
-def _checked(line: Line) -> Line:
-    """The line, as an error if it holds nothing that can be averaged."""
-    if line["error"]:
-        return line
-    score, nll = line.get("score"), line.get("nll")
-    if score is None and nll is None:
-        return {**line, "error": "neither a score nor a likelihood was written"}
-    if score is not None and not (_is_finite(score) and 0 <= score <= 1):
-        return {**line, "error": f"score={score!r} is not between 0 and 1"}
-    if nll is not None and not (_is_finite(nll) and (line.get("num_scored") or 0) > 0):
-        return {**line, "error": f"nll={nll!r} of {line.get('num_scored')!r} tokens is no likelihood"}
-    return line
+def _notes_of(folder: Path, manifest: Line | None) -> Iterator[str]:
+    """What the manifests say that a reader should know."""
+    if manifest is None:
+        yield f"There is no {MANIFEST}: model, versions and settings are not known."
+    else:
+        yield from _differences(manifest)
+        yield from _fallbacks(manifest)
+    for path in sorted(folder.glob(OF_PEERS)):
+        yield from _peer(path.name, read_json(path), manifest or {})
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _differences(manifest: Line) -> Iterator[str]:
+    """Of the GPUs and versions of its parts."""
+    runs = runs_of(manifest)
+    gpus = dict.fromkeys(str(run.get("gpu") or "CPU") for run in runs)
+    if len(gpus) > 1:
+        yield f"Parts of it were measured on different processors: {', '.join(gpus)}."
+    for name in dict.fromkeys(name for run in runs for name in _table(run, "versions")):
+        versions = dict.fromkeys(str(_table(run, "versions").get(name, "none")) for run in runs)
+        if len(versions) > 1:
+            yield f"Parts of it were measured with different versions of {name}: {', '.join(versions)}."
+
+
+def _fallbacks(manifest: Line) -> Iterator[str]:
+    """Layers that choose no pages although nobody asked for that."""
+    for some in manifest.get("layers_not_sparse", ()):
+        if not some["is_asked_for"]:
+            numbers = ", ".join(map(str, some["layers"]))
+            yield f"Layers that choose no pages, and whose reads are not counted: {numbers} ({some['reason']})."
+
+
+def _peer(name: str, told: Line, manifest: Line) -> Iterator[str]:
+    """Where results of another program come from."""
+    versions = ", ".join(f"{program} {version}" for program, version in _table(told, "versions").items())
+    yield f"{name}: some results are of another program ({versions or 'its versions are not known'})."
+    ours, theirs = (str(_table(known, "model").get("sha256", "")) for known in (manifest, told))
+    if ours and theirs and ours != theirs:
+        yield f"{name}: its weights ({theirs[:12]}) are not those of this run ({ours[:12]})."
+
+
+def _table(known: Line, name: str) -> Line:
+    found = known.get(name)
+    return found if isinstance(found, dict) else {}

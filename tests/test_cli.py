@@ -1,13 +1,25 @@
 """The `sparsekv` command: what each subcommand prints and writes, and how it fails."""
 
+import argparse
+import contextlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sparsekv.cache import PagedLayer
 from sparsekv.cli import _spelt_out, main
+from sparsekv.command_line import Parser, run_to_exit_code
+from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation import eval_command, speed
+from sparsekv.evaluation.report import PipeConsole
 from sparsekv.evaluation.testbed import MODEL_DIR
+
+COMMANDS = ("demo", "generate", "chat", "eval", "lm-eval", "bench", "doctor")
+TESTBED = ["--model", str(MODEL_DIR), "--device", "cpu", "--dtype", "float32"]
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,10 +27,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("demo", "generate", "bench", "doctor"))
+    assert all(command in printed for command in COMMANDS)
+    assert all(f"{code} " in printed.partition("exit codes:")[2] for code in (0, 1, 2, 130))
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "bench", "doctor"])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "lm-eval"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -45,11 +58,91 @@ def test_bench_without_a_word_times_attention() -> None:
         assert _spelt_out(arguments) == arguments
 
 
-def test_a_misspelt_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["genrate"], "command='genrate' is not known. Did you mean 'generate'?"),
+        (["bench", "genrate"], "what='genrate' is not known. Did you mean 'generate'?"),
+        (["bench", "--budgt", "3"], "sparsekv bench attention: There is no option --budgt. Did you mean '--budget'"),
+        (
+            ["generate", "--bugdet=3"],
+            "There is no option --bugdet. Did you mean '--budget'",
+        ),  # not: --model is needed
+        (["chat", "--dtype", "flaot32"], "--dtype='flaot32' is not known. Did you mean 'float32'"),
+        (["chat", "--zzz"], "There is no option --zzz. `sparsekv chat --help` lists all."),
+        (["chat", "--budget", "much"], "'much' is no budget: 2048, 2k, or a fraction"),
+        (["--hlep"], "There is no option --hlep. Did you mean '--help'?"),
+        (["generate"], "the following arguments are required: --model"),
+        (["doctor", "now"], "unrecognized arguments: now."),
+    ],
+)
+def test_a_misspelt_command_line_is_answered_in_one_line_and_exits_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "--budgt", "3"])
+        main(arguments)
     assert stop.value.code == 2
-    assert "--budgt" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(("entry", "prog"), [(eval_command.main, "evaluation"), (speed.main, "evaluation.speed")])
+def test_the_evaluations_own_command_lines_answer_in_the_same_way(
+    entry: Callable[[list[str]], int], prog: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        entry(["reprt" if prog == "evaluation" else "atention"])
+    assert stop.value.code == 2
+    assert "Did you mean" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        entry(["--help"])
+    assert stop.value.code == 0
+    assert "exit codes: 0 done" in " ".join(capsys.readouterr().out.split())
+    wrong = ["report", "no_such_folder"] if prog == "evaluation" else ["attention", "--device", "quantum"]
+    assert entry(wrong) == 1
+    assert capsys.readouterr().err.startswith(f"{prog}: ")
+
+
+def test_a_parser_leaves_values_and_subcommands_to_those_they_belong_to() -> None:
+    parser = Parser(prog="p")
+    parser.add_argument("--count", type=int)
+    commands = parser.add_subparsers()
+    commands.add_parser("go").add_argument("--fast", action="store_true")
+    assert parser.parse_args(["--cou", "3", "go", "--fast"]) == argparse.Namespace(count=3, fast=True)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--count", "many", "go", "--fast"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (ConfigError("no such thing"), 1, "p: no such thing\n"),
+        (FileNotFoundError(2, "no such file", "x"), 1, "p: [Errno 2] no such file: 'x'\n"),
+        (UnknownNameError("task", "neddle", ["needle"]), 2, "Did you mean 'needle'"),
+        (KeyboardInterrupt(), 130, "p: interrupted\n"),
+    ],
+)
+def test_what_stops_a_command_has_an_exit_code(
+    error: BaseException, code: int, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> int:
+        raise error
+
+    assert run_to_exit_code(run, "p") == code
+    assert printed in capsys.readouterr().err
+
+
+def test_a_table_into_a_pipe_that_is_closed_is_no_error() -> None:
+    """rich would end the process with 1."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = os.fdopen(writer, "w")
+    with pytest.raises(BrokenPipeError):
+        PipeConsole(file=file).print("a table")
+    with contextlib.suppress(BrokenPipeError):
+        file.close()
 
 
 def test_doctor_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,46 +169,103 @@ def test_demo_shows_dense_and_top_k_right_where_recent_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The promise of the project, in small: an eighth of the context answers what a window of that size cannot."""
-    picture = tmp_path / "demo.png"
-    assert main(["demo", "--quick", "--device", "cpu", "--out", str(picture), "--json", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "top_k 512" in printed
-    assert "share of the cache" in printed
-    rows = {row["method"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
+    assert main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path / "new"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "top_k 512" in printed.err
+    assert "share of the cache" in printed.err
+    result = json.loads(printed.out)
+    assert result == json.loads((tmp_path / "new" / "demo.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
     assert rows["dense"]["right"] == 4
     assert rows["top_k 512"]["right"] >= 3
     assert rows["recent 512"]["right"] <= 1
     assert rows["top_k 512"]["stats"]["sparse_steps"] > 0
     assert rows["top_k 512"]["share"] < rows["dense"]["share"] == 1.0
-    assert picture.stat().st_size > 20_000
+    assert (tmp_path / "new" / "demo.png").stat().st_size > 20_000
 
 
 def test_generate_streams_and_reports_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("The old fox walked to the river . " * 60)
-    options = ["--budget", "128", "--max-new-tokens", "4", "--device", "cpu", "--dtype", "float32"]
-    assert main(["generate", "--model", str(MODEL_DIR), "--prompt-file", str(prompt), *options]) == 0
+    command = ["generate", *TESTBED, "--prompt-file", str(prompt), "--budget", "128", "--max-new-tokens", "4"]
+    assert main(command) == 0
     printed = capsys.readouterr()
     assert printed.out.strip()
     assert "layers 2-5: sparse" in printed.err
     assert "3 sparse and 0 dense steps" in printed.err  # the first of 4 tokens comes from the prefill
+
+    assert main([*command, "--json", "--dense-layers", "3"]) == 0
+    result = json.loads((capsys.readouterr()).out)
+    assert (result["prompt_tokens"], result["new_tokens"]) == (480, 4)
+    assert result["text"].strip() == printed.out.strip()
+    assert result["ms_per_token"] > 0
+    assert (result["settings"]["budget"], result["settings"]["dense_layers"]) == (128, 3)
+    assert (result["stats"]["sparse_steps"], result["stats"]["dense_passes"]) == (3, 1)
+    assert result["command"].startswith("sparsekv generate")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--prompt", " "], "prompt is empty"),
-        (["--prompt-file", "no_such_file"], "no_such_file"),
+        (["--prompt-file", "no_such_file"], "--prompt-file no_such_file cannot be read: No such file"),
+        (["--prompt-file", str(MODEL_DIR)], "cannot be read"),
+        (["--prompt-file", str(MODEL_DIR / "model.safetensors")], "is no UTF-8 text"),
         (["--prompt", "x", "--policy", "topk"], "Did you mean 'top_k'"),
         (["--prompt", "x", "--budget", "3"], "budget=3 is below"),
         (["--prompt", "x", "--chat"], "no chat template"),
     ],
 )
 def test_generate_says_what_is_wrong(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--model", str(MODEL_DIR), *options]) == 1
+    assert main(["generate", *TESTBED, *options]) == (2 if "Did you mean" in message else 1)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "cannot be loaded ("),
+        ({"config.json": '{"model_type": "nonsense"}'}, "cannot be loaded ("),
+        (None, "cannot be loaded ("),
+    ],
+    ids=["an empty folder", "an unknown kind of model", "no folder"],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(
+    command: str, files: dict[str, str] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path if files is not None else tmp_path / "nothing" / "here"
+    for name, content in (files or {}).items():
+        (folder / name).write_text(content)
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    assert main([command, "--model", str(folder), *prompt]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sparsekv: --model {folder} cannot be loaded (")
+    assert line.endswith("or a folder with its config, tokenizer and weights.")
+
+
+def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    """Standard output, which must be JSON and nothing else."""
+    capsys.readouterr()
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_bench_and_eval_print_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--device", "cpu", "--out", str(tmp_path), "--json"]
+    attention = json_of(["bench", "--contexts", "512", "--budget", "256", "--repeats", "2", *sizes], capsys)
+    assert attention == json.loads((tmp_path / "attention_cpu.json").read_text())
+    tiny = ["--geometry", "tiny", "--points", "1x256", "--new-tokens", "8", "--budget", "128", "--modes", "sparse"]
+    generate = json_of(["bench", "generate", *tiny, *sizes], capsys)
+    assert generate == json.loads((tmp_path / "generate_cpu.json").read_text())
+    run = ["--tasks", "needle", "--methods", "dense", "quest", "--budgets", "128", "--lengths", "512"]
+    assert main(["eval", *run, "--examples", "2", "--device", "cpu", "--no-probe", "--out", str(tmp_path)]) == 0
+    report = json_of(["eval", "report", str(tmp_path), "--json"], capsys)
+    assert [(cell["method"], cell["budget"]) for cell in report["cells"]] == [("dense", None), ("quest", 128)]
+    assert report["cells"][0]["score"].keys() == {"value", "low", "high"}
+    assert report["manifest"]["settings"]["tasks"] == ["needle"]
 
 
 @pytest.mark.parametrize(
@@ -123,8 +273,7 @@ def test_generate_says_what_is_wrong(options: list[str], message: str, capsys: p
     [
         (["--context", "100"], "--context=100 is not allowed: 4096 to 32768"),
         (["--context", "65536"], "--context=65536 is not allowed"),
-        (["--out", "picture.doc"], "must end in .png"),
-        (["--out", "no_such_folder/picture.png"], "there is no folder no_such_folder"),
+        (["--out", __file__], "is a file: name a folder"),
     ],
 )
 def test_demo_refuses_before_it_starts(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsekv
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.answers import ask, encode, prefill
+from sparsekv.evaluation.asking import prefill
+from sparsekv.evaluation.demo import ask
 
 pytestmark = pytest.mark.gpu
 
@@ -76,7 +77,7 @@ def test_the_testbed_answers_on_the_gpu() -> None:
     story = testbed.make_story(16384, ("needle",), num_questions=16, seed=5)
     with sparsekv.patch(model, budget=2048) as patch:
         cache = patch.new_cache()
-        prefill(model, encode(tokenizer, story.text, model.device), cache)
+        prefill(model, [tokenizer(story.text).input_ids], cache)
         answers = [ask(model, tokenizer, cache, q.prompt, q.answer) for q in story.questions]
     assert sum(answer.is_right for answer in answers) >= 14
     assert patch.stats.sparse_steps == sum(answer.num_tokens for answer in answers)

@@ -1,6 +1,7 @@
-"""The wheel: built from the source distribution, complete, and at work in an environment that has no checkout."""
+"""What is built: the same bytes every time, complete, and at work in an environment that has no checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,15 +29,27 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def build(directory: Path, umask: int) -> dict[str, bytes]:
+    """The wheel and the sdist it is made from, built in a copy: nothing of an earlier build gets in."""
+    tree = directory / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*BUILD_LEFTOVERS), copy_function=shutil.copyfile)
+    command = f"umask {umask:03o}; SOURCE_DATE_EPOCH=1700000000 {sys.executable} tree/.ci/build.py dist"
+    run("bash", "-c", command, cwd=directory)
+    return {path.name: path.read_bytes() for path in (directory / "dist").iterdir()}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy, so that nothing of an earlier build gets in."""
     directory = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, directory / "tree", ignore=shutil.ignore_patterns(*BUILD_LEFTOVERS))
-    # By default `build` makes the wheel from the sdist it has just made: so the sdist is complete too.
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", directory, directory / "tree", cwd=directory)
-    (built,) = directory.glob("*.whl")
+    build(directory, umask=0o022)
+    (built,) = directory.glob("dist/*.whl")
     return built
+
+
+def test_whoever_builds_gets_the_same_bytes(wheel: Path, tmp_path: Path) -> None:
+    first = {path.name: path.read_bytes() for path in wheel.parent.iterdir()}
+    assert [name.rpartition(".")[2] for name in sorted(first)] == ["whl", "gz"]
+    assert build(tmp_path, umask=0o002) == first
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +65,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shipped() -> Iterator[str]:
     for folder, place in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*")):
-            # Raw answers (.xz) stay in the repository: a run can go on from them, a user of the wheel will not.
-            if path.is_file() and path.suffix not in (".pyc", ".xz") and not path.name.startswith("."):
+            # Raw answers (.xz) and pictures stay in the repository: for readers, not for users of the wheel.
+            if path.is_file() and path.suffix not in (".pyc", ".xz", ".png") and not path.name.startswith("."):
                 yield f"{place}/{path.relative_to(ROOT / folder).as_posix()}"
 
 
@@ -93,3 +106,11 @@ def test_the_wheel_is_what_runs(environment: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [("doctor",), DEMO], ids=" ".join)
 def test_commands_run_from_the_wheel(arguments: tuple[str, ...], environment: Path, tmp_path: Path) -> None:
     assert run(environment / "bin" / "sparsekv", *arguments, cwd=tmp_path)
+
+
+def test_the_readmes_quickstart_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    whole = next(block for block in blocks if block.startswith("import sparsekv"))
+    printed = run(environment / "bin" / "python", "-c", whole, cwd=tmp_path)
+    said, expected = printed.splitlines()[0].split(" | expected: ")
+    assert expected in said

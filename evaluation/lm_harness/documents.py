@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.tasks import Metric, Writer, make_task, score
+from sparsekv.evaluation.tasks import Metric, Writer, make_task, score, spread
 
 LENGTHS = (4096,)
 NUM_EXAMPLES = 64  # per length
@@ -43,13 +43,14 @@ def process_results(row: dict[str, Any], results: Sequence[str]) -> dict[str, fl
 
 def _rows(task_name: str, writer: Writer, length: int, num_examples: int, seed: int) -> Iterator[dict[str, Any]]:
     task = make_task(task_name)
-    per_document = min(task.num_questions, num_examples)
-    for start in range(0, num_examples, per_document):
-        document = task.write(writer, length, per_document, seed + start // per_document)
-        for question in document.questions[: num_examples - start]:
-            (turn,) = question.turns
+    for start in range(0, num_examples, task.num_questions):
+        seed_of_document = task.seed_of(seed, start // task.num_questions)
+        document = task.write(writer, length, task.num_questions, seed_of_document)
+        for number in spread(task.num_questions, num_examples - start):
+            (turn,) = document.questions[number].turns
             yield {
                 "input": document.text + turn.prompt,
+                "prompt_tokens": len(writer.encode(turn.prompt)),
                 "answers": list(turn.answers),
                 "target": turn.reference,
                 "metric": task.metric.value,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -40,7 +41,7 @@ class SparseLM(HFLM):
     Args:
         pretrained: a name on the hub, a folder, or a model.
         tail: tokens of each prompt's end that are decoded one by one. It should cover the question, and what a chat
-            template puts behind it.
+            template puts behind it. Our own tasks say how long their questions are: then it is at least that.
         device: default: the GPU if there is one.
         model_args: HFLM's own, and every setting of `SparseConfig`. `backend` is the latter's: no encoder-decoder can
             be patched.
@@ -55,7 +56,7 @@ class SparseLM(HFLM):
         config = _config(settings)
         if isinstance(tail, bool) or not isinstance(tail, int) or tail < 1:
             raise ConfigError(f"tail={tail!r} must be a whole number of tokens, at least 1.")
-        self.tail = tail
+        self.tail = self._least_tail = tail
         try:
             super().__init__(pretrained, backend="causal", device=device or str(choose_device("auto")), **model_args)
         except TypeError as error:
@@ -68,6 +69,7 @@ class SparseLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As HFLM's; then says what was read."""
+        self._cover_questions(requests)
         said: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         stats = self.patch.stats
         if self.rank == 0:
@@ -131,6 +133,16 @@ class SparseLM(HFLM):
             )
         return min(self.tail, shortest - 1)
 
+    def _cover_questions(self, requests: Sequence[Any]) -> None:
+        """A question whose beginning is left in the dense prefill has begun to collect its answer there."""
+        longest = max((_prompt_tokens(request) for request in requests), default=0)
+        self.tail = max(self._least_tail, longest)
+        if longest > self._least_tail:
+            warnings.warn(
+                f"The longest question has {longest} tokens, and tail={self._least_tail}: the last {longest} of each "
+                f"prompt are decoded. With a chat template, which puts more behind the question, give a larger tail."
+            )
+
     @property
     def _chooses(self) -> bool:
         return bool(self.patch.config.policy != "all")
@@ -144,6 +156,13 @@ class SparseLM(HFLM):
                 f"A prompt of {longest} tokens exceeds the budget, and yet no step was sparse:\n{self.patch}\n"
                 "Take another model or dense_layers, or policy=all if dense decoding is meant."
             )
+
+
+def _prompt_tokens(request: Any) -> int:
+    """Tokens of the question at a prompt's end, as far as its task tells them; 0: not known."""
+    doc = getattr(request, "doc", None)
+    count = doc.get("prompt_tokens") if isinstance(doc, dict) else None
+    return count if isinstance(count, int) else 0
 
 
 def _config(settings: dict[str, Any]) -> SparseConfig:

@@ -10,7 +10,7 @@
 from sparsekv.errors import UnknownNameError
 
 from . import long_output, needles, perplexity, ruler  # noqa: F401  (they register themselves)
-from .base import TASKS, Document, Metric, Question, Task, Turn, register
+from .base import TASKS, Document, Metric, Question, Task, Turn, register, spread
 from .files import FILE_TASKS, from_source
 from .scoring import score
 from .writer import Writer
@@ -27,6 +27,7 @@ __all__ = [
     "make_task",
     "register",
     "score",
+    "spread",
 ]
 
 
@@ -34,7 +35,7 @@ def make_task(name: str) -> Task:
     """The task called so: a name of the registry, or `longbench:SOURCE`, `ruler:SOURCE`, `perplexity:FILE`.
 
     SOURCE is a file of JSON lines, a subset of LongBench, or OWNER/NAME/CONFIG on the hub. Documents of such tasks
-    are counted: seed 0 is the first row or piece of text.
+    are the rows or pieces in their order: seed 0 of `write` is the first.
 
     Raises:
         UnknownNameError: there is none.

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .writer import Writer
 
 
+MOST_DOCUMENTS = 1 << 20  # of a task and length
+
+
 class Metric(Enum):
     """What is counted of an answer."""
 
@@ -91,9 +94,29 @@ class Task(ABC):
     def write(self, writer: Writer, num_tokens: int, num_questions: int, seed: int) -> Document:
         """A document of at most `num_tokens` tokens of the writer's tokenizer.
 
+        Args:
+            num_questions: another number makes another document, whose first questions are others too.
+
         Raises:
             ConfigError: its facts do not fit, or the tokenizer lacks words that they need.
         """
+
+    def seed_of(self, seed: int, number: int) -> int:
+        """The seed of a run's document: no two runs of different seeds share one. Documents that are read from a file
+        are counted instead, whatever the seed."""
+        return seed * MOST_DOCUMENTS + number
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the data that documents are made of; None: nothing but the arguments of `write`."""
+        return None
+
+
+def spread(num_questions: int, count: int) -> list[int]:
+    """Which of a document's questions are asked where fewer are wanted: spread evenly over all, as those for needles
+    are in the order of their depths."""
+    count = min(num_questions, count)
+    return [round(i * (num_questions - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 TASKS: Registry[Task] = Registry("task")

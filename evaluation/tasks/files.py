@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class Example:
 
 
 class RowTask(Task):
-    """Documents that are rows of a data set: the seed is the row's number, from 0.
+    """Documents that are rows of a data set, in its order: the seed is the row's number, from 0.
 
     Attributes:
         source: names the data in messages.
@@ -51,13 +53,21 @@ class RowTask(Task):
         if not 0 <= seed < len(self.examples):
             raise ConfigError(
                 f"{self.source} has {len(self.examples)} rows, and document {seed} (counted from 0) is none of them: "
-                f"ask for at most {len(self.examples)} (--examples), from the first one on (--seed 0)."
+                f"ask for at most {len(self.examples)} (--examples)."
             )
         example = self.examples[seed]
         text, count = self.context(writer, example, num_tokens)
         turn = Turn(example.question, example.answers, _room(writer, example.answers))
         writer.check(turn.prompt)
         return Document(text, (Question((turn,)),), count)
+
+    def seed_of(self, seed: int, number: int) -> int:
+        return number
+
+    @property
+    def sha256(self) -> str:
+        rows = [[example.context, example.question, example.answers] for example in self.examples]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @abstractmethod
     def context(self, writer: Writer, example: Example, num_tokens: int) -> tuple[str, int]:
@@ -91,11 +101,12 @@ class Ruler(RowTask):
         self.metric = metric
 
     def context(self, writer: Writer, example: Example, num_tokens: int) -> tuple[str, int]:
-        count = len(writer.check(example.context))
+        count, added = len(writer.check(example.context)), len(writer.prefix)
         if count > num_tokens:
             raise ConfigError(
-                f"{example.where} has {count} tokens of context, not at most {num_tokens}, and cutting it could take "
-                f"the answer away: ask for more (--lengths {count}), or make the data anew for this length."
+                f"{example.where} has {count + added} tokens of context, not at most {num_tokens + added}, and "
+                f"cutting it could take the answer away: ask for more (--lengths {count + added}), or make the data "
+                "anew for this length."
             )
         return example.context, count
 

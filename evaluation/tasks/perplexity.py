@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def begun(writer: Writer, text: str) -> Turn:
 
 class TextPerplexity(Task):
     """The perplexity of a text file: document i is its i-th piece, of the length asked for, and the 256 tokens after
-    it are scored."""
+    it are scored. The seed is the piece's number, from 0."""
 
     metric = Metric.PERPLEXITY
     num_questions = 1
@@ -84,12 +85,19 @@ class TextPerplexity(Task):
             raise ConfigError(
                 f"{self.path} has {len(ids)} tokens: {len(ids) // whole} pieces of {num_tokens} and the "
                 f"{SCORED_TOKENS} to be scored after each, with one question a piece. Ask for no more (--examples), "
-                "from the first on (--seed 0), or for shorter ones (--lengths)."
+                "or for shorter ones (--lengths)."
             )
         piece = ids[seed * whole : (seed + 1) * whole]
         before, scored = piece[:num_tokens], piece[num_tokens:]
         text, count = fitting(writer, num_tokens, lambda most: writer.tokenizer.decode(before[-most:]))
         return Document(text, (Question((begun(writer, writer.tokenizer.decode(scored)),)),), count)
+
+    def seed_of(self, seed: int, number: int) -> int:
+        return number
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def fitting(writer: Writer, num_tokens: int, cut: Callable[[int], str]) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from sparsekv.errors import ConfigError
 
 # LongBench on the hub is one archive of JSON lines, and a script, which `datasets` no longer runs.
 _ARCHIVES = {"longbench": "zip://data/{subset}.jsonl::hf://datasets/THUDM/LongBench/data.zip"}
+_SUFFIXES = (".json", ".jsonl")  # of files, whether they are there or not; names on the hub have dots, too
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
@@ -64,7 +65,7 @@ def rows_of(kind: str, source: str) -> list[Row]:
         ConfigError: there is no such file or data set, or it cannot be read.
     """
     path = Path(source)
-    if path.suffix or path.exists():
+    if path.exists() or path.suffix in _SUFFIXES:
         rows = list(_json_lines(path))
     elif kind in _ARCHIVES and "/" not in source:
         rows = _hub("json", f"{kind}:{source}", data_files=_ARCHIVES[kind].format(subset=source), split="train")

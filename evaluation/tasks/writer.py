@@ -40,6 +40,7 @@ class Writer:
     """Adapts the grammar to a tokenizer.
 
     Attributes:
+        prefix: tokens that the tokenizer puts before every text, as a BOS token; what it puts behind one is left out.
         spaced: whether all words and signs are separated by spaces, as a word-level tokenizer wants them; else text
             is written as people do.
     """
@@ -48,6 +49,7 @@ class Writer:
         self.tokenizer = tokenizer
         self._unknown = tokenizer.unk_token_id
         self._counts: dict[str, int] = {}
+        self.prefix = self._find_prefix()
         self.spaced = self._unknown is not None and self._unknown in self.encode(_PROBE)
 
     # -- tokens
@@ -72,6 +74,19 @@ class Writer:
                 "be asked: choose other tasks (--tasks), or a model whose tokenizer knows these words."
             )
         return ids
+
+    def document_ids(self, text: str) -> list[int]:
+        """Token ids of a whole document, as the model has learned to see one: `prefix` and text.
+
+        Raises:
+            ConfigError: the tokenizer lacks some of its words.
+        """
+        return [*self.prefix, *self.check(text)]
+
+    def _find_prefix(self) -> list[int]:
+        special = set(self.tokenizer.all_special_ids) - {self._unknown}
+        ids = self.tokenizer(_PROBE, verbose=False).input_ids
+        return list(itertools.takewhile(special.__contains__, ids))
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, after a space. What was counted once is remembered: prose repeats."""

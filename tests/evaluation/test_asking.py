@@ -109,3 +109,23 @@ def test_banned_tokens_are_never_said(loaded: Any) -> None:
         decode(model, cache, [row], mask, banned=likely.said[0])
         assert likely.said[0][0] not in row.said[0]
         assert len(row.said[0]) == 12
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_rows_without_finite_logits_are_told_so(wrong: float, loaded: Any) -> None:
+    """Those rows alone. A model may rule out single tokens with minus infinity."""
+    model = loaded[0]
+
+    def step(**inputs: Any) -> Any:
+        output = model(**inputs)
+        output.logits[:, -1, 7] = float("-inf")
+        if inputs["position_ids"][0, 0] == 4:
+            output.logits[1, -1] = wrong
+        return output
+
+    with sparsekv.patch(model, budget=128, recent=16) as patch:
+        cache = patch.new_cache()
+        mask = prefill(model, [[5, 6, 7], [7, 6, 5]], cache)
+        rows = [Row([PromptTurn([8], [0] * 3)], Metric.PREFIX, frozenset()) for _ in range(2)]
+        decode(step, cache, rows, mask)
+    assert [row.is_finite for row in rows] == [True, False]

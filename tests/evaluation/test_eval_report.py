@@ -14,13 +14,12 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from sparsekv.errors import ConfigError
-from sparsekv.evaluation.cells import Cell, cells, means
+from sparsekv.evaluation.cells import Cell, cells
 from sparsekv.evaluation.eval_attention import by_head
 from sparsekv.evaluation.eval_heatmaps import save_heatmaps
 from sparsekv.evaluation.eval_page import failures, write_report
 from sparsekv.evaluation.eval_plots import pareto
-from sparsekv.evaluation.eval_tables import readme_table, terminal_tables
+from sparsekv.evaluation.eval_tables import terminal_tables
 from sparsekv.evaluation.intervals import Estimate
 from sparsekv.evaluation.summary import Run
 
@@ -271,21 +270,6 @@ def test_terminal_tables_fit_and_show_every_task(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("variable") == 12
     assert "[red]task" in text
-
-
-def test_the_readmes_table_is_method_by_budget(tmp_path: Path) -> None:
-    run = Run.read(write_run(tmp_path))
-    table = readme_table(run)
-    mean = {(c.length, c.method, c.budget): c for c in means(cells(run))}
-    dense, quest = mean[16384, "dense", None], mean[16384, "quest", 1024]
-    assert row(table, "| method") == ["method", "256 tokens", "1,024 tokens"]
-    assert row(table, "| dense")[1:] == [f"{100 * dense.score.value:.1f} (100.0%)"] * 2  # type: ignore[union-attr]
-    told = f"{100 * quest.score.value:.1f} ({100 * quest.share:.1f}%)"  # type: ignore[union-attr, operator]
-    assert row(table, "| quest")[2] == told
-    assert "Mean of 2 tasks (needle, multi_key), 30 questions each" in table
-    assert readme_table(run, 4096) != table
-    with pytest.raises(ConfigError, match="4096, 16384"):
-        readme_table(run, 8192)
 
 
 def test_the_front_is_what_nothing_beats() -> None:

@@ -16,13 +16,14 @@ from transformers import GPT2Config
 from sparsekv import SparseConfig
 from sparsekv.cli import main
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation import generate_model, generate_speed, readme, speed
+from sparsekv.evaluation import generate_file, generate_model, generate_speed, readme, speed
 from sparsekv.evaluation.generate_clock import Clock, check_counts, parts
 from sparsekv.evaluation.generate_model import Subject
 from sparsekv.evaluation.generate_points import MODES, PRESETS, Options, Point, add_arguments, options_of, point
 from sparsekv.evaluation.generate_speed import Bench, compare, sweep
 from sparsekv.evaluation.generate_tables import notes, print_result
-from sparsekv.evaluation.report import circumstances, save_generate_plot
+from sparsekv.evaluation.report import circumstances
+from sparsekv.evaluation.speed_plots import memory_figure, split_figure, tokens_figure
 from sparsekv.evaluation.testbed import MODEL_DIR
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -203,7 +204,7 @@ def test_what_is_not_given_is_chosen_for_the_device() -> None:
         (["--quick", "--points", "1x1k"], "not allowed with"),
         (["--model", "x", "--geometry", "tiny"], "not allowed with"),
         (["--new-tokens", "0"], "at least 1"),
-        (["--dtype", "int8"], "invalid choice"),
+        (["--dtype", "int8"], "--dtype='int8' is not known"),
     ],
 )
 def test_options_that_cannot_be_read_exit_with_2(
@@ -233,7 +234,7 @@ def test_bad_options_are_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(Subject, "load", lambda *args: pytest.fail("loaded"))
     device = [] if "--device" in given else ["--device", "cpu"]
-    assert main(["bench", "generate", *device, *given]) == 1
+    assert main(["bench", "generate", *device, *given]) == (2 if "Did you mean" in message else 1)
     assert message in capsys.readouterr().err
 
 
@@ -253,6 +254,70 @@ def test_points_of_an_earlier_run_can_stay(tmp_path: Path) -> None:
     assert main([*command, "--points", "1x256", "--budget", "144"]) == 1
     with pytest.raises(ConfigError, match="--add adds to the result file in --out"):
         options(add=True)
+
+
+def added(tmp_path: Path, *arguments: str) -> int:
+    command = ["bench", "generate", "--device", "cpu", "--geometry", "tiny", "--modes", "sparse", "--budget", "128"]
+    given = {"--new-tokens": "8", **dict(zip(arguments[::2], arguments[1::2], strict=True))}
+    options = [word for pair in given.items() for word in pair]
+    return main([*command, *options, "--out", str(tmp_path), "--add"])
+
+
+def test_every_row_says_how_it_was_measured(tmp_path: Path) -> None:
+    """Also after another command has added to the file; of earlier files the last command alone is known."""
+    path = tmp_path / "generate_cpu.json"
+    assert added(tmp_path, "--points", "1x200") == 0
+    assert added(tmp_path, "--points", "1x256", "--modes", "default") == 0
+    result = json.loads(path.read_text())
+    first, second = (row["measured"] for row in result["rows"])
+    assert "1x200" in first["command"]
+    assert second["command"] == result["command"]
+    assert first.keys() == {"command", "date", "gpu", "torch"}
+    assert (result["settings"]["num_points"], result["settings"]["modes"]) == (2, ["sparse", "default"])
+    for row in result["rows"]:
+        del row["measured"]
+    for num_points, command in ((2, result["command"]), (1, None)):
+        result["settings"]["num_points"] = num_points
+        path.write_text(json.dumps(result))
+        assert added(tmp_path, "--points", "1x208") == 0
+        told = [row["measured"] and row["measured"]["command"] for row in json.loads(path.read_text())["rows"]]
+        assert told[0] == told[2] == command
+        assert "1x208" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--dtype": "bfloat16"}, "dtype 'torch.float32' there, 'torch.bfloat16' here"),
+        ({"--dense-layers": "0"}, "dense_layers 2 there, 0 here"),
+        ({"--new-tokens": "9"}, "new_tokens 8 there, 9 here"),
+        ({"--budget": "144"}, "budget 128 there, 144 here"),
+        ({"gpu": "a GPU"}, "gpu 'a GPU' there"),
+        ({"versions": {"torch": "1.0"}}, "torch '1.0' there"),
+        ({"settings": {}}, "is no file of this command"),
+        ({"rows": [3]}, "is no file of this command"),
+    ],
+    ids=str,
+)
+def test_rows_that_were_measured_otherwise_are_not_mixed(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "generate_cpu.json"
+    assert added(tmp_path, "--points", "1x200") == 0
+    options = [word for pair in changes.items() for word in pair if pair[0].startswith("--")]
+    content = json.loads(path.read_text()) | {k: v for k, v in changes.items() if not k.startswith("--")}
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert added(tmp_path, "--points", "1x256", *options) == 1
+    assert message in capsys.readouterr().err
+    assert json.loads(path.read_text()) == content
+
+
+def test_the_committed_file_can_be_added_to() -> None:
+    content = json.loads((readme.RESULTS / "generate_cuda.json").read_text())
+    assert set(generate_file.alike(content)) == {
+        "model", "dtype", "budget", "dense_layers", "new_tokens", "gpu", "torch"
+    }  # fmt: skip
 
 
 def test_learned_positions_must_hold_the_new_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,8 +395,9 @@ def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
 
 @pytest.mark.parametrize("rows", [made_rows(), made_rows()[:3], made_rows()[3:], made_rows()[4:], []], ids=len)
 def test_the_plot_is_drawn_from_whatever_was_measured(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    save_generate_plot(tmp_path / "plot.png", rows, {name: mode.label for name, mode in MODES.items()})
-    assert (tmp_path / "plot.png").stat().st_size > 3_000
+    for draw in (tokens_figure, split_figure, memory_figure):
+        draw(rows).savefig(tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 3_000
 
 
 def test_the_readme_can_show_the_figures_once_they_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

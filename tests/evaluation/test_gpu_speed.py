@@ -47,7 +47,7 @@ def check_of(where: Point) -> Check:
     ],
 )
 def test_floors_are_those_worked_out_for_an_h200(batch: int, context: int, sparse_us: float, dense_us: float) -> None:
-    (where,) = grid(["llama-3.1-8b"], [batch], [context], [2 * K])
+    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [batch], [context], [2 * K])
     h200 = Machine(CPU, 60 << 20, 4.39, 4.39)
     assert h200.floor_us(where.sparse_bytes) == pytest.approx(sparse_us, rel=0.02)
     assert h200.floor_us(where.dense_bytes) == pytest.approx(dense_us, rel=0.02)
@@ -62,7 +62,7 @@ def test_a_context_within_the_budget_is_read_in_full() -> None:
 
 
 def test_layers_reach_past_the_l2_cache_and_stay_within_memory() -> None:
-    (where,) = grid(["llama-3.1-8b"], [1], [128 * K], [2 * K])
+    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [1], [128 * K], [2 * K])
     l2, much = 60 << 20, 140 << 30
     assert where.num_layers(l2, much) * where.sparse_bytes >= 4 * l2
     assert where.num_layers(l2, 3 << 30) < where.num_layers(l2, much)
@@ -296,7 +296,7 @@ def test_options_are_refused_before_anything_is_measured(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert main(["bench", *options]) == 1
+    assert main(["bench", *options]) == (2 if "Did you mean" in message else 1)
     assert message in capsys.readouterr().err
 
 

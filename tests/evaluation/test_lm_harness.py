@@ -68,6 +68,15 @@ def test_prompts_are_documents_and_questions_of_the_lengths_asked_for() -> None:
 
 
 @needs_lm_eval
+def test_fewer_prompts_are_some_of_the_same_documents() -> None:
+    few, many = (documents.dataset("needle", pretrained=MODEL, lengths=512, num_examples=n)["test"] for n in (3, 11))
+    assert set(few["input"]) < set(many["input"])
+    assert len(few) == 3
+    other = documents.dataset("needle", pretrained=MODEL, lengths=512, num_examples=22, seed=1)["test"]
+    assert not set(many["input"]) & set(other["input"])
+
+
+@needs_lm_eval
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -173,6 +182,23 @@ def test_the_end_of_the_prompt_is_decoded_sparsely(num_prompts: int) -> None:
     assert lm.patch.stats.dense_passes == 1
     assert lm.patch.stats.dense_steps == 0
     assert lm.patch.stats.sparse_steps == 24 + 2  # the last answer's token is not decoded
+
+
+@needs_lm_eval
+def test_the_tail_covers_the_questions_of_our_tasks() -> None:
+    from lm_eval.api.instance import Instance
+
+    (doc, *_) = documents.dataset("multi_query", pretrained=MODEL, lengths=512, num_examples=1)["test"]
+    assert doc["prompt_tokens"] > 8
+    lm = make(tail=8, budget=128)
+    arguments = {"until": [], "max_gen_toks": 3}
+    with pytest.warns(UserWarning, match=rf"longest question has {doc['prompt_tokens']} tokens, and tail=8"):
+        lm.generate_until([Instance("generate_until", doc, (doc["input"], arguments), 0)])
+    assert lm.patch.stats.sparse_steps == doc["prompt_tokens"] + 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm.generate_until([Instance("generate_until", {}, (doc["input"], arguments), 0)])
+    assert lm.patch.stats.sparse_steps == doc["prompt_tokens"] + 2 + 8 + 2
 
 
 @needs_lm_eval

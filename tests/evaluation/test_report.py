@@ -11,7 +11,8 @@ from rich.console import Console
 
 from sparsekv.evaluation import readme
 from sparsekv.evaluation.gpu_tables import print_result
-from sparsekv.evaluation.report import circumstances, save_gpu_speed_plot, short, tokens
+from sparsekv.evaluation.report import circumstances, short, tokens
+from sparsekv.evaluation.speed_plots import accuracy_figure, parts_figure, step_figure
 
 
 @pytest.mark.parametrize(("text", "number"), [("4000", 4000), ("32k", 32768), ("1M", 1048576), ("2K", 2048)])
@@ -66,8 +67,17 @@ def test_after_checks_alone_there_is_no_table() -> None:
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[3:], [row(1, 4096, speedup=None)]], ids=len)
 def test_the_plot_is_drawn_from_whatever_was_measured(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    save_gpu_speed_plot(tmp_path / "plot.png", rows)
-    assert (tmp_path / "plot.png").stat().st_size > 3_000
+    for draw in (step_figure, parts_figure):
+        draw(rows).savefig(tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 3_000
+
+
+def test_accuracy_is_drawn_against_time() -> None:
+    rows = [row(1, 32768, budget=budget, sparse_us=float(budget)) for budget in (512, 4096, 1024)]
+    figure = accuracy_figure({512: 0.5, 1024: 0.9, 2048: 1.0}, rows, 1.0, "a title")
+    (ours, dense) = figure.axes[0].lines
+    assert ours.get_xydata().tolist() == [[512, 50], [1024, 90]]  # budgets that both know, in their order
+    assert dense.get_xydata().tolist() == [[38, 100]]
 
 
 def test_the_readme_can_show_the_gpus_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,55 @@ def test_a_folder_without_results_says_what_to_do(tmp_path: Path) -> None:
         Run.read(tmp_path)
 
 
+def test_answers_to_other_questions_are_no_pairs(tmp_path: Path) -> None:
+    """What is at the same place is the same question, or an error."""
+    ours = [line(1.0, question=q, expected=[["1"]]) for q in range(2)]
+    run = read(tmp_path, *ours, dense(0.0, expected=[["1"]]), dense(0.0, question=1, expected=[["2"]]))
+    assert [one["question"] for one in run.errors] == [1]
+    assert run.errors[0]["method"] == "quest"
+    assert "another question than others at this place, where [['2']] is expected" in run.errors[0]["error"]
+    found = only(run, method="quest")
+    assert (found.num_examples, found.num_errors) == (1, 1)
+
+
+def test_without_dense_the_first_answer_says_what_was_asked(tmp_path: Path) -> None:
+    lines = [line(None, expected=[["0"]], error="killed"), line(expected=[["1"]], budget=64)]
+    run = read(tmp_path, *lines, line(expected=[["2"]], budget=128))
+    assert [(one["budget"], one["error"][:15]) for one in run.errors] == [(256, "killed"), (128, "another questio")]
+
+
+def told(folder: Path, name: str = "manifest.json", **content: Any) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_other_programs_results_are_noted(tmp_path: Path) -> None:
+    told(tmp_path, model={"sha256": "a" * 64}, settings={})
+    told(tmp_path, "manifest-kvpress.json", model={"sha256": "a" * 64}, versions={"kvpress": "0.5.5", "torch": "2.8"})
+    told(tmp_path, "manifest-other.json", model={"sha256": "b" * 64})
+    notes = read(tmp_path, line()).notes
+    assert notes[0] == "manifest-kvpress.json: some results are of another program (kvpress 0.5.5, torch 2.8)."
+    assert notes[1] == "manifest-other.json: some results are of another program (its versions are not known)."
+    assert notes[2] == f"manifest-other.json: its weights ({'b' * 12}) are not those of this run ({'a' * 12})."
+    assert len(notes) == 3
+
+
+def test_parts_from_unlike_machines_are_noted(tmp_path: Path) -> None:
+    one, other = {"gpu": "H200", "versions": {"torch": "2.11"}}, {"gpu": None, "versions": {"torch": "2.13"}}
+    told(tmp_path, runs=[one, other, one], settings={})
+    assert read(tmp_path, line()).notes == (
+        "Parts of it were measured on different processors: H200, CPU.",
+        "Parts of it were measured with different versions of torch: 2.11, 2.13.",
+    )
+    told(tmp_path, runs=[one, one], settings={})
+    assert not Run.read(tmp_path).notes
+
+
+def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe{}\n")
+    with pytest.raises(ConfigError, match=r"results\.jsonl is no UTF-8 text"):
+        Run.read(tmp_path)
+
+
 def test_differences_to_dense_are_of_the_questions_that_both_answered(tmp_path: Path) -> None:
     ours = [line(0.0, document=d) for d in range(6)]
     theirs = [dense(1.0, document=d) for d in range(3)] + [dense(None, document=3, error="killed")]

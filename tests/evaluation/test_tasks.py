@@ -8,17 +8,19 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.asking import Row, decode, prefill, turns_of
-from sparsekv.evaluation.tasks import TASKS, Document, Metric, Writer, make_task, score
+from sparsekv.evaluation.tasks import TASKS, Document, Metric, Writer, make_task, score, spread
 
 LOOK_UPS = ("passkey", "needle", "multi_key", "multi_value", "multi_query", "variable_tracking")
 SERIES = ("chain", "table", "multi_turn")
-SCORED = [name for name in TASKS if name != "perplexity"]
+AGGREGATION = ("common_words", "frequent_words")
+LIKELIHOODS = ("perplexity",)
+SCORED = [name for name in TASKS if name not in LIKELIHOODS]
 
 
 def byte_level_bpe(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -67,8 +69,29 @@ def evidence_of(document: Document, number: int) -> str:
 
 
 def test_the_families_of_the_plan_are_registered() -> None:
-    aggregation = ("common_words", "frequent_words")
-    assert set(TASKS) == {*LOOK_UPS, *SERIES, *aggregation, "perplexity"}
+    assert set(TASKS) >= {*LOOK_UPS, *SERIES, *AGGREGATION, *LIKELIHOODS}
+
+
+def test_tasks_without_a_score_are_known() -> None:
+    found = {name for name in TASKS if make_task(name).metric is Metric.PERPLEXITY}
+    assert found == set(LIKELIHOODS), "a new task that is not scored belongs into LIKELIHOODS above"
+
+
+def test_questions_are_spread_over_a_document() -> None:
+    assert spread(11, 3) == [0, 5, 10]
+    assert spread(11, 4) == [0, 3, 7, 10]
+    assert spread(8, 1) == [0]
+    assert spread(2, 99) == [0, 1]
+    assert all(len(set(spread(n, count))) == count for n in range(1, 40) for count in range(1, n + 1))
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_seeds_share_no_document(task: str) -> None:
+    made = make_task(task)
+    seeds = [made.seed_of(seed, number) for seed in range(-2, 3) for number in range(1000)]
+    assert len(set(seeds)) == len(seeds)
+    assert made.seed_of(0, 7) == 7  # documents of runs that began before seeds were told apart
+    assert made.sha256 is None
 
 
 @pytest.mark.parametrize("task", list(TASKS))
@@ -251,6 +274,28 @@ def test_counts_are_those_of_the_tokenizer(writer: Writer) -> None:
     texts = [writer.render(text) for text in ("The fox slept .", "Cold rain .", "The fox slept .")]
     assert writer.count(texts) == [len(writer.encode(f" {text}")) for text in texts]
     assert writer.count([]) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("$A", []), ("<bos> $A", [0]), ("<bos> <sep> $A <eos>", [0, 1]), ("$A <eos>", []), ("$A <sep> <eos>", [])],
+)
+def test_a_document_begins_as_the_tokenizer_says(template: str, expected: list[int]) -> None:
+    signs = ["<bos>", "<sep>", "<eos>", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*signs, "goat"])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    numbered = [(sign, i) for i, sign in enumerate(signs)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=numbered)
+    names = {"bos_token": "<bos>", "sep_token": "<sep>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    writer = Writer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
+    assert writer.prefix == expected
+    assert writer.document_ids("goat goat") == [*expected, 4, 4]
+    assert writer.encode("goat") == [4]
+
+
+def test_the_testbeds_documents_begin_with_their_text(writers: dict[str, Writer]) -> None:
+    """Or the committed results would be of other documents."""
+    assert writers["spaced"].prefix == writers["natural"].prefix == []
 
 
 def test_unknown_words_are_named() -> None:

@@ -82,6 +82,23 @@ def test_more_documents_than_rows_are_refused(seed: int, writer: Writer) -> None
         written(LONGBENCH, writer, seed=seed)
 
 
+def test_rows_are_taken_in_order_whatever_the_seed() -> None:
+    assert [make_task(LONGBENCH).seed_of(seed, 2) for seed in (0, 1)] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["longbench", "perplexity"])
+def test_the_content_of_a_file_is_told_by_its_hash(kind: str, tmp_path: Path) -> None:
+    def sha256(**changes: Any) -> str | None:
+        row = {"input": "Who?", "context": "x", "answers": ["y"], **changes}
+        return make_task(f"{kind}:{lines(tmp_path / 'rows.jsonl', row)}").sha256
+
+    same = sha256()
+    assert same is not None
+    assert len(same) == 64
+    assert sha256() == same
+    assert len({same, sha256(context="z"), sha256(answers=["z"]), sha256(input="What?")}) == 4
+
+
 def test_other_measures_than_f1_are_refused(tmp_path: Path) -> None:
     row = {"input": "", "context": "x", "answers": ["x"], "dataset": "gov_report"}
     with pytest.raises(UnknownNameError, match=r"line 1.*'gov_report' is not known.*hotpotqa"):
@@ -132,6 +149,15 @@ def test_questions_about_texts_have_several_right_answers(writer: Writer) -> Non
 def test_a_context_that_would_have_to_be_cut_is_refused(writer: Writer) -> None:
     with pytest.raises(ConfigError, match=r"line 1 has \d+ tokens of context, not at most 200.*--lengths"):
         written(NIAH, writer, 200)
+
+
+def test_what_a_tokenizer_puts_before_a_text_counts(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length that the message asks for is then enough."""
+    needed = len(written(NIAH, writer).text) + 2
+    monkeypatch.setattr(writer, "prefix", [1, 1])
+    with pytest.raises(ConfigError, match=rf"has {needed} tokens of context, not at most 200.*--lengths {needed}\)"):
+        written(NIAH, writer, 200 - len(writer.prefix))
+    assert written(NIAH, writer, needed - len(writer.prefix)).text
 
 
 def test_rows_split_by_others_are_taken_by_task(writer: Writer, tmp_path: Path) -> None:
@@ -197,9 +223,11 @@ def test_data_of_the_hub_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     make_task("longbench:hotpotqa")
     make_task("ruler:somebody/ruler/4096")
+    make_task("ruler:somebody/ruler_v1.0")
     archive = "zip://data/hotpotqa.jsonl::hf://datasets/THUDM/LongBench/data.zip"
     assert asked[0] == ("json", {"data_files": archive, "split": "train"})
     assert asked[1] == ("somebody/ruler", "4096", {"split": "test"})
+    assert asked[2] == ("somebody/ruler_v1.0", {"split": "test"})
 
 
 def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 import sparsekv
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.answers import encode, prefill
+from sparsekv.evaluation.asking import prefill
 from sparsekv.evaluation.testbed import Story, make_story
 
 pytestmark = pytest.mark.gpu
@@ -28,10 +28,10 @@ def answers(model: Any, tokenizer: Any, told: list[Story], capture: bool = True,
     with sparsekv.patch(model, budget=BUDGET, **settings) as patch, torch.inference_mode():
         for story in told:
             cache = patch.new_cache()
-            prefill(model, encode(tokenizer, story.text, model.device), cache)
+            prefill(model, [tokenizer(story.text).input_ids], cache)
             for question in story.questions:
                 forward = model.get_compiled_call(None) if capture else model  # what generate's loop calls
-                ids = encode(tokenizer, question.prompt, model.device)[0].tolist()
+                ids = tokenizer(question.prompt).input_ids
                 wanted = len(tokenizer(question.answer, add_special_tokens=False).input_ids) + 1
                 said.append(answer(forward, cache.fork(), ids, wanted, model.device))
         if capture and model.device.type == "cuda":

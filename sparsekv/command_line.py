@@ -1,0 +1,152 @@
+"""What every command has in common: "did you mean", exit codes, and `--json`.
+
+Exit codes: 0, done; 1, an error, named on stderr; 2, a command line that is not understood; 130, interrupted. Output
+into a pipe that nobody reads any more (`| head`) is no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import torch
+
+from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError, did_you_mean
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = "exit codes: 0 done, 1 an error (named on stderr), 2 a misspelt command line, 130 interrupted"
+
+Run = Callable[[argparse.Namespace, str], int]  # options, the command as it was typed -> exit code
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers what it does not know in one line, with the nearest name that it knows.
+
+    The parsers of its subcommands are of this class too.
+    """
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As in argparse, but nothing is left over: a subcommand refuses its own unknown options."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        found, rest = super().parse_known_args(self._given, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+    def run(self, arguments: list[str], command: str) -> int:
+        """Runs what was asked for: `args.run` of the subcommand; returns its exit code.
+
+        Args:
+            command: as it was typed, for the records.
+        """
+        args = self.parse_args(arguments)
+        chosen: Run = args.run
+        return chosen(args, command)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line to stderr and exits with 2. A misspelt option explains everything else."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        unknown = next((name for name in self._long_options() if not any(k.startswith(name) for k in known)), None)
+        if unknown is not None:
+            message = f"There is no option {unknown}.{did_you_mean(unknown, known)}"
+        end = "" if message.endswith((".", "?")) else "."
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}{end} `{self.prog} --help` lists all.\n")
+
+    def _long_options(self) -> Iterable[str]:
+        """Of what was given, up to the subcommand's own."""
+        own = self._given
+        for i, argument in enumerate(own):
+            if argument == "--" or argument in self._command_names:
+                own = own[:i]
+                break
+        return [argument.partition("=")[0] for argument in own if argument.startswith("--") and " " not in argument]
+
+    @property
+    def _command_names(self) -> set[str]:
+        return {name for group in self._actions for name in _commands_of(group)}
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own check of `choices`, with a better message."""
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest).lower()
+            raise argparse.ArgumentError(None, str(UnknownNameError(name, value, action.choices)))
+
+
+def _commands_of(action: argparse.Action) -> Iterable[str]:
+    return action.choices or () if isinstance(action, argparse._SubParsersAction) else ()
+
+
+def run_to_exit_code(run: Callable[[], int], prog: str) -> int:
+    """Runs a command; what stops it becomes a line on stderr and an exit code."""
+    try:
+        return _flushed(run)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except (SparseKVError, OSError, torch.OutOfMemoryError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UnknownNameError) else EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _flushed(run: Callable[[], int]) -> int:
+    """Runs a command, and hears of a closed pipe now rather than when the interpreter ends."""
+    try:
+        code = run()
+    except SystemExit:  # --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """`--json`, for commands that `with_json` runs."""
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else to stdout")
+
+
+def with_json(measure: Callable[[argparse.Namespace, str], dict[str, Any]]) -> Run:
+    """The `run` of a command that prints what it finds, and with `--json` returns it to stdout.
+
+    Args:
+        measure: does the work and prints for people; with `--json` that goes to stderr. Returns what goes into JSON.
+    """
+
+    def run(args: argparse.Namespace, command: str) -> int:
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            content = measure(args, command)
+        if args.json:
+            print(json.dumps(content, indent=1))
+        return EXIT_OK
+
+    return run
+
+
+def read_text(option: str, path: str) -> str:
+    """The content of a UTF-8 text file; `-` is standard input.
+
+    Raises:
+        ConfigError: it cannot be read, or holds nothing.
+    """
+    try:
+        if path == "-":
+            text = sys.stdin.read()
+        else:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option} {path} is no UTF-8 text ({error}): convert it first.") from error
+    if not text.strip():
+        raise ConfigError(f"{option} {path} is empty.")
+    return text

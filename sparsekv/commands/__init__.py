@@ -1,0 +1,1 @@
+"""Commands that work with a model of the user's own: generate and chat."""
