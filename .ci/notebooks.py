@@ -79,7 +79,10 @@ def _environment(profile: str, spare: Path) -> dict[str, str]:
     """Nothing is fetched, drawn to a screen, or left in the home."""
     ours = {name: str(spare / name.lower()) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
     ours |= {PROFILE: profile, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    ours |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    ours |= {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore:IProgress not found,ignore:TensorFloat32 tensor cores",
+    }
     return {**os.environ, **ours}
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsekv.evaluation.eval_command import main
+from sparsekv.evaluation.accuracy.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,7 +23,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.testing.timing import synchronize
 
 from . import testbed
-from .asking import PromptTurn, Row, decode, prefill
+from .accuracy.asking import PromptTurn, Row, decode, prefill
 from .pages_plot import PageTrace, pages_figure
 from .report import choose_device, new_console, positive, result, save_json
 from .tasks import Metric
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     _check(context, Path(args.out))
     console = new_console()
     device = choose_device(args.device)
-    model, tokenizer = testbed.load(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    model, tokenizer = testbed.load(device)
     story = make_story(context, TASKS, num_questions, args.seed)
     with _progress(console) as progress:
         methods, trace = _compare(model, tokenizer, story, progress)

@@ -22,11 +22,11 @@ from transformers.cache_utils import Cache
 from sparsekv import PagedCache
 from sparsekv.errors import ConfigError, UnknownNameError
 
-from . import asking, session
-from .eval_options import TESTBED, RunOptions
+from .accuracy import asking, session
+from .accuracy.options import TESTBED, RunOptions
+from .accuracy.summary import Run
 from .pages_plot import PageTrace
 from .report import BLUE, RED, new_figure, short
-from .summary import Run
 from .tasks import Document, Metric, Question, Writer, score
 
 PROFILE = "SPARSEKV_NOTEBOOK_PROFILE"

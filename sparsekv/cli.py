@@ -32,7 +32,7 @@ def _spelt_out(arguments: list[str]) -> list[str]:
     """`sparsekv bench OPTIONS` is short for `sparsekv bench attention OPTIONS`, as is `eval` for `eval run`."""
     rest = arguments[1:]
     if arguments[:1] == ["eval"]:
-        from sparsekv.evaluation.eval_command import spelt_out
+        from sparsekv.evaluation.accuracy.command import spelt_out
 
         return ["eval", *spelt_out(rest)]
     if arguments[:1] == ["lm-eval"]:
@@ -110,7 +110,7 @@ def _add_chat(commands: Any) -> None:
 
 
 def _add_eval(commands: Any) -> None:
-    from sparsekv.evaluation import eval_command
+    from sparsekv.evaluation.accuracy import command as eval_command
 
     parser = commands.add_parser(
         "eval",

@@ -14,7 +14,8 @@ from sparsekv.cache import PagedLayer
 from sparsekv.cli import _spelt_out, main
 from sparsekv.command_line import Parser, run_to_exit_code
 from sparsekv.errors import ConfigError, UnknownNameError
-from sparsekv.evaluation import eval_command, speed
+from sparsekv.evaluation import speed
+from sparsekv.evaluation.accuracy import command as eval_command
 from sparsekv.evaluation.report import PipeConsole
 from sparsekv.evaluation.testbed import MODEL_DIR
 

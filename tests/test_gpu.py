@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsekv
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.asking import prefill
+from sparsekv.evaluation.accuracy.asking import prefill
 from sparsekv.evaluation.demo import ask
 
 pytestmark = pytest.mark.gpu

@@ -110,7 +110,7 @@ def test_commands_run_from_the_wheel(arguments: tuple[str, ...], environment: Pa
 
 def test_the_readmes_quickstart_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    whole = next(block for block in blocks if block.startswith("import sparsekv"))
+    whole = next(block for block in blocks if "testbed.load" in block)
     printed = run(environment / "bin" / "python", "-c", whole, cwd=tmp_path)
     said, expected = printed.splitlines()[0].split(" | expected: ")
     assert expected in said

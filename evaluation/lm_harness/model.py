@@ -21,7 +21,7 @@ from torch import Tensor
 import sparsekv
 from sparsekv import DIGESTS, POLICIES, PagedCache, Patch, SparseConfig
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation.asking import prefill, stepper
+from sparsekv.evaluation.accuracy.asking import prefill, stepper
 from sparsekv.evaluation.report import choose_device
 
 from .command import NAME

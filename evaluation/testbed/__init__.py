@@ -26,14 +26,22 @@ UNLEARNED: frozenset[str] = frozenset()
 
 
 def load(
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Returns the trained model, ready for inference, and its tokenizer, from this folder alone."""
+    """The trained model, ready for inference, and its tokenizer, from this folder alone.
+
+    Args:
+        dtype: of the weights; None: bfloat16 on a GPU, else float32.
+
+    Raises:
+        FileNotFoundError: the weights are missing.
+    """
     if not (MODEL_DIR / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"the testbed's weights are missing from {MODEL_DIR}: restore model.safetensors from the "
             "repository, or train it anew with `python -m evaluation.testbed.train`"
         )
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype, local_files_only=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_DIR, local_files_only=True)
     return model.to(device).eval(), tokenizer

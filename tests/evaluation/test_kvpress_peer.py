@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from sparsekv.cli import main
 from sparsekv.evaluation import kvpress_peer, testbed
+from sparsekv.evaluation.accuracy.manifest import model_hash
+from sparsekv.evaluation.accuracy.results import Key, read_lines
+from sparsekv.evaluation.accuracy.summary import Run
 from sparsekv.evaluation.kvpress_peer import InputError, Peer
-from sparsekv.evaluation.manifest import model_hash
-from sparsekv.evaluation.results import Key, read_lines
-from sparsekv.evaluation.summary import Run
 from sparsekv.evaluation.tasks import Metric, score
 
 SCRIPT = Path(kvpress_peer.__file__)

@@ -7,7 +7,7 @@ import pytest
 import sparsekv
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import notebook
-from sparsekv.evaluation.eval_options import RunOptions
+from sparsekv.evaluation.accuracy.options import RunOptions
 from sparsekv.evaluation.pages_plot import pages_figure
 from sparsekv.evaluation.tasks import Writer, make_task
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.asking import Row, decode, prefill, turns_of
+from sparsekv.evaluation.accuracy.asking import Row, decode, prefill, turns_of
 from sparsekv.evaluation.tasks import TASKS, Document, Metric, Writer, make_task, score, spread
 
 LOOK_UPS = ("passkey", "needle", "multi_key", "multi_value", "multi_query", "variable_tracking")

@@ -9,7 +9,7 @@ import torch
 
 import sparsekv
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.asking import prefill
+from sparsekv.evaluation.accuracy.asking import prefill
 from sparsekv.evaluation.testbed import Story, make_story
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,1 @@
+"""How many answers survive a method and a budget, and what was read for them: `sparsekv eval`."""

@@ -1,0 +1,207 @@
+"""What a run of the accuracy harness covers: options, from flags or a file, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sparsekv import SparseConfig
+from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation.report import positive, tokens
+from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
+
+from .methods import METHODS, Method, method, pairs
+
+TESTBED = "testbed"
+AUTO, DTYPES = "auto", ("float32", "bfloat16", "float16")
+_LISTS = {"tasks": str, "methods": str, "budgets": int, "lengths": int}
+_TEXTS, _COUNTS, _FLAGS = ("model", "device"), ("num_examples", "batch_tokens", "batch_rows"), ("probe",)
+QUICK = {
+    "lengths": (2048,),
+    "budgets": (128, 512),
+    "num_examples": 4,
+    "tasks": ("needle", "multi_key", "variable_tracking", "multi_turn", "perplexity"),
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to measure.
+
+    Args:
+        model: id on the hub, a folder, or `testbed`.
+        tasks, methods: names.
+        lengths: tokens of a document.
+        budgets: tokens read per kv head; one too small for what is always read is an error.
+        num_examples: questions per task, length, method and budget, at least (whole documents).
+        seed: another one writes other documents.
+        page_size, dense_layers, sinks, recent: of the patch.
+        probe: whether to measure attention mass on a few steps.
+        batch_tokens, batch_rows: most tokens of documents, and most questions, at once.
+
+    Raises:
+        ConfigError, UnknownNameError: a value is not allowed.
+    """
+
+    model: str = TESTBED
+    tasks: tuple[str, ...] = tuple(TASKS)
+    methods: tuple[str, ...] = ("dense", "quest", "recent", "oracle", "random")
+    budgets: tuple[int, ...] = (256, 1024)
+    lengths: tuple[int, ...] = (4096,)
+    num_examples: int = 32
+    seed: int = 0
+    page_size: int = 16
+    dense_layers: int = 2
+    sinks: int = 4
+    recent: int = 64
+    probe: bool = True
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_tokens: int | None = None
+    batch_rows: int = 256
+
+    def __post_init__(self) -> None:
+        for name, kind in _LISTS.items():
+            object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
+        self._check_single_values()
+        for name in self.tasks:
+            make_task(name)
+        for found, budget in self.cells:
+            found.config(self.base, budget)
+
+    def _check_single_values(self) -> None:
+        for name in _TEXTS:
+            _check(name, getattr(self, name), isinstance(getattr(self, name), str), "a text")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            is_left_out = name == "batch_tokens" and value is None
+            _check(name, value, is_left_out or (_is_int(value) and value >= 1), "a whole number, at least 1")
+        for name in _FLAGS:
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
+        _check("seed", self.seed, _is_int(self.seed), "a whole number")
+        _check("dtype", self.dtype, self.dtype in (AUTO, *DTYPES), f"one of {', '.join((AUTO, *DTYPES))}")
+
+    @property
+    def base(self) -> SparseConfig:
+        """The settings that all methods share."""
+        budget = max(self.budgets)
+        forced = SparseConfig(
+            budget=1 << 30, page_size=self.page_size, sinks=self.sinks, recent=self.recent,
+            dense_layers=self.dense_layers,
+        )  # fmt: skip
+        return forced.with_(budget=max(budget, forced.forced_pages * self.page_size))
+
+    @property
+    def cells(self) -> list[tuple[Method, int | None]]:
+        """Every method at every budget; dense has none."""
+        found = [method(name) for name in self.methods]
+        return [(m, b) for m in found for b in ((None,) if m.is_dense else self.budgets)]
+
+    def settings(self) -> dict[str, Any]:
+        """For the manifest: what the results depend on."""
+        hidden = ("model", "device", "batch_tokens", "batch_rows", "probe")
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def _listed(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """A setting of several values, without repetitions."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(x, kind) and type(x) is not bool for x in value):
+        what = "names" if kind is str else "whole numbers"
+        raise ConfigError(f"{name}={value!r} is not allowed: a list of {what}.")
+    if not value:
+        raise ConfigError(f"{name} is empty: name at least one.")
+    if kind is int and min(value) < 1:
+        raise ConfigError(f"{name}={min(value)} is not allowed: at least 1.")
+    return tuple(dict.fromkeys(value))
+
+
+def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise ConfigError(f"{name}={value!r} is not allowed: {allowed}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sparsekv eval run`; what is left out comes from `--config`, then from the defaults."""
+    known = RunOptions()
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="folder of the run; one that is there already is gone on with")
+    add("--config", metavar="FILE", help="YAML or JSON with any of these options (new_name for --new-name)")
+    add("--model", metavar="M", help="id on the hub, a folder, or testbed (default: the small model that ships)")
+    files = ", ".join(f"{kind}:FILE" for kind in FILE_TASKS)
+    add("--tasks", nargs="+", metavar="T", help=f"{', '.join(TASKS)}; {files} (default: all that need no file)")
+    add(
+        "--methods", nargs="+", metavar="M",
+        help=f"{', '.join(METHODS)}; DIGEST/POLICY: {', '.join(pairs())} (default: {' '.join(known.methods)})",
+    )  # fmt: skip
+    add("--budgets", nargs="+", type=tokens, metavar="TOKENS", help="read per kv head (default 256 1024)")
+    add("--lengths", nargs="+", type=tokens, metavar="TOKENS", help="of a document, 32k or 32768 (default 4k)")
+    add("--examples", dest="num_examples", type=positive, metavar="N", help="questions per cell (default 32)")
+    add("--seed", type=int, help="another number writes other documents (default 0)")
+    add("--page-size", type=positive, metavar="TOKENS", help="tokens per page (default 16)")
+    add("--dense-layers", type=int, metavar="N", help="the first so many layers read everything (default 2)")
+    add("--sinks", type=int, metavar="TOKENS", help="first tokens that are always read (default 4)")
+    add(
+        "--recent", type=int, metavar="TOKENS",
+        help="last tokens that are always read; at most a quarter of the budget (default 64)",
+    )  # fmt: skip
+    add("--no-probe", dest="probe", action="store_false", default=None, help="do not measure attention mass")
+    add("--device", help="cpu, cuda or auto (default: cuda if there is one)")
+    add("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
+    add("--batch-tokens", type=tokens, metavar="N", help="tokens of documents at once (default: by the device)")
+    add("--batch-rows", type=positive, metavar="N", help=f"questions at once (default {known.batch_rows})")
+    add("--quick", action="store_true", help="a few examples of a few tasks at 2k: a minute or two on two cores")
+
+
+def options_of(args: argparse.Namespace) -> RunOptions:
+    """Flags over `--config` over `--quick` over the defaults.
+
+    Raises:
+        ConfigError, UnknownNameError: a value is not allowed, or the file cannot be used.
+    """
+    known = {f.name for f in fields(RunOptions)}
+    given: dict[str, Any] = dict(QUICK) if args.quick else {}
+    given |= _from_file(Path(args.config), known) if args.config else {}
+    given |= {name: value for name, value in vars(args).items() if name in known and value is not None}
+    settled: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+    return RunOptions(**settled)
+
+
+def _from_file(path: Path, known: set[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config: {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} must hold names and values, as `tasks: [needle, passkey]`.")
+    for name in content:
+        if name not in known:
+            # Not as it is: the command line is right, so the exit code is not that of a misspelt one.
+            raise ConfigError(str(UnknownNameError(f"{path}: option", name, known)))
+    return {name: _as_tokens(name, value) for name, value in content.items()}
+
+
+def _as_tokens(name: str, value: Any) -> Any:
+    """Lists stay lists, single values of lists become one; `32k` is a number."""
+    if name == "batch_tokens":
+        return None if value is None else _number_of_tokens(name, value)
+    if name not in _LISTS:
+        return value
+    values: Sequence[Any] = value if isinstance(value, list) else [value]
+    return list(values) if _LISTS[name] is str else [_number_of_tokens(name, x) for x in values]
+
+
+def _number_of_tokens(name: str, value: object) -> int:
+    try:
+        return tokens(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{name}: {error}") from error

@@ -1,0 +1,233 @@
+"""Measures how many answers survive: every document prefilled once, every question decoded by every method.
+
+All methods of a digest go on from the same prefilled pages (`PagedCache.fork`), so they differ in nothing but what
+they read. Under `accelerate launch` each process takes its share of the documents, and writes a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+import sparsekv
+from sparsekv import PagedCache, Patch
+from sparsekv.errors import ConfigError
+from sparsekv.evaluation.tasks import Document, Metric, Task, Writer, make_task, score
+
+from .asking import Row, decode, prefill, stepper, stop_ids, turns_of
+from .counters import Counters, layers_not_sparse
+from .manifest import check_manifest, describe, save_manifest
+from .options import RunOptions
+from .plan import Batch, Cell, Plan, Share, grouped
+from .probes import Probe
+from .results import Key, Line, LineFile, finished
+
+_BATCH_TOKENS_ON_GPU, _BATCH_TOKENS = 1 << 20, 1 << 15
+_NOT_FINITE = "the model gave logits that are not finite (NaN or infinite), so what was said is no answer"
+
+
+class Runner:
+    """A model, and what is to be asked of it.
+
+    Args:
+        model, tokenizer: of transformers; the model is patched while it runs.
+        folder: of the run. What it holds already is not measured again.
+
+    Raises:
+        ConfigError: a length is beyond the model's context, or the folder holds another run.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, options: RunOptions, folder: Path, command: str,
+        share: Share | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.options, self.folder = model, options, folder
+        self.share = share or Share.from_environment()
+        self.writer = Writer(tokenizer)
+        self.tasks = {task: make_task(task) for task in options.tasks}
+        self._check_lengths()
+        self.stop_ids = stop_ids(model, tokenizer)
+        on_gpu = model.device.type == "cuda"
+        batch_tokens = options.batch_tokens or (_BATCH_TOKENS_ON_GPU if on_gpu else _BATCH_TOKENS)
+        self.plan = Plan(options, self.tasks, self.share, batch_tokens)
+        self._done: Mapping[Key, Line] = {}
+        self._expected: dict[Any, Any] = {}
+        self._manifest = describe(name, model, self.writer.prefix, options.settings(), self.tasks, command)
+        self._save_manifest()
+        self._results = LineFile(folder / f"results{self.share.suffix}.jsonl")
+        self._probes = LineFile(folder / f"probes{self.share.suffix}.jsonl")
+
+    def run(self, console: Console) -> tuple[int, int]:
+        """Measures what is missing; returns how many lines were written, and how many of them are errors.
+
+        Raises:
+            ConfigError: what the folder holds was asked about other documents, or is no result.
+        """
+        self._done = finished(self.folder)
+        self._expected = {key.place: line.get("expected") for key, line in self._done.items()}
+        batches = self.plan.missing(self._done)
+        total = sum(len(self.plan.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)
+        written = failed = 0
+        with _progress(console) as progress:
+            bar = progress.add_task("questions", total=total)
+            for batch in batches:
+                progress.update(bar, description=f"{batch.task}, {batch.length:,} tokens")
+                for lines in self._measure(batch):
+                    self._results.add(lines)
+                    written += len(lines)
+                    failed += sum(line["error"] is not None for line in lines)
+                    progress.advance(bar, len(lines))
+        return written, failed
+
+    def document(self, name: str, length: int, number: int) -> Document:
+        """The document of a task, with all its questions.
+
+        Raises:
+            ConfigError: it cannot be written for this tokenizer and length.
+        """
+        task, room = self.tasks[name], length - len(self.writer.prefix)
+        return task.write(self.writer, room, task.num_questions, task.seed_of(self.options.seed, number))
+
+    # -- how it is done
+
+    def _measure(self, batch: Batch) -> Iterator[list[Line]]:
+        """The lines of a batch, cell by cell."""
+        documents = [self.document(batch.task, batch.length, number) for number in batch.numbers]
+        ids = [self.writer.document_ids(document.text) for document in documents]
+        self._check_same(batch, documents)
+        self._check_room(batch, documents, ids)
+        default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
+        for digest, cells in grouped(batch.cells, lambda cell: cell[0].digest or default):
+            base = self.options.base.with_(digest=digest)
+            with sparsekv.patch(self.model, base) as patch:
+                cache = patch.new_cache()
+                mask = prefill(self.model, ids, cache)
+                self._tell_of_layers(patch)
+                for cell in cells:
+                    yield self._decode(batch, documents, patch, cache, mask, cell)
+                del cache
+
+    def _decode(
+        self, batch: Batch, documents: Sequence[Document], patch: Patch, cache: PagedCache, mask: Tensor, cell: Cell
+    ) -> list[Line]:
+        (method, budget), task = cell, self.tasks[batch.task]
+        places = self.plan.questions(batch, cell, self._done)
+        rows = [self._row(task, documents[d], q) for d, q in places]
+        of_rows = torch.tensor([d for d, _ in places])
+        fork = cache.fork(method.config(cache.config, budget))
+        fork.batch_select_indices(of_rows)
+        counters = Counters(fork)
+        mask = mask[of_rows.to(mask.device)]
+        longest = max(row.longest for row in rows)
+        probe = self._probe(batch, fork, budget, longest)
+        step = patch.model if probe is not None else stepper(patch, longest)
+        look = None if probe is None else probe.before_step
+        num_steps = decode(step, fork, rows, mask, look, () if task.stops else sorted(self.stop_ids))
+        if probe is not None:
+            identity = {"task": batch.task, "length": batch.length, "method": method.name, "budget": budget}
+            self._probes.add({**identity, **line} for line in probe.lines())
+        counted = counters.counts(num_steps, len(rows))
+        error = counters.error(num_steps, int(mask.sum(1).max()))
+        errors = [error or (None if row.is_finite else _NOT_FINITE) for row in rows]
+        return [
+            {
+                **vars(batch.key(cell, batch.numbers[d], q)),
+                **self._outcome(task, documents[d], q, row, wrong),
+                **counted,
+                "error": wrong,
+            }
+            for (d, q), row, wrong in zip(places, rows, errors, strict=True)
+        ]
+
+    def _row(self, task: Task, document: Document, number: int) -> Row:
+        turns = turns_of(document.questions[number], self.writer.encode)
+        return Row(turns, task.metric, self.stop_ids if task.stops else frozenset())
+
+    def _outcome(self, task: Task, document: Document, number: int, row: Row, error: str | None) -> Line:
+        question = document.questions[number]
+        said = [self.writer.tokenizer.decode(ids) for ids in row.said]
+        expected = _expected(document, number)
+        scored = task.metric is not Metric.PERPLEXITY and error is None
+        return {
+            "score": score(task.metric, said, expected) if scored else None,
+            "nll": row.nll / row.num_scored if row.num_scored and error is None else None,
+            "num_scored": row.num_scored or None,
+            "said": said,
+            "expected": expected,
+            "num_tokens": row.num_tokens,
+            "details": question.details,
+        }
+
+    def _probe(self, batch: Batch, cache: PagedCache, budget: int | None, num_steps: int) -> Probe | None:
+        """Of the first documents of a task and length only. An observed cache decodes eagerly."""
+        if not self.options.probe or budget is None or batch.numbers[0] != self.share.rank:
+            return None
+        probe = Probe(num_steps)
+        cache.observers.append(probe)
+        return probe
+
+    # -- checks and circumstances
+
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the model was made for."""
+        found: int | None = getattr(sparsekv.hf.support.text_config(self.model), "max_position_embeddings", None)
+        return found
+
+    def _check_lengths(self) -> None:
+        longest = max(self.options.lengths)
+        if self._context is not None and longest > self._context:
+            raise ConfigError(f"--lengths {longest} is beyond the model's context of {self._context} tokens.")
+
+    def _check_room(self, batch: Batch, documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
+        """What is asked and answered must fit into the model's context too."""
+        task = self.tasks[batch.task]
+        needed = max(
+            len(text) + self._row(task, document, q).longest
+            for document, text in zip(documents, ids, strict=True)
+            for q in self.plan.asked(batch.task)
+        )
+        if self._context is not None and needed > self._context:
+            raise ConfigError(
+                f"{batch.task} at --lengths {batch.length} needs {needed} tokens with its questions and answers, and "
+                f"the model's context is {self._context}: ask for shorter documents. What was finished is kept."
+            )
+
+    def _check_same(self, batch: Batch, documents: Sequence[Document]) -> None:
+        """What the folder holds was asked about the same documents."""
+        for number, document in zip(batch.numbers, documents, strict=True):
+            for q in self.plan.asked(batch.task):
+                place, expected = (batch.task, batch.length, number, q), _expected(document, q)
+                if self._expected.get(place, expected) != expected:
+                    raise ConfigError(
+                        f"{self.folder} has answers to question {q} about document {number} of {batch.task} at "
+                        f"{batch.length} tokens, but expected {self._expected[place]!r}, and it is now {expected!r}: "
+                        "its documents were written otherwise. Choose another --out."
+                    )
+
+    def _save_manifest(self) -> None:
+        """Every process looks whether it may go on; one writes."""
+        (save_manifest if self.share.rank == 0 else check_manifest)(self.folder, self._manifest)
+
+    def _tell_of_layers(self, patch: Patch) -> None:
+        """Which layers choose no pages is known when they were used."""
+        found = layers_not_sparse(patch.layers, patch.config)
+        if self._manifest.get("layers_not_sparse") != found:
+            self._manifest["layers_not_sparse"] = found
+            self._save_manifest()
+
+
+def _expected(document: Document, number: int) -> list[list[str]]:
+    """The right answers to a question, by turn."""
+    return [list(turn.answers) for turn in document.questions[number].turns]
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

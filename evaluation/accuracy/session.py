@@ -1,0 +1,106 @@
+"""A run from its options to its files: loads the model, measures what is missing, says what was written.
+
+model, tokenizer = session.load(RunOptions(model="testbed"))
+session.run(RunOptions(tasks=("needle",)), Path("run"), "the command", console)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsekv.errors import ConfigError, SparseKVError
+from sparsekv.evaluation import testbed
+from sparsekv.evaluation.report import choose_device
+from sparsekv.evaluation.tasks import Question
+
+from .asking import turns_of
+from .options import AUTO, TESTBED, RunOptions
+from .results import Line
+from .runner import Runner
+
+
+def load(options: RunOptions) -> tuple[Any, Any]:
+    """The model and its tokenizer.
+
+    Raises:
+        ConfigError: there is no such model or device.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    wanted = f"cuda:{local}" if local and options.device == "auto" and torch.cuda.is_available() else options.device
+    device = choose_device(wanted)
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = auto if options.dtype == AUTO else getattr(torch, options.dtype)
+    if options.model == TESTBED:
+        return testbed.load(device, dtype)
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {options.model}: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def run(options: RunOptions, folder: Path, command: str, console: Console) -> int:
+    """Loads the model and measures; returns the number of answers that are errors.
+
+    Raises:
+        SparseKVError: bad input, and nothing was changed; or the disk is full, and nothing is lost.
+    """
+    model, tokenizer = load(options)
+    runner = Runner(model, tokenizer, options.model, options, folder, command)
+    try:
+        written, failed = runner.run(console)
+    except OSError as error:
+        raise SparseKVError(f"{error}. What was finished is in {folder}; the same command goes on.") from error
+    console.print(f"{written} answers written to {folder}")
+    if failed:
+        console.print(f"[red]{failed} of them are errors: the counters contradict the method (see 'error')[/red]")
+    return failed
+
+
+def export(options: RunOptions, folder: Path, command: str) -> Path:
+    """Writes `examples.jsonl`, a line per document, in tokens: for programs that cannot import sparsekv.
+
+    Raises:
+        ConfigError: bad input.
+    """
+    model, tokenizer = load(options)
+    runner = Runner(model, tokenizer, options.model, options, folder, command)
+    path = folder / "examples.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for name in runner.tasks:
+            for length in options.lengths:
+                for number in runner.plan.documents(name):
+                    file.write(json.dumps(_example(runner, name, length, number)) + "\n")
+    return path
+
+
+def _example(runner: Runner, name: str, length: int, number: int) -> Line:
+    """A document and its questions in tokens."""
+    task, document = runner.tasks[name], runner.document(name, length, number)
+    return {
+        "task": name,
+        "length": length,
+        "document": number,
+        "metric": task.metric.value,
+        "stops": task.stops,
+        "eos_token_id": sorted(runner.stop_ids),
+        "document_ids": runner.writer.document_ids(document.text),
+        "questions": [_asked(runner, document.questions[q], q) for q in runner.plan.asked(name)],
+    }
+
+
+def _asked(runner: Runner, question: Question, number: int) -> Line:
+    turns = [
+        {"prompt_ids": t.prompt, "reference_ids": t.reference, "answers": list(turn.answers)}
+        for t, turn in zip(turns_of(question, runner.writer.encode), question.turns, strict=True)
+    ]
+    return {"question": number, "turns": turns, "details": question.details}

@@ -1,0 +1,295 @@
+"""How long a token of `model.generate` takes, sparse beside the unpatched model, on the same prompts in one run.
+
+Every mode generates greedily from the same random tokens. The device is waited for at three tokens only (the first,
+one past capture and warm-up, the last), so a token takes what it takes without a clock. The counters must say that
+the sparse path ran, and on a GPU that captured steps were replayed; else no speed is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+import sparsekv
+from sparsekv import Patch
+from sparsekv.evaluation.report import choose_device, new_console, result, save_json
+from sparsekv.testing.timing import synchronize
+
+from .generate_clock import Clock, Counts, check_counts, split_ms
+from .generate_file import measured, rows_to_add_to
+from .generate_model import GEOMETRIES, Subject
+from .generate_points import CAPTURED, DTYPES, LEAST_NEW_TOKENS, MODES, Options, Point, options_of
+from .generate_tables import line, print_result
+from .plots import tokens_figure
+
+Row = dict[str, Any]
+Result = TypeVar("Result")
+
+_WARMUP_BEYOND = 64  # tokens by which the warm-up's prompt exceeds the budget
+_TIMES = ("ms_per_token", "first_token_s", "first_steps_s", "tokens_per_s")
+
+
+class Bench:
+    """Times a model's `generate`, mode by mode.
+
+    Attributes:
+        is_warm: whether nothing has been forgotten since `warm_up`.
+    """
+
+    def __init__(self, subject: Subject, options: Options, device: torch.device) -> None:
+        self.subject, self.options, self.device = subject, options, device
+        self.is_warm = False
+
+    def warm_up(self) -> None:
+        """A short call in every mode: kernels are compiled and libraries started. What the static mode compiles is
+        compiled anew at every length, and seen in its first steps."""
+        longest = max(where.context for where in self.options.points)
+        where = Point(1, min(int(self.options.config.budget) + _WARMUP_BEYOND, longest))
+        clock = Clock(self.device, (), dict)
+        for name in self.options.modes:
+            if name != "static":
+                self._in_mode(name, lambda patch: self._generate(where, LEAST_NEW_TOKENS, clock))
+        self.is_warm = True
+
+    def row(self, where: Point, name: str) -> Row:
+        """One mode at one point. One that needs more memory than there is says so, and so does an unpatched mode that
+        fails in another way: it stops nobody else.
+
+        Raises:
+            SparseKVError: a patched mode did not do what it promises.
+        """
+        row: Row = {"model": self.subject.name, "batch": where.batch, "context": where.context, "mode": name}
+        row |= {"budget": self.options.config.budget, **dict.fromkeys(_TIMES)}
+        why_not = self.options.why_not(name, where)
+        if why_not is not None:
+            return {**row, "note": why_not}
+        try:
+            return row | self._in_mode(name, lambda patch: self._measure(where, name, patch))
+        except Exception as error:
+            if MODES[name].is_patched and not is_out_of_memory(error):
+                raise
+            return row | failure(error)
+        finally:
+            free(self.device)
+
+    def _in_mode(self, name: str, work: Callable[[Patch | None], Result]) -> Result:
+        """Does the work on the model as the mode wants it: unpatched, or with a patch of its own."""
+        model, settings = self.subject.model, MODES[name].settings
+        if settings is not None:
+            with sparsekv.patch(model, self.options.config, **settings) as patch:
+                return work(patch)
+        try:
+            return work(None)
+        finally:
+            if name == "static":
+                _forget_compiled(model)
+                self.is_warm = False
+
+    def _measure(self, where: Point, name: str, patch: Patch | None) -> Row:
+        options = self.options
+        at = (1, options.first_tokens, options.new_tokens)
+        clock = Clock(self.device, at, lambda: _count(patch))
+        peak = self._generate(where, options.new_tokens, clock, **MODES[name].options)
+        start, first, steady, last = clock.times
+        ms = (last - steady) * 1e3 / options.timed_tokens
+        row: Row = {
+            "ms_per_token": ms,
+            "first_token_s": first - start,
+            "first_steps_s": steady - first,
+            "tokens_per_s": where.batch * 1e3 / ms,
+            "peak_bytes": peak,
+        }
+        row |= self._reads(where, patch, ms)
+        return row if patch is None else row | self._proof(where, name, patch, clock, ms)
+
+    def _generate(self, where: Point, new_tokens: int, clock: Clock, **options: Any) -> int | None:
+        """Calls `generate`; returns the most bytes that it took beyond what was in use, on a GPU."""
+        ids = prompt(where, self.subject.text.vocab_size).to(self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
+        free(self.device)
+        gc.freeze()  # what modes before this one have made is not gone over, again and again, while this one is timed
+        in_use = _start_memory(self.device)
+        clock.start()
+        try:
+            self.subject.model.generate(
+                **inputs, do_sample=False, logits_processor=LogitsProcessorList([clock]), **options
+            )
+        finally:
+            gc.unfreeze()
+        return torch.cuda.max_memory_allocated(self.device) - in_use if self.device.type == "cuda" else None
+
+    def _reads(self, where: Point, patch: Patch | None, ms: float) -> Row:
+        """The bytes of the cache, and those that a token reads: weights, and of the cache what the counters say."""
+        num_tokens = where.batch * (where.context + self.options.new_tokens)
+        size = self.subject.cache_bytes(num_tokens, None if patch is None else patch.config)
+        weights, read = self.subject.step_bytes, size
+        if patch is not None:
+            read = patch.stats.bytes_read // max(patch.stats.sparse_steps + patch.stats.dense_steps, 1)
+        total = None if weights is None or read is None else weights + read
+        speed = total / ms / 1e9 if total is not None and self.device.type == "cuda" else None
+        return {"cache_bytes": size, "bytes_per_token": total, "tb_per_s": speed}
+
+    def _proof(self, where: Point, name: str, patch: Patch, clock: Clock, ms: float) -> Row:
+        """The counters, checked, and where a captured step's time goes.
+
+        Raises:
+            SparseKVError: the mode did not do what it promises.
+        """
+        decoder, config = patch.decoder, patch.config
+        promised = ["sparse_steps"] if config.policy != "all" and not self.options.fits(where) else []
+        promised += ["replays"] if config.capture and self.device.type == "cuda" else []
+        counted = {key: clock.counted[key] for key in promised}
+        row: Row = {"note": check_counts(counted, self.options.timed_tokens, _why_eager(patch))}
+        row |= {"captures": decoder.captures, "replays": decoder.replays, "refusal": decoder.refusal}
+        row |= {"stats": patch.stats.as_dict()}
+        if self.options.split and name in CAPTURED:
+            row["split_ms"] = split_ms(decoder, ms, self.device)
+        return row
+
+
+def _count(patch: Patch | None) -> Counts:
+    return {} if patch is None else {"sparse_steps": patch.stats.sparse_steps, "replays": patch.decoder.replays}
+
+
+def _why_eager(patch: Patch) -> str | None:
+    """What keeps a model's steps from being captured, as far as its patch knows."""
+    not_paged = [str(status.layer_idx) for status in patch.layers if not status.is_paged]
+    layers = f"layers {', '.join(not_paged)} are not in pages" if not_paged else None
+    return patch.decoder.refusal or layers
+
+
+def _forget_compiled(model: Any) -> None:
+    """transformers makes a static cache as long as the longest before it, and PyTorch compiles for any size what has
+    changed its size: every point is to be what it is in a process of its own. Frees what was compiled, too."""
+    for name in ("_previous_max_cache_length", "_compiled_call", "_last_compile_config", "_cache"):
+        model.__dict__.pop(name, None)
+    torch.compiler.reset()
+
+
+def prompt(where: Point, vocab_size: int) -> Tensor:
+    """Random tokens, the same ones for every mode."""
+    generator = torch.Generator().manual_seed(where.context)
+    return torch.randint(vocab_size, (where.batch, where.context), generator=generator)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Also where a library or a compiler has wrapped it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def failure(error: Exception) -> Row:
+    """A failed mode's part of its row."""
+    if is_out_of_memory(error):
+        return {"error": "out of memory"}
+    return {"error": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _start_memory(device: torch.device) -> int:
+    """Bytes in use, from where the peak is counted."""
+    if device.type != "cuda":
+        return 0
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Fills in what the rows of one point say together: how much faster each is than the faster unpatched mode."""
+    unpatched = [row["ms_per_token"] for row in rows if not MODES[row["mode"]].is_patched and row["ms_per_token"]]
+    best = min(unpatched, default=None)
+    for row in rows:
+        row["best_unpatched_ms"] = best
+        row["speedup"] = best / row["ms_per_token"] if best and row["ms_per_token"] else None
+
+
+def sweep(bench: Bench, save: Callable[[Sequence[Row]], object], console: Console) -> list[Row]:
+    """A row per point and mode. What is known is saved after each: a run that is cut short has told it."""
+    rows: list[Row] = []
+    for where in bench.options.points:
+        here: list[Row] = []
+        if not bench.is_warm:
+            bench.warm_up()
+        for name in bench.options.modes:
+            here.append(bench.row(where, name))
+            compare(here)
+            console.print(line(here[-1]), markup=False)
+            save([*rows, *here])
+        rows += here
+    return rows
+
+
+def run(args: argparse.Namespace, command: str) -> Row:
+    """Measures, prints the tables and writes the files asked for; returns what the JSON file holds."""
+    device = choose_device(args.device)
+    options = options_of(args, device)
+    geometries = list(GEOMETRIES)
+    subject = Subject(args.model, args.geometry or geometries[0 if device.type == "cuda" else -1])
+    subject.check(max(where.context for where in options.points), options.new_tokens)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    console = new_console()
+    subject.load(device, DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")])
+    bench = Bench(subject, options, device)
+    kept = earlier(bench)
+    rows = sweep(bench, lambda rows: _save([*kept, *rows], bench, command), console)
+    print_result(console, rows)
+    path = _save([*kept, *rows], bench, command)
+    if path is not None:
+        tokens_figure([*kept, *rows]).savefig(path.with_suffix(".png"))
+        console.print(f"Written: {path} and .png")
+    return _content([*kept, *rows], bench, command)
+
+
+def earlier(bench: Bench) -> list[Row]:
+    """Rows of an earlier run that stay in the file: at points that this run does not measure.
+
+    Raises:
+        ConfigError: what is there was measured otherwise, or is no such file.
+    """
+    path = Path(bench.options.out or "") / f"generate_{bench.device.type}.json"
+    if not bench.options.add or not path.exists():
+        return []
+    points = {(where.batch, where.context) for where in bench.options.points}
+    rows = rows_to_add_to(path, _content([], bench, ""))
+    return [row for row in rows if (row["batch"], row["context"]) not in points]
+
+
+def _save(rows: Sequence[Row], bench: Bench, command: str) -> Path | None:
+    if bench.options.out is None:
+        return None
+    return save_json(bench.options.out, f"generate_{bench.device.type}", _content(rows, bench, command))
+
+
+def _content(rows: Sequence[Row], bench: Bench, command: str) -> Row:
+    """What the file holds. Rows that do not say how they were measured were measured by this command."""
+    options = bench.options
+    rows = sorted(rows, key=lambda row: (row["batch"], row["context"]))  # a point's modes stay in their order
+    points = {(row["batch"], row["context"]) for row in rows}
+    settings = {
+        **bench.subject.describe(),
+        "dtype": str(bench.subject.model.dtype),
+        "budget": options.config.budget,
+        "dense_layers": options.config.dense_layers,
+        "new_tokens": options.new_tokens,
+        "timed_tokens": options.timed_tokens,
+        "num_points": len(points.union((where.batch, where.context) for where in options.points)),
+        "modes": [name for name in MODES if name in (*options.modes, *(row["mode"] for row in rows))],
+    }
+    content = result(command, settings, [])
+    here = measured(content)
+    return {**content, "rows": [{**row, "measured": row.get("measured", here)} for row in rows]}

@@ -1,0 +1,131 @@
+"""Questions side by side: what each row is fed, and that it says what it would say alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import sparsekv
+from sparsekv.evaluation import testbed
+from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
+from sparsekv.evaluation.tasks import Metric, Question, Turn
+
+STOP = 9
+
+
+def run(row: Row, replies: list[int]) -> list[int]:
+    """Feeds a row from a list of what the model says after each token; returns what was fed."""
+    fed = []
+    for reply in replies:
+        if row.is_done:
+            break
+        fed.append(row.feed())
+        row.take(reply, -0.5)
+    return fed
+
+
+def test_an_answer_ends_with_the_stop_token() -> None:
+    row = Row([PromptTurn([1, 2], [3])], Metric.RECALL, frozenset({STOP}))
+    assert run(row, [0, 4, 5, STOP, 7, 7]) == [1, 2, 4, 5]
+    assert row.said == [[4, 5]]
+    assert row.is_done
+    assert row.num_tokens == 4
+
+
+def test_an_answer_is_not_much_longer_than_expected() -> None:
+    row = Row([PromptTurn([1], [3, 3])], Metric.RECALL, frozenset({STOP}))
+    run(row, [4] * 20)
+    assert row.said == [[4] * 6]
+
+
+def test_without_stops_it_is_as_long_as_expected() -> None:
+    row = Row([PromptTurn([1], [3, 3, 3])], Metric.PREFIX, frozenset())
+    run(row, [STOP] * 9)
+    assert row.said == [[STOP] * 3]
+
+
+def test_turns_follow_each_other() -> None:
+    row = Row([PromptTurn([1], [3]), PromptTurn([2, 2], [3])], Metric.RECALL, frozenset({STOP}))
+    assert run(row, [5, STOP, 0, 6, STOP]) == [1, 5, 2, 2, 6]
+    assert row.said == [[5], [6]]
+
+
+@pytest.mark.parametrize("prompt", [[], [1, 1]])
+def test_a_reference_is_fed_and_scored(prompt: list[int]) -> None:
+    """All of its tokens but the first, if nothing goes before it; the last is scored and not fed."""
+    row = Row([PromptTurn(prompt, [4, 5, 6])], Metric.PERPLEXITY, frozenset())
+    assert run(row, [0] * 9) == [*prompt, 4, 5]
+    assert row.num_scored == (3 if prompt else 2)
+    assert row.nll == pytest.approx(0.5 * row.num_scored)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[LlamaForCausalLM, Any]:
+    return testbed.load()
+
+
+def test_rows_say_what_they_would_say_alone(loaded: Any) -> None:
+    """Documents of different lengths, questions of different lengths, some done before others."""
+    model, tokenizer = loaded
+    stories = [testbed.make_story(n, ("needle", "multi_value"), 4, seed=n) for n in (700, 512)]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text).input_ids
+
+    questions = [
+        (d, Question((Turn(q.prompt, (q.answer,), q.answer),)))
+        for d, story in enumerate(stories)
+        for q in story.questions
+    ]
+    with sparsekv.patch(model, budget=128, recent=16) as patch:
+        cache = patch.new_cache()
+        mask = prefill(model, [encode(story.text) for story in stories], cache)
+        assert mask.sum(1).tolist() == [700, 512]
+        rows = [Row(turns_of(q, encode), Metric.RECALL, frozenset({tokenizer.eos_token_id})) for _, q in questions]
+        which = torch.tensor([d for d, _ in questions])
+        fork = cache.fork()
+        fork.batch_select_indices(which)
+        decode(model, fork, rows, mask[which])
+        for (d, asked), row in zip(questions, rows, strict=True):
+            alone = Row(turns_of(asked, encode), Metric.RECALL, frozenset({tokenizer.eos_token_id}))
+            single = patch.new_cache()
+            decode(model, single, [alone], prefill(model, [encode(stories[d].text)], single))
+            assert alone.said == row.said
+    right = [
+        tokenizer.decode(row.said[0]) == q.turns[0].answers[0] for (_, q), row in zip(questions, rows, strict=True)
+    ]
+    assert sum(right) >= 6
+
+
+def test_banned_tokens_are_never_said(loaded: Any) -> None:
+    model = loaded[0]
+    with sparsekv.patch(model, budget=128, recent=16) as patch:
+        cache = patch.new_cache()
+        mask = prefill(model, [[5, 6, 7]], cache)
+        row = Row([PromptTurn([8], [0] * 12)], Metric.PREFIX, frozenset())
+        likely = Row([PromptTurn([8], [0])], Metric.PREFIX, frozenset())
+        decode(model, cache.fork(), [likely], mask)
+        decode(model, cache, [row], mask, banned=likely.said[0])
+        assert likely.said[0][0] not in row.said[0]
+        assert len(row.said[0]) == 12
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_rows_without_finite_logits_are_told_so(wrong: float, loaded: Any) -> None:
+    """Those rows alone. A model may rule out single tokens with minus infinity."""
+    model = loaded[0]
+
+    def step(**inputs: Any) -> Any:
+        output = model(**inputs)
+        output.logits[:, -1, 7] = float("-inf")
+        if inputs["position_ids"][0, 0] == 4:
+            output.logits[1, -1] = wrong
+        return output
+
+    with sparsekv.patch(model, budget=128, recent=16) as patch:
+        cache = patch.new_cache()
+        mask = prefill(model, [[5, 6, 7], [7, 6, 5]], cache)
+        rows = [Row([PromptTurn([8], [0] * 3)], Metric.PREFIX, frozenset()) for _ in range(2)]
+        decode(step, cache, rows, mask)
+    assert [row.is_finite for row in rows] == [True, False]

@@ -1,0 +1,403 @@
+"""The accuracy harness on the testbed: what it measures, goes on with, shares out and refuses."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers.processors import TemplateProcessing
+
+from sparsekv import PagedCache, Patch
+from sparsekv.cli import main
+from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation import testbed
+from sparsekv.evaluation.accuracy import command as eval_command
+from sparsekv.evaluation.accuracy import session
+from sparsekv.evaluation.accuracy.methods import METHODS, method, pairs
+from sparsekv.evaluation.accuracy.options import RunOptions
+from sparsekv.evaluation.accuracy.plan import Share
+from sparsekv.evaluation.accuracy.results import Key, read_lines
+from sparsekv.evaluation.accuracy.runner import Runner
+from sparsekv.evaluation.accuracy.summary import Run
+from sparsekv.policies.top_k import TopK
+
+QUIET = Console(quiet=True)
+SMALL: dict[str, Any] = {"tasks": ("multi_key",), "lengths": (1024,), "budgets": (128,), "num_examples": 8}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return testbed.load()
+
+
+def run(loaded: Any, folder: Path, share: Share | None = None, **settings: Any) -> list[dict[str, Any]]:
+    Runner(*loaded, "testbed", RunOptions(**SMALL | settings), folder, "a command", share or Share()).run(QUIET)
+    return list(read_lines(folder, "results*.jsonl"))
+
+
+def mean(lines: list[dict[str, Any]]) -> dict[str, float]:
+    scores = defaultdict(list)
+    for line in lines:
+        scores[line["method"]].append(line["score"])
+    return {name: sum(found) / len(found) for name, found in scores.items()}
+
+
+def test_methods_differ_in_what_they_read(loaded: Any, tmp_path: Path) -> None:
+    """A method that drops the needle's page fails; the counters say who read what."""
+    lines = run(loaded, tmp_path, methods=tuple(METHODS))
+    assert all(line["error"] is None for line in lines)
+    scores = mean(lines)
+    assert scores["dense"] == scores["oracle"] == scores["sketch"] == 1
+    assert scores["quest"] >= 0.75
+    assert scores["recent"] <= 0.5 >= scores["random"]
+    by_method = {line["method"]: line for line in lines}
+    assert by_method["dense"]["bytes_per_token"] == by_method["dense"]["dense_bytes_per_token"]
+    assert by_method["recent"]["bytes_per_token"] < by_method["quest"]["bytes_per_token"]
+    assert by_method["quest"]["bytes_per_token"] < by_method["oracle"]["bytes_per_token"]
+    assert by_method["dense"]["sparse_steps"] == 0 < by_method["quest"]["sparse_steps"]
+    probes = list(read_lines(tmp_path, "probes*.jsonl"))
+    assert {line["method"] for line in probes} == set(METHODS) - {"dense"}
+    assert all(0 <= share <= 1.001 for line in probes for share in (*line["mass"], *line["overlap"]))
+
+
+def test_a_killed_run_goes_on(loaded: Any, tmp_path: Path) -> None:
+    """What is there is not measured again, and what comes is what would have come."""
+    whole = run(loaded, tmp_path / "whole", methods=("dense", "quest"))
+    run(loaded, tmp_path / "cut", methods=("dense",))
+    path = tmp_path / "cut" / "results.jsonl"
+    path.write_text(path.read_text()[:-20])  # killed while it wrote
+    kept = path.read_text().count("\n")
+    again = run(loaded, tmp_path / "cut", methods=("dense", "quest"))
+    assert kept == 7
+    key = ("method", "document", "question")
+    found = {tuple(line[k] for k in key): line["said"] for line in again}
+    assert found == {tuple(line[k] for k in key): line["said"] for line in whole}
+    before = path.read_bytes()
+    run(loaded, tmp_path / "cut", methods=("dense", "quest"))
+    assert path.read_bytes() == before
+
+
+def test_processes_share_the_documents(loaded: Any, tmp_path: Path) -> None:
+    settings = {"num_examples": 16, "methods": ("quest",)}
+    alone = run(loaded, tmp_path / "alone", **settings)
+    run(loaded, tmp_path / "shared", Share(0, 2), **settings)
+    together = run(loaded, tmp_path / "shared", Share(1, 2), **settings)
+    assert {path.name for path in (tmp_path / "shared").glob("results*")} == {
+        "results-00000.jsonl",
+        "results-00001.jsonl",
+    }
+
+    def answers(lines: list[dict[str, Any]]) -> list[Any]:
+        return sorted((line["document"], line["question"], line["said"], line["score"]) for line in lines)
+
+    assert answers(alone) == answers(together)
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="needs the eval extra: pip install sparsekv[eval]")
+    # --multi_gpu is torchrun, and needs no GPU; --cpu would be one process
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["-m", "sparsekv.evaluation", "run", "--out", str(tmp_path), "--tasks", "multi_key", "--lengths", "1k"]
+    launch += ["--budgets", "128", "--examples", "16", "--methods", "dense", "quest"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = list(read_lines(tmp_path, "results*.jsonl"))
+    assert len(lines) == 32
+    assert {line["document"] for line in read_lines(tmp_path, "results-00001.jsonl")} == {1}
+
+
+def test_a_dense_run_that_calls_itself_sparse_is_an_error(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a line has no score: dense is never compared with dense."""
+    monkeypatch.setattr("sparsekv.policies.top_k.TopK.decode", lambda self, step, softcap, sinks: (
+        step.append(), (step.attend(None, softcap, sinks), None))[1])  # fmt: skip
+    monkeypatch.setattr("sparsekv.policies.top_k.TopK.select", lambda self, step: None)
+    lines = run(loaded, tmp_path, methods=("quest",), probe=False)
+    assert all(line["score"] is None and "were dense, although" in line["error"] for line in lines)
+
+
+@pytest.mark.parametrize("sparse_layers", [set(), {5}], ids=["no layer", "one layer"])
+def test_layers_that_read_everything_are_named(
+    sparse_layers: set[int], loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another layer chooses its pages."""
+    choose = TopK.decode
+
+    def decode(self: TopK, step: Any, softcap: float, sinks: Any) -> Any:
+        if step.layer_idx in sparse_layers:
+            return choose(self, step, softcap, sinks)
+        step.append()
+        return step.attend(None, softcap, sinks), None
+
+    monkeypatch.setattr(TopK, "decode", decode)
+    lines = run(loaded, tmp_path, methods=("quest",), probe=False, num_examples=1)
+    lost = ", ".join(str(i) for i in range(2, 6) if i not in sparse_layers)
+    assert [line["score"] for line in lines] == [None]
+    assert lines[0]["error"].endswith(f"although the document exceeds the budget, in layers {lost}")
+
+
+def test_a_short_document_in_a_batch_excuses_nothing(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages are chosen for the whole batch if its longest document exceeds the budget."""
+    monkeypatch.setattr(TopK, "decode", lambda self, step, softcap, sinks: (
+        step.append(), (step.attend(None, softcap, sinks), None))[1])  # fmt: skip
+    rows = []
+    for size in (100, 600):
+        story = testbed.make_story(size, tasks=("needle",), num_questions=1, seed=size)
+        asked = story.questions[0]
+        rows.append({"context": story.text, "question": asked.prompt, "answer": [asked.answer]})
+    data = jsonl(tmp_path / "rows.jsonl", *rows)
+    lines = run(loaded, tmp_path / "run", tasks=(f"ruler:{data}",), methods=("quest",), num_examples=2, probe=False)
+    assert len(lines) == 2
+    assert all("were dense, although" in line["error"] for line in lines)
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_layers_that_turned_dense_are_in_the_manifest_and_the_report(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_cache = Patch.new_cache
+
+    def with_odd_layer(self: Patch, reserve_tokens: int = 0) -> PagedCache:
+        cache = new_cache(self, reserve_tokens)
+        cache.layers[3].refuse("its head sizes differ")
+        return cache
+
+    monkeypatch.setattr(Patch, "new_cache", with_odd_layer)
+    lines = run(loaded, tmp_path, methods=("quest",), probe=False, num_examples=1)
+    assert lines[0]["error"] is None
+    found = json.loads((tmp_path / "manifest.json").read_text())["layers_not_sparse"]
+    assert [(some["layers"], some["is_asked_for"]) for some in found] == [([0, 1], True), ([3], False)]
+    (note,) = Run.read(tmp_path).notes
+    assert note == "Layers that choose no pages, and whose reads are not counted: 3 (its head sizes differ)."
+
+
+def test_logits_that_are_not_finite_are_an_error(loaded: Any, tmp_path: Path) -> None:
+    """And are measured again."""
+    settings = {"tasks": ("perplexity", "multi_key"), "num_examples": 2, "methods": ("dense", "quest")}
+    hook = loaded[0].lm_head.register_forward_hook(lambda module, args, logits: logits * float("nan"))
+    try:
+        lines = run(loaded, tmp_path, **settings)
+    finally:
+        hook.remove()
+    assert len(lines) == 8
+    assert all("not finite" in line["error"] and line["score"] is line["nll"] is None for line in lines)
+    again = run(loaded, tmp_path, **settings)
+    assert len(again) == 16
+    assert not Run.read(tmp_path).errors
+
+
+def test_a_run_may_grow_by_questions_of_the_same_documents(loaded: Any, tmp_path: Path) -> None:
+    """However many are asked; each once."""
+    settings = {"tasks": ("needle",), "probe": False}
+    run(loaded, tmp_path, methods=("dense",), num_examples=4, **settings)
+    run(loaded, tmp_path, methods=("quest",), num_examples=11, **settings)
+    lines = run(loaded, tmp_path, methods=("dense", "quest"), num_examples=11, **settings)
+    assert len(lines) == 22 == len({Key.of(line) for line in lines})
+    by_method = {
+        name: sorted((line["question"], line["expected"], line["details"]["depth"]) for line in lines
+                     if line["method"] == name)
+        for name in ("dense", "quest")
+    }  # fmt: skip
+    assert by_method["dense"] == by_method["quest"]
+    assert not Run.read(tmp_path).errors
+    assert len(run(loaded, tmp_path, methods=("dense", "quest"), num_examples=4, **settings)) == 22
+
+
+def test_answers_about_other_documents_are_not_gone_on_with(loaded: Any, tmp_path: Path) -> None:
+    (line, *_) = run(loaded, tmp_path, methods=("dense",), probe=False)
+    jsonl(tmp_path / "results.jsonl", {**line, "expected": [["1 2 3 4 5"]]})
+    with pytest.raises(ConfigError, match=r"question 0 about document 0 of multi_key.*documents were written otherw"):
+        run(loaded, tmp_path, methods=("dense", "quest"), probe=False)
+
+
+def test_runs_of_different_seeds_share_no_document(loaded: Any, tmp_path: Path) -> None:
+    texts = []
+    for seed in (0, 1):
+        options = RunOptions(**SMALL | {"num_examples": 40, "seed": seed})
+        runner = Runner(*loaded, "testbed", options, tmp_path / str(seed), "a command", Share())
+        texts.append(
+            {runner.document("multi_key", 1024, number).text for number in runner.plan.documents("multi_key")}
+        )
+    assert len(texts[0]) == len(texts[1]) == 5
+    assert not texts[0] & texts[1]
+
+
+def test_every_process_refuses_a_folder_of_another_run(loaded: Any, tmp_path: Path) -> None:
+    run(loaded, tmp_path, Share(0, 2), methods=("dense",), num_examples=16, probe=False)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="of another run"):
+        run(loaded, tmp_path, Share(1, 2), methods=("quest",), num_examples=16, seed=7)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_whose_content_has_changed_is_another_run(loaded: Any, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(testbed.make_story(2048, seed=1).text)
+    settings = {"tasks": (f"perplexity:{path}",), "num_examples": 1, "probe": False}
+    run(loaded, tmp_path / "run", methods=("dense",), **settings)
+    path.write_text(testbed.make_story(2048, seed=2).text)
+    with pytest.raises(ConfigError, match=r"of another run \(the content of perplexity:.*text\.txt was"):
+        run(loaded, tmp_path / "run", methods=("quest",), **settings)
+
+
+def test_a_document_begins_as_the_tokenizer_begins_one(loaded: Any, tmp_path: Path) -> None:
+    """With a BOS token, which counts in the length; what it would put behind is left out."""
+    model, plain = loaded
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A </s>",
+        special_tokens=[(name, plain.convert_tokens_to_ids(name)) for name in ("<pad>", "</s>")],
+    )
+    bos = plain.convert_tokens_to_ids("<pad>")
+    options = RunOptions(**SMALL | {"tasks": ("multi_key",), "num_examples": 1, "methods": ("dense",)})
+    runner = Runner(model, tokenizer, "testbed", options, tmp_path, "a command", Share())
+    ids = runner.writer.document_ids(runner.document("multi_key", 1024, 0).text)
+    assert ids[0] == bos
+    assert ids[-1] != tokenizer.eos_token_id
+    assert 1000 <= len(ids) <= 1024
+    seen: list[Any] = []
+    hook = model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    try:
+        runner.run(QUIET)
+    finally:
+        hook.remove()
+    assert seen[0]["input_ids"].tolist() == [ids]
+    assert all(bos not in call["input_ids"].tolist()[0] for call in seen[1:])
+    assert json.loads((tmp_path / "manifest.json").read_text())["prefix_ids"] == [bos]
+    with pytest.raises(ConfigError, match=rf"prefix_ids was \[{bos}\] and is \[\]"):
+        Runner(model, plain, "testbed", options, tmp_path, "a command", Share())
+
+
+def test_perplexity_and_several_turns(loaded: Any, tmp_path: Path) -> None:
+    settings = {
+        "tasks": ("perplexity", "multi_turn"),
+        "num_examples": 2,
+        "budgets": (128,),
+        "methods": ("dense", "random"),
+    }
+    lines = run(loaded, tmp_path, **settings)
+    nll = {line["method"]: line["nll"] for line in lines if line["task"] == "perplexity" and not line["document"]}
+    assert nll["dense"] < nll["random"]
+    turns = [line for line in lines if line["task"] == "multi_turn"]
+    assert all(len(line["said"]) == 4 == len(line["expected"]) for line in turns)
+    assert mean(turns)["dense"] > mean(turns)["random"]
+
+
+def test_export(tmp_path: Path) -> None:
+    assert (
+        main(["eval", "export", "--out", str(tmp_path), "--tasks", "needle", "--lengths", "1k", "--examples", "3"])
+        == 0
+    )
+    (example,) = [json.loads(text) for text in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert len(example["document_ids"]) <= 1024
+    assert [q["details"]["depth"] for q in example["questions"]] == [0, 50, 100]
+    assert example["questions"][0]["turns"][0]["answers"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"tasks": ("neddle",)}, UnknownNameError, "Did you mean 'needle'"),
+        ({"methods": ("qest",)}, UnknownNameError, "Did you mean 'quest'"),
+        ({"methods": ("minmaxx/top_k",)}, UnknownNameError, "Did you mean 'minmax'"),
+        ({"budgets": (16,)}, ConfigError, "budget=16 is below"),
+        ({"lengths": ()}, ConfigError, "lengths is empty"),
+        ({"lengths": "4k"}, ConfigError, "lengths='4k' is not allowed: a list of whole numbers"),
+        ({"tasks": (3,)}, ConfigError, "a list of names"),
+        ({"budgets": (0,)}, ConfigError, "budgets=0 is not allowed: at least 1"),
+        ({"num_examples": 0}, ConfigError, "num_examples=0 is not allowed: a whole number, at least 1"),
+        ({"num_examples": "many"}, ConfigError, "num_examples='many'"),
+        ({"batch_rows": 0}, ConfigError, "batch_rows=0"),
+        ({"batch_tokens": "32k"}, ConfigError, "batch_tokens='32k'"),
+        ({"seed": "x"}, ConfigError, "seed='x' is not allowed: a whole number"),
+        ({"probe": "no"}, ConfigError, "probe='no' is not allowed: true or false"),
+        ({"model": 3}, ConfigError, "model=3 is not allowed: a text"),
+        ({"device": 3}, ConfigError, "device=3 is not allowed: a text"),
+        ({"dtype": "int8"}, ConfigError, "dtype='int8' is not allowed: one of auto, float32"),
+        ({"dense_layers": "x"}, ConfigError, "dense_layers='x'"),
+    ],
+)
+def test_what_cannot_be_measured(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RunOptions(**SMALL | settings)
+
+
+def test_a_length_beyond_the_context(loaded: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="beyond the model's context of"):
+        run(loaded, tmp_path / "run", lengths=(1 << 20,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_beyond_the_context(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document alone would fit."""
+    monkeypatch.setattr(loaded[0].config, "max_position_embeddings", 1030)
+    with pytest.raises(ConfigError, match=r"multi_key at --lengths 1024 needs \d+ tokens with its questions"):
+        run(loaded, tmp_path)
+
+
+def test_a_device_without_numbers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="device='meta' holds no numbers"):
+        session.load(RunOptions(**SMALL | {"device": "meta"}))
+
+
+def test_other_devices_have_batches_too(loaded: Any, tmp_path: Path) -> None:
+    """As large as a CPU's; what is left is the device's own business."""
+    model = SimpleNamespace(**{name: getattr(loaded[0], name) for name in ("config", "generation_config", "dtype")})
+    model.device, model.state_dict = torch.device("mps"), loaded[0].state_dict
+    model.config = loaded[0].config
+    options = RunOptions(**SMALL)
+    assert Runner(model, loaded[1], "it", options, tmp_path, "a command", Share()).plan.batch_tokens == 1 << 15
+
+
+def test_methods() -> None:
+    assert {"minmax/top_k", "sign_sketch/top_k"} <= set(pairs())
+    assert method("sign_sketch/top_k").digest == "sign_sketch"
+    assert method("minmax/recent").digest is None
+    base = RunOptions(**SMALL).base
+    assert method("quest").config(base, 64).recent == 16  # a small budget is not all recent tokens
+    assert method("quest").config(base, 1024).recent == 64
+
+
+def test_a_config_file_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags win; k counts 1024 in both."""
+    seen: list[RunOptions] = []
+    monkeypatch.setattr(session, "run", lambda options, *rest: seen.append(options) or 0)
+    monkeypatch.setattr(eval_command, "_print_tables", lambda *rest: None)
+    text = "tasks: [needle, passkey]\nlengths: 2k\nbudgets: [128, 1k]\nseed: 3\nbatch_tokens: 32k\n"
+    (tmp_path / "run.yaml").write_text(text)
+    arguments = ["eval", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
+    assert main([*arguments, "--budgets", "256"]) == 0
+    assert seen[0].tasks == ("needle", "passkey")
+    assert (seen[0].lengths, seen[0].budgets, seen[0].seed) == ((2048,), (256,), 3)
+    assert seen[0].batch_tokens == 32768
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("task: needle", "Did you mean 'tasks'"), ("[", "cannot be read"), ("3", "names and values"),
+     ("lengths: [many]", "no number of tokens"), ("num_examples: many", "num_examples='many' is not allowed"),
+     ("batch_tokens: many", "no number of tokens")],
+)  # fmt: skip
+def test_a_bad_config_file(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["eval", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
