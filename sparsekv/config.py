@@ -16,6 +16,12 @@ BACKENDS = ("auto", "reference")
 class SparseConfig:
     """How a model decodes sparsely. Immutable; `with_` makes a changed copy.
 
+    >>> config = SparseConfig(budget=0.1, sinks=16)  # a tenth of the context
+    >>> config.budget_pages(32768)  # in pages of 16 tokens
+    205
+    >>> config.with_(budget=2048).budget_pages(32768)
+    128
+
     Args:
         budget: tokens a decode step may read per kv head: a whole number, or a fraction of the context in (0, 1].
             A number is rounded down to whole pages. A fraction is one of each sequence's own length, rounded up to
@@ -32,7 +38,7 @@ class SparseConfig:
         backend: what runs the ops: `auto` (kernels where there are any) or `reference` (plain torch on any device).
         capture: whether `generate` on a GPU replays its decode step as a CUDA graph where it can.
         fuse: whether the norms and rotary embeddings of a captured step run as one kernel each, where that gives
-            the same but for the last bits: a millisecond a token less for 32 layers.
+            the same but for the last bits: a millisecond a token less for 32 layers. Not with `backend="reference"`.
         max_tokens: the most tokens the page pool of a cache may hold over all its sequences; None: no limit.
 
     Raises:

@@ -33,6 +33,13 @@ class PagedCache(SteppedCache):
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
     `past_key_values`. Sliding-window, linear and other special layers stay transformers' own.
 
+    >>> from transformers import LlamaConfig
+    >>> cache = PagedCache(LlamaConfig(num_hidden_layers=4), budget=512)
+    >>> cache.config.budget
+    512
+    >>> cache.fork(budget=256)  # goes on from the same pages, reading less
+    PagedCache(0 sequences, 0 tokens, 0 of 4 layers in pages, 0.0 MiB)
+
     Args:
         model_config: the model's config (of a multimodal model its text part is used).
         config: settings; single ones may be given by name: `PagedCache(model.config, budget=1024)`.

@@ -139,6 +139,16 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
     Prefill and every forward of several tokens stay dense and the model's own. Other models are not affected, in
     whatever thread they run. In training mode the model computes exactly what it computes unpatched.
 
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 100}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4))
+    >>> with patch(model, budget=256, dense_layers=1) as made:
+    ...     print(made)
+    sparsekv patch of LlamaForCausalLM (budget 256 tokens, page_size 16)
+      layer 0: dense (dense_layers=1, in pages)
+      layers 1-3: sparse (top_k over minmax digests)
+    ...
+
     Args:
         model: a decoder-only transformers model whose attention is `eager`, `sdpa` or a flash attention.
         config: settings; or give single ones by name: `patch(model, budget=2048)` (tokens per kv head).
