@@ -21,8 +21,8 @@ _PLAIN = SimpleNamespace(**schema.PLAIN)
 
 
 def for_backend(backend: str) -> Any:
-    """The namespace whose `append_kv, score_pages, select_pages, attend_pages, sparse_decode` a cache calls, and of which
-    a captured step takes `rotate` and `rms_norm`.
+    """The namespace of the ops: `append_kv, score_pages, select_pages, attend_pages, sparse_decode`, which a cache
+    calls, and `rotate` and `rms_norm`, which a captured step does.
 
     `auto` is `torch.ops.sparsekv` (the dispatcher picks by device); `reference` is plain torch on any device.
     """
