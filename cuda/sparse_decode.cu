@@ -1,4 +1,4 @@
-// sparse_decode: append, score, select and attend in one launch, for the policy top_k over min/max digests.
+// sparse_decode: append, score, select and attend in one launch, for the policy top_k.
 //
 // A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA the keys they are
 // sorted by; after one cluster barrier every CTA makes the same selection for itself, attends to its share of it, and
@@ -7,12 +7,14 @@
 // step; it is made while the cluster waits to merge.
 #include "common/append.cuh"
 #include "common/merge.cuh"
+#include "common/minmax.cuh"
 #include "common/select.cuh"
+#include "common/sketch.cuh"
 
 // What a CTA works with in shared memory. Other CTAs write into `select.keys` and the room of the merge.
 template <typename T, int D, int HEAD_TILES>
 struct Room {
-    uint4 *query, *signed_query;
+    uint4 *query, *score_query;  // as attention and as scoring want it
     SelectRoom select;
     int* table;          // [max_pages] the pages' ids, where there is room for all pages' keys
     void *merge, *sums;  // the merge's own room; the warps' sums, in the place of what selecting needed
@@ -21,8 +23,8 @@ struct Room {
     __device__ Room(uint4* base, int max_pages, int k, bool direct, int group) {
         const auto words = [](int n) { return (n + 3) >> 2; };  // of 16 bytes
         query = base;
-        signed_query = query + QUERY_WORDS<D, HEAD_TILES>;
-        uint4* const reused = signed_query + 2 * QUERY_WORDS<D, HEAD_TILES>;
+        score_query = query + QUERY_WORDS<D, HEAD_TILES>;
+        uint4* const reused = score_query + 2 * QUERY_WORDS<D, HEAD_TILES>;  // no kind of digest stages more
         uint4* const keys = reused + words(k);
         uint4* const ids = keys + words(direct ? max_pages : ceil_div(max_pages, TILE));
         uint4* const end = ids + (direct ? words(max_pages) : words(k) + words(TILE * k));
@@ -37,31 +39,33 @@ struct Room {
 
 // Scores this CTA's share of the pages. `keys` is null if every CTA has room for the pages' keys; else they go there,
 // and to the CTAs the best of each tile. The first store to another CTA waits until all of them run.
-template <typename T, int D, int HEAD_TILES>
-__device__ void score_share(const Pages& pages, int max_pages, const u16* digests, const Room<T, D, HEAD_TILES>& room,
-                            u32* keys, const u16* query, int group, GroupPooling pooling, const Forced& forced) {
+template <typename T, int D, int HEAD_TILES, typename Kind>
+__device__ void score_share(const Pages& pages, int max_pages, const Digests& digests,
+                            const Room<T, D, HEAD_TILES>& room, u32* keys, const u16* query, int group,
+                            GroupPooling pooling, const Forced& forced) {
+    using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
+    static_assert(Scorer::STAGED <= 2 * QUERY_WORDS<D, HEAD_TILES>, "see Room");
     const int size = cluster_size(), count = pages.count(), stride = size * num_warps();
     const auto id_of = [&](int slot) { return pages.block_table[min(slot, max_pages - 1)]; };
-    const auto digest_of = [&](int slot, int page) {  // entries past the end exist but may be anything
-        return digests + (i64(slot < count ? page : 0) * pages.num_kv_heads + pages.kv_head) * 2 * D;
-    };
+    const auto valid = [&](int slot, int page) { return slot < count ? page : 0; };  // others may be anything
     int tile = cluster_rank() * num_warps() + warp_id();
     const int first = tile * TILE + lane_id() / 4;
     const int low = id_of(first), high = id_of(first + 8);  // on their way while the query is staged
-    stage_query<D, HEAD_TILES>(room.signed_query, query, group, warp_id(), num_warps());
-    Scorer<T, D, HEAD_TILES> scorer;
-    scorer.aim(digest_of(first, low), digest_of(first + 8, high));
+    Scorer scorer(digests, pages.num_kv_heads, pages.kv_head, pages.page_shift);
+    scorer.stage(room.score_query, query, group, warp_id(), num_warps());
+    scorer.aim(valid(first, low), valid(first + 8, high));
     if (tile * TILE < count) scorer.load_first();
     __syncthreads();  // the query is staged
+    scorer.use(room.score_query);
     bool waited = false;
 #pragma unroll 1
     for (; tile * TILE < count; tile += stride) {
         const int slot = tile * TILE + lane_id() / 4, later = slot + stride * TILE;
         float by_head[HEAD_TILES][4];
-        scorer.score(by_head, room.signed_query, [&](auto& scorer) {
-            scorer.aim(digest_of(later, id_of(later)), digest_of(later + 8, id_of(later + 8)));
+        scorer.score(by_head, [&](Scorer& scorer) {
+            scorer.aim(valid(later, id_of(later)), valid(later + 8, id_of(later + 8)));
         });
-        const float2 pooled = pool_heads<HEAD_TILES>(by_head, group, pooling);
+        const float2 pooled = pool_heads<Scorer>(by_head, group, pooling);
         const int mine =
             slot + lane_id() % 2 * 8;  // even lanes hold the page's score, odd ones that of the page 8 later
         u32 key = forced.has(mine) ? FORCED : sort_key(lane_id() % 2 ? pooled.y : pooled.x);
@@ -81,7 +85,7 @@ __device__ void score_share(const Pages& pages, int max_pages, const u16* digest
     if (!waited) cluster_wait();
 }
 
-template <typename T, int D, int HEAD_TILES>
+template <typename T, int D, int HEAD_TILES, typename Kind>
 __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     sparse_decode(const u16* query,  // [b, hq, d]
                   const u16* key,    // [b, hkv, d] of the new token, strides in elements; null: it is in its page
@@ -89,13 +93,13 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
                   const int* block_table,  // [b, max_pages]
                   const int* seq_lens,     // [b] the new token counted
                   u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
-                  u16* digests,            // [num_pages, hkv, 2, d]
-                  const int* limits,       // [b] fewer than k pages for some; null: k
-                  const void* sinks,       // [hq] or null, float32 or as the query
-                  u32* keys,               // [b, hkv, max_pages] scratch; null: they fit shared memory
-                  int* slots,              // [b, hkv, k] what was read
-                  u16* out,                // [b, hq, d]
-                  float* lse,              // [b, hq]
+                  void* digest, u16* factors, const float* mean, const float* flips,  // see Digests
+                  const int* limits,  // [b] fewer than k pages for some; null: k
+                  const void* sinks,  // [hq] or null, float32 or as the query
+                  u32* keys,          // [b, hkv, max_pages] scratch; null: they fit shared memory
+                  int* slots,         // [b, hkv, k] what was read
+                  u16* out,           // [b, hq, d]
+                  float* lse,         // [b, hq]
                   i64 key_batch, i64 key_head, i64 value_batch, i64 value_head, int group, int page_shift,
                   int max_pages, int k, int sink_tokens, int recent_tokens, int pooling, float scaling, float softcap,
                   int wide_sinks) {
@@ -106,6 +110,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
     const Pages pages = {block_table + i64(row) * max_pages, seq_lens[row], page_shift, num_kv_heads, head};
+    const Digests digests = {digest, factors, mean, flips};
     const bool direct = keys == nullptr;
     const Room<T, D, HEAD_TILES> room(base, max_pages, k, direct, group);
     const int count = min(pages.count(), max_pages), most = min(limits ? limits[row] : k, k);
@@ -116,8 +121,8 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
 
     if (choose) {
         const Forced forced(pages.length, page_shift, sink_tokens, recent_tokens);
-        score_share<T, D, HEAD_TILES>(pages, max_pages, digests, room, my_keys, my_query, group,
-                                      GroupPooling(pooling), forced);
+        score_share<T, D, HEAD_TILES, Kind>(pages, max_pages, digests, room, my_keys, my_query, group,
+                                            GroupPooling(pooling), forced);
         cluster_arrive();
     }
     for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
@@ -128,7 +133,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     const int newest = pages.length - 1, offset = newest & ((1 << page_shift) - 1);
     const int newest_unit = ((max(min(count, most), 1) - 1) << pages.unit_shift()) + offset / UNIT;
     const auto newest_page = [&] {
-        return Page(kv_pool, digests, pages.block_table[newest >> page_shift], head, num_kv_heads, page_shift, D);
+        return Page(kv_pool, pages.block_table[newest >> page_shift], head, num_kv_heads, page_shift, D);
     };
     const bool appends = key && newest >= 0 && newest_unit % warps == first;
     if (appends)
@@ -154,6 +159,6 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
                      [&](int i) { return pages.locate(choose ? room.select.chosen : nullptr, table, i); });
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group);
     merge_cluster(attention, room.merge, room.sums, result, [&] {
-        if (appends) summarize_page<T, D>(newest_page(), offset + 1);
+        if (appends) summarize_newest<T, D, Kind>(newest_page(), digests, offset + 1, 1 << page_shift);
     });
 }

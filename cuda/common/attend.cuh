@@ -3,11 +3,23 @@
 // Logits are the product Q [16 heads, d] K^T [d, 8 tokens], twice; what the tensor core leaves in a lane's registers
 // (a head's weights of tokens 2c, 2c + 1) is, rounded to 16 bits, just what it wants there for the second product,
 // V^T [d, 16 tokens] P [16 tokens, 8 heads]. So keys and values go from memory to registers, 16 bytes at a time, and
-// nothing passes through shared memory until the warps merge. As in score.cuh, channels may be called any column.
+// nothing passes through shared memory until the warps merge. As in minmax.cuh, channels may be called any column.
 // With up to 8 query heads the upper half of Q's rows is zero; with up to 16 there is a second tile of heads.
 #pragma once
+#include "common/digest.cuh"
 #include "common/pages.cuh"
-#include "common/score.cuh"
+
+// A query's words of 16 bytes, in the order the lanes want them.
+template <int D, int HEAD_TILES>
+constexpr int QUERY_WORDS = HEAD_TILES * (D / 32) * WARP;
+
+template <int D, int HEAD_TILES>
+__device__ inline uint4 query_word(const u16* query /* [group, d] */, int group, int word) {
+    const int lane = word % WARP, chunk = word / WARP % (D / 32),
+              head = word / (WARP * (D / 32)) * MMA_HEADS + lane / 4;
+    if (head >= group) return {0, 0, 0, 0};
+    return load16(query + head * D + chunk * 32 + lane % 4 * 8);
+}
 
 // The logits' scale, softcap and the base 2 of the exponentials in one place.
 struct Logits {

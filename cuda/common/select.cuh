@@ -2,7 +2,7 @@
 // bin in which the k-th largest lies; the few keys in it are ranked one by one, or it becomes the next range. Of
 // equal keys the earlier wins, so a selection is the same on every run, and the same as the reference's.
 #pragma once
-#include "common/score.cuh"
+#include "common/digest.cuh"
 
 // A score's bits as an unsigned integer that sorts like the score. NaN counts as -inf, -0 as 0.
 __device__ inline u32 sort_key(float score) {

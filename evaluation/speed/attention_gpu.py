@@ -242,7 +242,9 @@ def _line(row: Row) -> str:
 def _save(rows: Sequence[Row], num_points: int, machine: Machine, options: Options, command: str) -> Path | None:
     if options.out is None or options.check_only:
         return None
-    return save_json(options.out, "attention_cuda", _content(rows, num_points, machine, options, command))
+    digest = rows[0]["digest"]
+    name = "attention_cuda" if digest == "minmax" else f"attention_cuda_{digest}"
+    return save_json(options.out, name, _content(rows, num_points, machine, options, command))
 
 
 def _content(rows: Sequence[Row], num_points: int, machine: Machine, options: Options, command: str) -> Row:

@@ -11,6 +11,7 @@ from .attention_points import Point
 
 # Pools are filled in pieces of so many elements: what is needed beside them stays small.
 CHUNK_ELEMENTS = 1 << 28
+FITTED_TOKENS = 1024  # of the prompt that a digest is fitted to
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,15 @@ class Layer:
 
     Attributes:
         query: `[b, hq, d]`; key, value: `[b, hkv, 1, d]`, the new token.
-        kv_pool: `[num_pages, 2, hkv, p, d]`; summary: `[num_pages, hkv, 2, d]`, the pages' minima and maxima.
+        kv_pool: `[num_pages, 2, hkv, p, d]`; summary, state: the pages' digests, and what is fixed of them.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     kv_pool: Tensor
-    summary: Tensor
+    summary: list[Tensor]
+    state: list[Tensor]
 
 
 class Inputs:
@@ -63,14 +65,19 @@ class Inputs:
         pool = torch.empty(
             num_pages, 2, heads, self.point.config.page_size, d, dtype=geometry.dtype, device=self.device
         )
-        summary = torch.empty(num_pages, heads, 2, d, dtype=geometry.dtype, device=self.device)
+        digest = self.point.digest
+        fields = digest.fields(self.point.config.page_size, d)
+        summary = [pool.new_empty(num_pages, heads, *f.shape, dtype=f.dtype or pool.dtype) for f in fields]
+        state = digest.fit(self._random(1, heads, FITTED_TOKENS, d), None)
         chunk = max(1, CHUNK_ELEMENTS // pool[0].numel())
-        for pages, digests in zip(pool.split(chunk), summary.split(chunk), strict=True):
-            pages.normal_(generator=self.generator)
+        for first in range(0, num_pages, chunk):
+            pages = pool[first : first + chunk].normal_(generator=self.generator)
             # A last page that is partly filled is summarised anew by every append.
-            digests[:, :, 0], digests[:, :, 1] = pages[:, 0].amin(2), pages[:, 0].amax(2)
+            every = torch.ones(len(pages), pages.shape[3], dtype=torch.bool, device=self.device)
+            for field, computed in zip(summary, digest.summarize(pages[:, 0], every, state), strict=True):
+                field[first : first + chunk] = computed
         new = [self._random(b, heads, 1, d) for _ in range(2)]
-        return Layer(self._random(b, geometry.num_q_heads, d), new[0], new[1], pool, summary)
+        return Layer(self._random(b, geometry.num_q_heads, d), new[0], new[1], pool, summary, state)
 
     def _random(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.device, dtype=torch.float32).to(

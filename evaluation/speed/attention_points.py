@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from sparsekv import SparseConfig
+from sparsekv.digests import DIGESTS, Digest
 from sparsekv.errors import ConfigError, UnknownNameError
 
 K, M = 1 << 10, 1 << 20
@@ -88,6 +89,11 @@ class Point:
         return float(self.geometry.head_dim**-0.5)
 
     @property
+    def digest(self) -> Digest:
+        """What is kept of every page."""
+        return DIGESTS.get(self.config.digest)()
+
+    @property
     def num_pages(self) -> int:
         """Pages of one sequence."""
         return self.config.pages_for(self.context)
@@ -114,8 +120,10 @@ class Point:
 
     @property
     def digest_bytes(self) -> int:
-        """A minimum and a maximum per page: as much as a key and a value."""
-        return self._row_bytes * self.num_pages
+        """Of every page and kv head: min/max takes as much as a key and a value."""
+        fields = self.digest.fields(self.config.page_size, self.geometry.head_dim)
+        a_page = sum(math.prod(f.shape) * (f.dtype or self.geometry.dtype).itemsize for f in fields)
+        return self.batch * self.geometry.num_kv_heads * self.num_pages * a_page
 
     @property
     def attend_bytes(self) -> int:
@@ -131,6 +139,7 @@ class Point:
     def quest_us(self) -> float | None:
         """What Quest's own kernels took at this point, measured separately."""
         theirs = self.geometry.name == "mha" and self.batch == 1 and self.config.budget == 2 * K
+        theirs = theirs and self.config.digest == "minmax"
         return QUEST_US.get(self.context) if theirs and self.config.page_size == 16 else None
 
     def num_layers(self, l2_bytes: int, free_bytes: int) -> int:
@@ -146,6 +155,7 @@ class Point:
             "geometry": self.geometry.name,
             "batch": self.batch,
             "context": self.context,
+            "digest": self.config.digest,
             "budget": self.config.budget,
             "pages_read": self.k,
             "fits": self.fits,
@@ -159,14 +169,15 @@ def grid(
     contexts: Sequence[int],
     budgets: Sequence[int],
     page_size: int = 16,
+    digest: str = "minmax",
 ) -> list[Point]:
     """Every combination.
 
     Raises:
-        ConfigError: a budget is too small.
+        ConfigError: a budget is too small. UnknownNameError: there is no such digest.
     """
     return [
-        Point(geometry, batch, context, SparseConfig(budget=budget, page_size=page_size))
+        Point(geometry, batch, context, SparseConfig(budget=budget, page_size=page_size, digest=digest))
         for geometry in layers
         for budget in budgets
         for batch in batches
@@ -200,7 +211,7 @@ PRESETS: dict[str, list[tuple[list[str], list[tuple[int, int]], list[int]]]] = {
 }
 
 
-def preset_points(name: str, page_size: int = 16) -> list[Point]:
+def preset_points(name: str, page_size: int = 16, digest: str = "minmax") -> list[Point]:
     """The points of a preset."""
     return [
         point
@@ -208,5 +219,5 @@ def preset_points(name: str, page_size: int = 16) -> list[Point]:
         for geometry in geometries(names)
         for budget in budgets
         for batch, context in pairs
-        for point in grid([geometry], [batch], [context], [budget], page_size)
+        for point in grid([geometry], [batch], [context], [budget], page_size, digest)
     ]

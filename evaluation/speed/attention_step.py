@@ -12,6 +12,7 @@ from sparsekv.errors import SparseKVError
 from sparsekv.ops import reference
 from sparsekv.ops.formulas import formula
 from sparsekv.ops.step import sparse_decode
+from sparsekv.testing.soak import same_summary
 
 from .attention_inputs import Inputs
 
@@ -26,18 +27,28 @@ class DecodeStep:
         self.inputs, self.point = inputs, inputs.point
         self.ops = ops.for_backend("auto")
         config = self.point.config
+        self.digest = config.digest
         self._chosen = (self.point.k, config.sinks, config.recent)
 
     def append(self, i: int) -> None:
         """The new token into its page, and that page's digest."""
         layer = self.inputs.layers[i]
-        self.ops.append_kv(layer.key, layer.value, None, *self._lengths, layer.kv_pool, [layer.summary], [], "minmax")
+        self.ops.append_kv(
+            layer.key, layer.value, None, *self._lengths, layer.kv_pool, layer.summary, layer.state, self.digest
+        )
 
     def score(self, i: int) -> Tensor:
         """`[b, hkv, max_pages]` float32."""
         layer, point = self.inputs.layers[i], self.point
         scores: Tensor = self.ops.score_pages(
-            layer.query, [layer.summary], [], *self._lengths, point.config.page_size, "minmax", "max", point.scaling
+            layer.query,
+            layer.summary,
+            layer.state,
+            *self._lengths,
+            point.config.page_size,
+            self.digest,
+            "max",
+            point.scaling,
         )
         return scores
 
@@ -70,8 +81,8 @@ class DecodeStep:
         """The whole step as a cache takes it, by one operator; slots are None where everything is read."""
         layer = self.inputs.layers[i]
         out, _, slots = self.ops.sparse_decode(
-            layer.query, layer.key, layer.value, *self._lengths, layer.kv_pool, [layer.summary], [], None,
-            "minmax", "max", *self._chosen, self.point.scaling, 0.0, self.inputs.sinks,
+            layer.query, layer.key, layer.value, *self._lengths, layer.kv_pool, layer.summary, layer.state, None,
+            self.digest, "max", *self._chosen, self.point.scaling, 0.0, self.inputs.sinks,
         )  # fmt: skip
         return out, None if self.point.fits else slots
 
@@ -110,9 +121,16 @@ class Check:
     def _spoil_last_token(self) -> None:
         """What the append has to write is not there already."""
         last, offset = divmod(self.point.context - 1, self._page_size)
+        layer, pages = self.inputs.layers[0], self.inputs.block_table[:, last]
+        layer.kv_pool[pages, :, :, offset] = 9.0
+        before = (torch.arange(self._page_size, device=pages.device) < offset).expand(len(pages), -1)
+        for field, computed in zip(layer.summary, self._summarize(pages, before), strict=True):
+            field[pages] = computed.to(field.dtype)
+
+    def _summarize(self, pages: Tensor, valid: Tensor) -> list[Tensor]:
+        """The digests of some pages, by their formula."""
         layer = self.inputs.layers[0]
-        layer.kv_pool[self.inputs.block_table[:, last], :, :, offset] = 9.0
-        layer.summary[self.inputs.block_table[:, last]] = 9.0
+        return formula(self.step.digest).summarize(layer.kv_pool[pages, 0], valid, layer.state)
 
     def _append(self, name: str) -> None:
         """The new token is in its page, and the digests of that page and of the first ones are their formula's."""
@@ -125,9 +143,12 @@ class Check:
         pages = table[self.rows][:, slots].flatten()
         position = slots[:, None] * self._page_size + torch.arange(self._page_size, device=table.device)
         valid = (position < self.point.context).repeat(self.rows.stop, 1)
-        digests = formula("minmax").summarize(layer.kv_pool[pages, 0], valid, [])[0]
-        if not torch.equal(layer.summary[pages], digests):
-            raise SparseKVError(f"Digests after the {name} step are not those of their pages: no speed.")
+        expected = [x.to(field.dtype) for x, field in zip(self._summarize(pages, valid), layer.summary, strict=True)]
+        try:
+            same_summary("digests", [field[pages] for field in layer.summary], expected, self.point)
+        except SparseKVError as error:
+            message = f"Digests after the {name} step are not those of their pages: no speed."
+            raise SparseKVError(message) from error
 
     def _selection(self, name: str, slots: Tensor | None) -> None:
         if slots is None:
@@ -135,10 +156,10 @@ class Check:
         layer, point, lengths = self.inputs.layers[0], self.point, self._lengths
         query = layer.query[self.rows].float()
         scores = reference.score_pages(
-            query, [layer.summary], [], *lengths, self._page_size, "minmax", "max", point.scaling
+            query, layer.summary, layer.state, *lengths, self._page_size, self.step.digest, "max", point.scaling
         )
         expected = sparse_decode(
-            query, None, None, *lengths, layer.kv_pool, [layer.summary], [], None, "minmax", "max",
+            query, None, None, *lengths, layer.kv_pool, layer.summary, layer.state, None, self.step.digest, "max",
             point.k, point.config.sinks, point.config.recent, point.scaling, 0.0, self.inputs.sinks,
         )[2]  # fmt: skip
         if not same_pages(slots[self.rows], expected, scores):

@@ -118,6 +118,8 @@ class Shelf:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, point = inputs, inputs.point
+        if point.config.digest != "minmax":
+            raise Unavailable(f"it is Quest's policy, and the digest is {point.config.digest}")
         if point.fits:
             raise Unavailable("the budget holds the whole context: nothing to choose")
         if point.context % point.config.page_size:
@@ -126,7 +128,7 @@ class Shelf:
         head = torch.arange(heads, dtype=torch.int32, device=inputs.block_table.device)
         self.rows = inputs.block_table[:, None] * (2 * heads) + head[:, None]  # [b, hkv, pages]: one head's keys
         self.indices = self.rows[:, :, : point.k].contiguous()
-        self.digests = [layer.summary[inputs.block_table].transpose(1, 2).flatten(3) for layer in inputs.layers]
+        self.digests = [layer.summary[0][inputs.block_table].transpose(1, 2).flatten(3) for layer in inputs.layers]
         self.digests = [digests.contiguous() for digests in self.digests]  # [b, hkv, pages, 2 d], as Quest keeps them
         last = point.config.page_size
         self.decode = _flashinfer_decode(inputs, point.k, self.indices.view(-1), True, last)

@@ -4,10 +4,15 @@ Source: the estimator of Gao and Long, "RaBitQ: Quantizing High-Dimensional Vect
 for Approximate Nearest Neighbor Search" (SIGMOD 2024), section 3, applied to keys. Keys are centred on the head's
 mean and rotated at random; a key k is then kept as the signs s of R(k - mean) and one factor f, and q.k is estimated
 by q.mean + f <Rq, s>. The first term is the same for all pages, so it is left out.
+
+The rotation is made of random sign flips and Hadamard transforms, which a kernel does without a matrix in d log d
+operations: Ailon and Chazelle, "The Fast Johnson-Lindenstrauss Transform" (SIAM J. Comput. 2009), section 2. There
+are two rounds of it, because after one a channel that outweighs all others would decide every sign.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,43 +24,77 @@ from sparsekv.digests.base import Digest, Field, register
 from sparsekv.errors import ConfigError
 
 ROTATION_SEED = 0
+ROUNDS = 2  # of flips and a transform
+LANES = 4  # threads of a kernel that share a token: each reads its part of the channels of several tokens at once
+LANE_BYTES = 32  # what a lane reads of a page in one go: a sector of the GPU's memory
 
 
 @register("sign_sketch")
 class SignSketch(Digest):
     """Per token the packed signs (d / 8 bytes) and a half-precision factor; a page scores its best token.
 
-    Per kv head: the mean key of the first prefill `[hkv, d]` and the rotation `[hkv, d, d]`, both float32.
+    Per kv head, all float32: the mean key of the first prefill `[hkv, d]`, the rotation `[hkv, d, d]`, and the flips
+    that it is made of `[hkv, rounds, d]`, from which kernels rotate without the matrix.
+
+    A token's bytes lie in up to four parts, and the parts of several tokens side by side, as kernels read them:
+    signs `[p / tokens, parts, tokens, bytes of a part]`.
     """
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         if head_dim % 8:
             raise ConfigError(f"digest='sign_sketch' packs 8 channels a byte: head_dim={head_dim} must divide by 8.")
-        return [Field((page_size, head_dim // 8), torch.uint8), Field((page_size,), torch.float16)]
+        return [Field(_layout(page_size, head_dim), torch.uint8), Field((page_size,), torch.float16)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
         num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
         valid = torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
         mean = torch.where(valid[:, None, :, None], keys.float(), 0.0).sum((0, 2)) / valid.sum().clamp_min(1)
         generator = torch.Generator().manual_seed(ROTATION_SEED)
-        rotation, _ = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))
-        return [mean, rotation.to(keys.device).expand(num_kv_heads, -1, -1)]
+        flips = 2.0 * torch.randint(2, (ROUNDS, head_dim), generator=generator) - 1
+        rotation, mixing = torch.eye(head_dim), _mixing(head_dim)
+        for flip in flips:
+            rotation = mixing @ (flip[:, None] * rotation)
+        fixed = (x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in (rotation, flips))
+        return [mean, *fixed]
 
     def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        mean, rotation = state
+        mean, rotation = state[:2]
         centred = torch.where(valid[:, None, :, None], keys.float() - mean[:, None], 0.0)  # [m, hkv, p, d]
         rotated = centred @ rotation.transpose(-1, -2)
         factor = centred.square().sum(-1) / rotated.abs().sum(-1).clamp_min(1e-20)
         factor = factor.masked_fill(~valid[:, None], float("nan"))  # no token: never the best of its page
-        return [_pack(rotated > 0), factor]
+        _, parts, tokens, _ = _layout(*keys.shape[2:])
+        order = "m h (block token) (part byte) -> m h block part token byte"
+        return [rearrange(_pack(rotated > 0), order, part=parts, token=tokens), factor]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        signs, factor = summary  # [b, pages, hkv, p, d / 8], [b, pages, hkv, p]
+        signs, factor = summary  # [b, pages, hkv, block, part, token, byte], [b, pages, hkv, p]
         rotated = torch.einsum("bhgd,hed->bhge", query, state[1])
-        products = _sign_products(rotated, rearrange(signs, "b pages h p c -> b h (pages p) c"))
+        order = "b pages h block part token byte -> b h (pages block token) (part byte)"
+        products = _sign_products(rotated, rearrange(signs, order))
         factor = rearrange(factor.float(), "b pages h p -> b h 1 (pages p)")
         estimate = (products * factor).nan_to_num(nan=float("-inf"))
-        return rearrange(estimate, "b h g (pages p) -> b h g pages p", p=signs.shape[3]).amax(-1)
+        return rearrange(estimate, "b h g (pages p) -> b h g pages p", p=summary[1].shape[3]).amax(-1)
+
+
+def _layout(page_size: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Blocks of a page, parts of a token, tokens of a block, and bytes of a token's part."""
+    parts = math.gcd(LANES, head_dim // 8)
+    size = head_dim // 8 // parts
+    tokens = math.gcd(page_size, 1 << (-(-LANE_BYTES // size) - 1).bit_length())
+    return page_size // tokens, parts, tokens, size
+
+
+def _mixing(head_dim: int) -> Tensor:
+    """A symmetric orthogonal matrix in which every channel has a share of every other.
+
+    A Hadamard transform over the largest power of two in `head_dim`, times a reflection over the odd rest.
+    """
+    odd = head_dim // (head_dim & -head_dim)
+    mixing = torch.eye(odd) - (2 / odd if odd > 1 else 0)
+    for _ in range((head_dim // odd).bit_length() - 1):
+        mixing = torch.kron(mixing, torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2))
+    return mixing
 
 
 def _pack(positive: Tensor) -> Tensor:

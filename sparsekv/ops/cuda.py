@@ -37,8 +37,9 @@ def why_reference(
         return f"there are kernels for CUDA, and the device is {device.type}"
     head_dim, group = geometry or (instances.HEAD_DIMS[0], 1)
     reason = compiler.unavailable(device.index or 0) or instances.why_not(dtype, head_dim, group, page_size)
-    if reason is None and digest != instances.DIGEST:
-        return f"digest {digest!r} is appended and scored in plain torch (kernels: {instances.DIGEST!r})"
+    if reason is None and digest not in instances.DIGESTS:
+        known = ", ".join(map(repr, instances.DIGESTS))
+        return f"digest {digest!r} is appended and scored in plain torch (kernels: {known})"
     return reason
 
 
@@ -63,7 +64,7 @@ def append_kv(
     digest: str,
 ) -> None:
     """See `reference.append_kv`."""
-    other_digest = bool(summary) and not _keeps(digest, summary, kv_pool)
+    other_digest = bool(summary) and not _keeps(digest, summary, state, kv_pool)
     if other_digest or not _served(key, kv_pool):
         reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest)
         return
@@ -77,10 +78,14 @@ def append_kv(
     warps = 4
     grid = (-(-touched * num_kv_heads // warps), b, 1)
     strides = [np.int64(stride) for tensor in (key, value) for stride in tensor.stride()[:3]]
-    digests = summary[0] if summary else None
-    args = arguments(key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool, digests)
-    args += [*strides, *arguments(t, num_kv_heads, _log2(page_size), block_table.shape[1], touched)]
-    launch(instances.append_kv(kv_pool.dtype, head_dim), kv_pool, grid, warps, args)
+    args = arguments(key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool)
+    args += [
+        *_digests(digest, summary, state),
+        *strides,
+        *arguments(t, num_kv_heads, _log2(page_size), block_table.shape[1], touched),
+    ]
+    spec = instances.append_kv(kv_pool.dtype, head_dim, digest if summary else instances.DIGESTS[0])
+    launch(spec, kv_pool, grid, warps, args)
 
 
 def score_pages(
@@ -98,7 +103,8 @@ def score_pages(
     num_kv_heads, max_pages = reference.kv_heads_of(summary), block_table.shape[1]
     b, num_q_heads, head_dim = query.shape
     group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
-    served = instances.why_not(query.dtype, head_dim, group, page_size) is None and _keeps(digest, summary, query)
+    served = instances.why_not(query.dtype, head_dim, group, page_size) is None
+    served = served and _keeps(digest, summary, state, query)
     if not served or not usable(query.device.index):
         return reference.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
@@ -106,18 +112,34 @@ def score_pages(
     rows = num_q_heads if pooling == PER_HEAD else num_kv_heads
     scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
     args = arguments(_log2(page_size), max_pages, pooling)
-    tables = _int32s(block_table), _int32s(seq_lens)
-    _launch_scores(query.contiguous(), summary[0], *tables, scores, args)
+    plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, digest, max_pages)
+    given = [*arguments(query.contiguous()), *_digests(digest, summary, state)]
+    given += arguments(_int32s(block_table), _int32s(seq_lens), scores, num_kv_heads, plan.heads, group)
+    grid = (num_kv_heads // plan.heads, plan.chunks, b)
+    launch(plan.spec, query, grid, plan.warps, [*given, *args], plan.shared)
     if pooling != PER_HEAD:
         return scores
     by_head = scores.unflatten(1, (num_kv_heads, group))
     return reference.pool_group(by_head, seq_lens, page_size, group_pooling, scaling)
 
 
-def _keeps(digest: str, summary: Sequence[Tensor], like: Tensor) -> bool:
-    """Whether it is the digest that the kernels keep, in their layout; False if none is kept."""
-    fits = [field.is_contiguous() and field.dtype == like.dtype for field in summary]
-    return digest == instances.DIGEST and fits == [True]
+def _keeps(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like: Tensor) -> bool:
+    """Whether it is a digest that the kernels keep, in their layout; False if none is kept."""
+    if digest == "minmax":
+        expected = [like.dtype]
+    elif digest == "sign_sketch":
+        expected = [torch.uint8, torch.float16, *[torch.float32] * 3]
+    else:
+        return False
+    tensors = [*summary, *state]
+    return [x.dtype for x in tensors] == expected and all(x.is_contiguous() for x in tensors)
+
+
+def _digests(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:
+    """`Digests` of cuda/common/digest.cuh."""
+    if digest == "sign_sketch" and summary:
+        return arguments(*summary, state[0], state[2])
+    return arguments(summary[0] if summary else None, None, None, None)
 
 
 def select_pages(
@@ -197,8 +219,8 @@ def sparse_decode(
     num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
     (b, num_q_heads, head_dim), max_pages = query.shape, block_table.shape[1]
     group, plan = num_q_heads // num_kv_heads, None
-    if _keeps(digest, summary, query) and group_pooling in POOLINGS and _served(query, kv_pool):
-        plan = step_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, max_pages, k)
+    if _keeps(digest, summary, state, query) and group_pooling in POOLINGS and _served(query, kv_pool):
+        plan = step_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, digest, max_pages, k)
     if plan is None:
         new = (key, value, block_table, seq_lens, kv_pool, summary, state, limits, digest, group_pooling)
         chosen = (k, sink_tokens, recent_tokens, scaling, softcap, sinks)
@@ -213,23 +235,17 @@ def sparse_decode(
     if not plan.direct:
         keys = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
     strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
-    args = arguments(query, key, value, block_table, seq_lens, kv_pool, summary[0], limits, sinks, keys, slots)
-    args += [*arguments(out, lse), *strides, *arguments(group, _log2(page_size), max_pages, k)]
+    args = arguments(query, key, value, block_table, seq_lens, kv_pool)
+    args += [
+        *_digests(digest, summary, state),
+        *arguments(limits, sinks, keys, slots, out, lse),
+        *strides,
+        *arguments(group, _log2(page_size), max_pages, k),
+    ]
     args += arguments(sink_tokens, recent_tokens, POOLINGS[group_pooling], float(scaling), float(softcap), wide)
     split = plan.split
     launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.ctas)
     return out, lse, slots
-
-
-def _launch_scores(
-    query: Tensor, digests: Tensor, block_table: Tensor, seq_lens: Tensor, scores: Tensor, args: Sequence[Any]
-) -> None:
-    (b, num_q_heads, head_dim), num_kv_heads = query.shape, digests.shape[1]
-    group = num_q_heads // num_kv_heads
-    plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, block_table.shape[1])
-    args = [*arguments(query, digests, block_table, seq_lens, scores, num_kv_heads, plan.heads, group), *args]
-    grid = (num_kv_heads // plan.heads, plan.chunks, b)
-    launch(plan.spec, query, grid, plan.warps, args, plan.shared)
 
 
 def _partials(query: Tensor, rows: int, split: Split, group: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from sparsekv.ops.compiler import KernelSpec
@@ -12,7 +14,7 @@ PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MMA_HEADS = 8  # query heads of one matrix product
 MAX_PAGES, MAX_SELECTED = 65_536, 1_024  # of one sequence; in a selection
-DIGEST = "minmax"  # the one the kernels keep and score
+DIGESTS = ("minmax", "sign_sketch")  # those the kernels keep and score
 
 
 def head_tiles(group: int) -> int:
@@ -20,14 +22,25 @@ def head_tiles(group: int) -> int:
     return -(-group // MMA_HEADS)
 
 
-def append_kv(dtype: torch.dtype, head_dim: int) -> KernelSpec:
+def _kind(digest: str, group: int) -> str:
+    """The kernels' type for a digest; that of the sketch says how many query heads it has room for."""
+    return "MinMax" if digest == "minmax" else f"Sketch<{max(4, 1 << (group - 1).bit_length())}>"
+
+
+def append_kv(dtype: torch.dtype, head_dim: int, digest: str) -> KernelSpec:
     """Appending."""
-    return KernelSpec("append_kv.cu", f"append_kv<{ELEMENTS[dtype]}, {head_dim}>")
+    return KernelSpec("append_kv.cu", f"append_kv<{ELEMENTS[dtype]}, {head_dim}, {_kind(digest, 1)}>")
 
 
 def grouped(name: str, dtype: torch.dtype, head_dim: int, group: int, source: str | None = None) -> KernelSpec:
-    """What works on the query heads of a kv head together: scoring, attending, and the whole step."""
+    """What works on the query heads of a kv head together and needs no digest: attending and merging."""
     return KernelSpec(f"{source or name}.cu", f"{name}<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}>")
+
+
+def scoring(name: str, dtype: torch.dtype, head_dim: int, group: int, digest: str) -> KernelSpec:
+    """What scores digests: `score_pages`, and the whole step."""
+    shape = f"{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}, {_kind(digest, group)}"
+    return KernelSpec(f"{name}.cu", f"{name}<{shape}>")
 
 
 def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
@@ -38,21 +51,22 @@ def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
 SELECT_PAGES = KernelSpec("select_pages.cu", "select_pages")
 
 
-def of_model(dtype: torch.dtype, head_dim: int, group: int) -> list[KernelSpec]:
+def of_model(dtype: torch.dtype, head_dim: int, group: int, digest: str) -> list[KernelSpec]:
     """All kernels that one geometry can need."""
-    names = ("score_pages", "attend_pages", "sparse_decode")
     return [
-        append_kv(dtype, head_dim),
+        append_kv(dtype, head_dim, digest),
         *(elementwise(name, dtype) for name in ("rotate", "rms_norm")),
         SELECT_PAGES,
-        *(grouped(name, dtype, head_dim, group) for name in names),
+        *(scoring(name, dtype, head_dim, group, digest) for name in ("score_pages", "sparse_decode")),
+        grouped("attend_pages", dtype, head_dim, group),
         grouped("merge_attention", dtype, head_dim, group, source="attend_pages"),
     ]
 
 
 def promised() -> list[KernelSpec]:
     """Every instantiation, each once."""
-    geometries = [(dtype, d, group) for dtype in ELEMENTS for d in HEAD_DIMS for group in (MMA_HEADS, MAX_GROUP)]
+    groups = (MMA_HEADS // 2, MMA_HEADS, MAX_GROUP)
+    geometries = itertools.product(ELEMENTS, HEAD_DIMS, groups, DIGESTS)
     return list(dict.fromkeys(spec for geometry in geometries for spec in of_model(*geometry)))
 
 

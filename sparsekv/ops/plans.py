@@ -116,24 +116,32 @@ def attend_plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group
 
 
 def planned_step(
-    split: Split, dtype: torch.dtype, head_dim: int, group: int, max_pages: int, k: int, direct: bool
+    split: Split, dtype: torch.dtype, head_dim: int, group: int, digest: str, max_pages: int, k: int, direct: bool
 ) -> Plan:
     """sparse_decode over a given split."""
-    spec = instances.grouped("sparse_decode", dtype, head_dim, group)
+    spec = instances.scoring("sparse_decode", dtype, head_dim, group, digest)
     return Plan(spec, split, _step_bytes(split, head_dim, group, max_pages, k, direct), direct)
 
 
 def step_plan(
-    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, max_pages: int, k: int
+    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, digest: str, max_pages: int, k: int
 ) -> Plan | None:
     """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better."""
     width = -(-max_pages // WIDTHS) * WIDTHS
-    return _step_plan(device, dtype, rows, head_dim, group, width, k, k >= max_pages)
+    return _step_plan(device, dtype, rows, head_dim, group, digest, width, k, k >= max_pages)
 
 
 @functools.lru_cache(1024)
 def _step_plan(
-    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, width: int, k: int, fits: bool
+    device: int,
+    dtype: torch.dtype,
+    rows: int,
+    head_dim: int,
+    group: int,
+    digest: str,
+    width: int,
+    k: int,
+    fits: bool,
 ) -> Plan | None:
     facts = gpu(device)
     if facts.max_cluster == 1 or not selectable(width, k):
@@ -141,7 +149,7 @@ def _step_plan(
     direct = width <= DIRECT_PAGES
 
     def plan(ctas: int, warps: int) -> Plan:
-        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, width, k, direct)
+        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, digest, width, k, direct)
 
     def room(ctas: int, warps: int) -> int:
         made = plan(ctas, warps)
@@ -170,7 +178,14 @@ class ScorePlan:
 
 @functools.lru_cache(1024)
 def score_plan(
-    device: int, dtype: torch.dtype, b: int, num_kv_heads: int, head_dim: int, group: int, max_pages: int
+    device: int,
+    dtype: torch.dtype,
+    b: int,
+    num_kv_heads: int,
+    head_dim: int,
+    group: int,
+    digest: str,
+    max_pages: int,
 ) -> ScorePlan:
     """score_pages for b sequences of up to `max_pages` pages."""
     warps, staged = 8, 2 * _query_bytes(head_dim, group)
@@ -179,13 +194,15 @@ def score_plan(
         heads //= 2
     tiles = -(-max_pages * heads // (UNIT * warps))
     chunks = min(tiles, max(1, 2 * gpu(device).sms * heads // (b * num_kv_heads)))
-    return ScorePlan(instances.grouped("score_pages", dtype, head_dim, group), heads, chunks, warps, heads * staged)
+    spec = instances.scoring("score_pages", dtype, head_dim, group, digest)
+    return ScorePlan(spec, heads, chunks, warps, heads * staged)
 
 
 # -- shared memory, as the kernels lay it out
 
 
 def _query_bytes(head_dim: int, group: int) -> int:
+    """For attention. Scoring stages up to twice as much, of which the sketch needs a part."""
     return instances.head_tiles(group) * head_dim * UNIT
 
 

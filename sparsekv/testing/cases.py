@@ -31,6 +31,7 @@ class Case:
     with_limits: bool
     num_new: int
     padded: bool
+    digest: str
     seed: int
 
     @staticmethod
@@ -56,6 +57,7 @@ class Case:
             with_limits=rng.random() < 0.2,
             num_new=rng.choice([1, 1, page_size, rng.randint(2, 100)]),
             padded=rng.random() < 0.5,
+            digest=rng.choice(instances.DIGESTS),
             seed=rng.randrange(1 << 31),
         )
 

@@ -34,7 +34,7 @@ def naive_estimate(query: Tensor, key: Tensor, mean: Tensor, turn: Tensor) -> fl
 
 def test_fields_are_a_bit_per_channel_and_a_half_per_token() -> None:
     signs, factor = SignSketch().fields(page_size=16, head_dim=128)
-    assert (signs.shape, signs.dtype) == ((16, 16), torch.uint8)
+    assert (signs.shape, signs.dtype) == ((2, 4, 8, 4), torch.uint8)
     assert (factor.shape, factor.dtype) == ((16,), torch.float16)
     with pytest.raises(ConfigError, match="head_dim=20 must divide by 8"):
         SignSketch().fields(page_size=16, head_dim=20)
@@ -78,7 +78,7 @@ def test_the_state_is_the_mean_key_and_an_orthogonal_matrix() -> None:
     keys = torch.randn(2, 3, 10, D)
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[0, :4] = False
-    mean, turn = SignSketch().fit(keys, valid)
+    mean, turn, _ = SignSketch().fit(keys, valid)
     kept = torch.cat([keys[0, :, 4:], keys[1]], dim=1)
     torch.testing.assert_close(mean, kept.mean(1))
     torch.testing.assert_close(turn @ turn.transpose(-1, -2), torch.eye(D).expand(3, D, D), rtol=1e-5, atol=1e-5)

@@ -11,11 +11,11 @@ import torch
 from sparsekv import ops
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
-from sparsekv.ops import around, compiler, cuda, plans, reference
+from sparsekv.ops import around, compiler, cuda, instances, plans, reference
 from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.launch import Gpu
 from sparsekv.ops.plans import Split
-from sparsekv.testing.pages import fresh_summary, random_pages
+from sparsekv.testing.pages import fitted_state, fresh_summary, random_pages
 
 TYPES = {"i64": np.int64, "int": np.int32, "float": np.float32}
 
@@ -70,30 +70,34 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         function.cache_clear()
 
 
-def arguments(group: int, head_dim: int, page_size: int = 16) -> dict[str, tuple[Any, ...]]:
+def arguments(group: int, head_dim: int, page_size: int = 16, digest: str = "minmax") -> dict[str, tuple[Any, ...]]:
     """Of every op, for a ragged batch."""
     pages = random_pages([70, 9], head_dim=head_dim, page_size=page_size, dtype=torch.bfloat16)
-    summary = fresh_summary("minmax", pages, [])
+    state = fitted_state(DIGESTS.get(digest)(), pages)
+    summary = fresh_summary(digest, pages, state)
     query, new = torch.randn(2, 2 * group, head_dim).bfloat16(), torch.randn(2, 2, 1, head_dim).bfloat16()
     where = (pages.block_table, pages.seq_lens)
     slots = torch.zeros(2, 2, 3, dtype=torch.int32)
     sinks = torch.zeros(2 * group)
     valid = torch.ones(2, 1, dtype=torch.bool)
-    settings = (None, "minmax", "max", 3, 4, 4, 0.1)
+    settings = (None, digest, "max", 3, 4, 4, 0.1)
     return {
-        "append_kv": (new, new, valid, *where, pages.kv_pool, summary, [], "minmax"),
-        "score_pages": (query, summary, [], *where, page_size, "minmax", "mean_softmax", 0.1),
+        "append_kv": (new, new, valid, *where, pages.kv_pool, summary, state, digest),
+        "score_pages": (query, summary, state, *where, page_size, digest, "mean_softmax", 0.1),
         "select_pages": (torch.randn(2, 2, 7), pages.seq_lens, page_size, 3, 4, 4, None),
         "attend_pages": (query, pages.kv_pool, *where, slots, 0.1, 5.0, sinks),
-        "sparse_decode": (query, new, new, *where, pages.kv_pool, summary, [], *settings, 0.0, sinks),
+        "sparse_decode": (query, new, new, *where, pages.kv_pool, summary, state, *settings, 0.0, sinks),
     }
 
 
 @pytest.mark.parametrize("group", [1, 5, 16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("digest", instances.DIGESTS)
 @pytest.mark.parametrize("name", ["append_kv", "score_pages", "select_pages", "attend_pages", "sparse_decode"])
-def test_arguments_are_those_of_the_source(name: str, head_dim: int, group: int, launches: Launches) -> None:
-    getattr(cuda, name)(*arguments(group, head_dim)[name])
+def test_arguments_are_those_of_the_source(
+    name: str, digest: str, head_dim: int, group: int, launches: Launches
+) -> None:
+    getattr(cuda, name)(*arguments(group, head_dim, digest=digest)[name])
     assert launches.made == [name]
 
 
@@ -116,10 +120,10 @@ def test_what_no_kernel_serves_launches_none(name: str, change: dict[int, Any], 
     changed = list(arguments(4, 64)[name])
     for place, value in change.items():
         changed[place] = value
-    if name in ("append_kv", "score_pages"):  # another digest, with its own fields
+    if name in ("append_kv", "score_pages"):  # a sketch by another rotation, which kernels cannot make
         pages = random_pages([70, 9], head_dim=64, dtype=torch.bfloat16)
         digest = DIGESTS.get("sign_sketch")()
-        state = digest.fit(torch.randn(1, 2, 20, 64).bfloat16(), None)
+        state = digest.fit(torch.randn(1, 2, 20, 64).bfloat16(), None)[:2]
         place = 6 if name == "append_kv" else 1
         changed[place], changed[place + 1] = fresh_summary("sign_sketch", pages, state), state
     getattr(cuda, name)(*changed)
@@ -128,7 +132,7 @@ def test_what_no_kernel_serves_launches_none(name: str, change: dict[int, Any], 
 
 def test_a_gpu_without_clusters_takes_the_step_op_by_op(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "gpu", lambda device: Gpu(108, (8, 0), 150_000))
-    assert plans.step_plan(0, torch.bfloat16, 8, 128, 4, 2048, 128) is None
+    assert plans.step_plan(0, torch.bfloat16, 8, 128, 4, "minmax", 2048, 128) is None
     assert plans.attend_plan(0, torch.bfloat16, 8, 128, 4, 128).split.cluster == 1
 
 

@@ -1,5 +1,6 @@
 """The kernels against the reference and against float64, on a GPU. Run by `make test-gpu`."""
 
+import itertools
 import random
 import threading
 from typing import Any
@@ -16,7 +17,7 @@ from sparsekv.ops.plans import Split
 from sparsekv.testing import naive
 from sparsekv.testing.cases import Case
 from sparsekv.testing.pages import Pages, edge_lengths, fitted_state, fresh_summary, random_pages
-from sparsekv.testing.soak import Tally, check, same_slots, soak
+from sparsekv.testing.soak import Tally, check, same_slots, same_summary, soak
 from sparsekv.testing.tolerance import assert_as_good_as, plain_attention
 
 pytestmark = pytest.mark.gpu
@@ -36,10 +37,10 @@ def lengths(page_size: int) -> list[int]:
 def test_grid(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
     """All ops; every feature meets every shape, as the features take turns."""
     rng = random.Random(f"{dtype} {head_dim} {group} {page_size}")
-    for pooling in ("max", "sum", "mean_softmax"):
+    for digest, pooling in itertools.product(instances.DIGESTS, ["max", rng.choice(["sum", "mean_softmax"])]):
         drawn = Case.draw(rng)
         geometry = {"dtype": dtype, "head_dim": head_dim, "group": group, "page_size": page_size}
-        case = Case(**vars(drawn) | geometry | {"lengths": lengths(page_size), "pooling": pooling})
+        case = Case(**vars(drawn) | geometry | {"lengths": lengths(page_size), "pooling": pooling, "digest": digest})
         check(case, CUDA, Tally())
 
 
@@ -92,8 +93,9 @@ def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("ctas", [1, 2, 3, 8, 16])
 @pytest.mark.parametrize("direct", [True, False])
 def test_any_cluster_gives_the_same_step(ctas: int, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, width: int, k: int) -> plans.Plan:
-        return plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, width, k, direct)
+    def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, *rest: Any) -> plans.Plan:
+        group, digest, width, k = rest
+        return plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, digest, width, k, direct)
 
     monkeypatch.setattr(cuda, "step_plan", plan)
     rng = random.Random(ctas)
@@ -125,7 +127,7 @@ def test_what_no_kernel_serves_runs_in_plain_torch() -> None:
         (torch.float32, 64, 16, "minmax"),
         (torch.bfloat16, 40, 16, "minmax"),
         (torch.bfloat16, 64, 8, "minmax"),
-        (torch.bfloat16, 64, 16, "sign_sketch"),
+        (torch.bfloat16, 40, 16, "sign_sketch"),
     ]:
         pages = random_pages([70, 9], head_dim=head_dim, page_size=page_size, dtype=dtype)
         query = torch.randn(2, 4, head_dim).to(dtype)
@@ -166,39 +168,42 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, arguments[name], test_utils=("test_schema", "test_faketensor"))
 
 
-def test_a_captured_step_follows_growing_lengths() -> None:
+@pytest.mark.parametrize("digest", instances.DIGESTS)
+def test_a_captured_step_follows_growing_lengths(digest: str) -> None:
     """Captured once; lengths then change in place, and every replay equals the reference."""
     num_pages, table = 48, torch.randperm(48, device=CUDA).int().view(2, 24)
     pool = torch.randn(num_pages, 2, 4, 16, 128, device=CUDA).bfloat16()
-    digests = torch.stack([pool[:, 0].amin(2), pool[:, 0].amax(2)], dim=2)  # of full pages; the newest are made anew
     seq_lens = torch.tensor([1, 1], dtype=torch.int32, device=CUDA)
+    pages = Pages(pool, table, torch.full_like(seq_lens, 16 * 24))
+    state = fitted_state(DIGESTS.get(digest)(), pages)
+    summary = fresh_summary(digest, pages, state)  # of full pages; what it says of tokens yet to come is not read
     query, key, value = (torch.randn(2, heads, 1, 128, device=CUDA).bfloat16() for heads in (16, 4, 4))
 
-    def step(namespace: Any, pool: Tensor, digests: Tensor) -> tuple[Tensor, ...]:
-        settings = (None, "minmax", "max", 4, 4, 16, 0.1)
+    def step(namespace: Any, pool: Tensor, summary: list[Tensor]) -> tuple[Tensor, ...]:
+        settings = (None, digest, "max", 4, 4, 16, 0.1)
         result: tuple[Tensor, ...] = namespace.sparse_decode(
-            query[:, :, 0], key, value, table, seq_lens, pool, [digests], [], *settings
+            query[:, :, 0], key, value, table, seq_lens, pool, summary, state, *settings
         )
         return result
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(OPS, pool.clone(), digests.clone())
+        step(OPS, pool.clone(), [x.clone() for x in summary])
     torch.cuda.current_stream().wait_stream(side)
-    expected_pool, expected_digests = pool.clone(), digests.clone()
+    expected_pool, expected_summary = pool.clone(), [x.clone() for x in summary]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse, slots = step(OPS, pool, digests)
-    for length in range(1, 16 * table.shape[1], 7):
+        out, lse, slots = step(OPS, pool, summary)
+    for length in range(1, 16 * table.shape[1]):
         seq_lens.copy_(torch.tensor([length, max(1, length // 3)]))
         for tensor in (query, key, value):
             tensor.copy_(torch.randn_like(tensor))
         graph.replay()
-        _, _, expected_slots = step(ops.for_backend("reference"), expected_pool, expected_digests)
+        _, _, expected_slots = step(ops.for_backend("reference"), expected_pool, expected_summary)
         assert torch.equal(pool, expected_pool)
-        assert torch.equal(digests, expected_digests)
-        score = (query[:, :, 0], [digests], [], table, seq_lens, 16, "minmax", "max", 0.1)
+        same_summary("digests", summary, expected_summary, length)
+        score = (query[:, :, 0], summary, state, table, seq_lens, 16, digest, "max", 0.1)
         same_slots("slots", slots, expected_slots, reference.score_pages(*score), length)
         attended, expected_lse = reference.attend_pages(query[:, :, 0], pool, table, seq_lens, slots, 0.1)
         assert (out - attended).float().norm() < 1e-2 * attended.float().norm()

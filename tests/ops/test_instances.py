@@ -29,7 +29,8 @@ def test_promised_are_all_shapes_that_are_served() -> None:
         for head_dim in (64, 96, 128, 256):
             for group in range(1, 17):
                 assert all(instances.why_not(dtype, head_dim, group, page) is None for page in (16, 32, 64))
-                assert set(instances.of_model(dtype, head_dim, group)) <= set(instances.promised())
+                for digest in instances.DIGESTS:
+                    assert set(instances.of_model(dtype, head_dim, group, digest)) <= set(instances.promised())
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 MACHINE = Machine(CPU, l2_bytes=4096, tb_per_s=0.01, measured_tb_per_s=0.011)
 
 
-def point(context: int = 160, batch: int = 3, budget: int = 64, **changes: Any) -> Point:
+def point(context: int = 160, batch: int = 3, budget: int = 64, digest: str = "minmax", **changes: Any) -> Point:
     geometry = Geometry("tiny", **{"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, **changes})
-    return Point(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16))
+    return Point(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16, digest=digest))
 
 
 def check_of(where: Point) -> Check:
@@ -87,7 +87,7 @@ def test_inputs_are_shuffled_pages_with_their_digests(context: int, monkeypatch:
     first, second = inputs.layers
     assert not torch.equal(first.kv_pool, second.kv_pool)
     keys = first.kv_pool[:, 0]
-    assert torch.equal(first.summary, torch.stack([keys.amin(2), keys.amax(2)], 2))
+    assert torch.equal(first.summary[0], torch.stack([keys.amin(2), keys.amax(2)], 2))
     keys, values = inputs.contiguous(1)
     assert keys.shape == values.shape == (3, 2, context, 16)
     page, offset = inputs.block_table[2, 9], 11 * 8 + 3
@@ -97,9 +97,10 @@ def test_inputs_are_shuffled_pages_with_their_digests(context: int, monkeypatch:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("context", [160, 157, 153, 60, 1], ids=lambda n: f"{n} tokens")
-def test_the_check_accepts_the_operators(context: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("digest", ["minmax", "sign_sketch"])
+def test_the_check_accepts_the_operators(digest: str, context: int, dtype: torch.dtype) -> None:
     with torch.inference_mode():
-        check_of(point(context, dtype=dtype, sinks=context == 157)).all()
+        check_of(point(context, digest=digest, dtype=dtype, sinks=context == 157)).all()
 
 
 def wrong_output(step: Any) -> Any:
@@ -125,7 +126,7 @@ def no_append(step: DecodeStep) -> Any:
 
 def stale_digest(step: DecodeStep) -> Any:
     def sparse(i: int) -> tuple[Tensor, Tensor | None]:
-        summary = step.inputs.layers[i].summary
+        (summary,) = step.inputs.layers[i].summary
         before = summary.clone()
         out = step.composed(i)
         summary.copy_(before)
@@ -288,7 +289,7 @@ def test_a_spread_is_the_median_and_the_quartiles() -> None:
         (["--device", "cuda", "--quick", "--contexts", "1k"], "set by --preset quick"),
         (["--device", "cuda", "--geometry", "llama"], "Did you mean 'llama-3.1-8b'"),
         (["--device", "cuda", "--budget", "16"], "budget=16 is below"),
-        (["--device", "cuda", "--digest", "sign_sketch"], "minmax alone"),
+        (["--device", "cuda", "--digest", "sign_sketsh"], "Did you mean 'sign_sketch'"),
         (["--device", "cuda", "--bandwidth", "0"], "more than 0 TB/s"),
     ],
 )

@@ -1,0 +1,61 @@
+// What the kernels know of a digest: where its tensors lie, and two parts that a kind of digest has (minmax.cuh,
+// sketch.cuh). A kind is a type with, for element type T and head size D,
+//
+// - `Summary<T, D>`, made by a warp while it appends to a page: `WHOLE`, whether all of the page's keys are needed,
+//   `take(8 channels of a key)` and `store(page, digests, stale, count, page_size)`;
+// - `Scorer<T, D, HEAD_TILES>`, a warp that scores tiles of sixteen pages, one after the other: `stage` and `use` a
+//   query, `aim` at the next tile's pages, `load_first`, and `score`, which loads the next tile as it goes.
+#pragma once
+#include "common/device.cuh"
+
+constexpr int TILE = 16;      // pages that a warp scores at once
+constexpr int MMA_HEADS = 8;  // query heads of one matrix product
+
+enum GroupPooling { POOL_MAX = 0, POOL_SUM = 1, POOL_NONE = 2 };
+
+// A digest's tensors; what a kind does not have is null. Without `first`, none is kept.
+struct Digests {
+    void* first;         // min/max: [num_pages, hkv, 2, d]; sketch: signs [num_pages, hkv, page_size * d / 8]
+    u16* factors;        // sketch: [num_pages, hkv, page_size]
+    const float* mean;   // sketch: [hkv, d]
+    const float* flips;  // sketch: [hkv, 2, d]
+};
+
+// A page of one kv head.
+struct Page {
+    int head;
+    i64 item;            // where its digest lies, counted in digests
+    u16 *keys, *values;  // [page_size, d]
+
+    __device__ Page(u16* kv_pool, i64 page, int head, int num_kv_heads, int page_shift, int d)
+        : head(head),
+          item(page * num_kv_heads + head),
+          keys(kv_pool + (((page * 2 * num_kv_heads + head) << page_shift) * d)),
+          values(keys + ((i64(num_kv_heads) << page_shift) * d)) {}
+};
+
+__device__ inline void store16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
+
+// Over the heads of the group: .x for page lane / 4, .y for page lane / 4 + 8, the same in the four lanes of a page.
+// `scores` are as a `Scorer` leaves them.
+template <typename Scorer, int HEAD_TILES>
+__device__ float2 pool_heads(const float (&scores)[HEAD_TILES][4], int group, GroupPooling pooling) {
+    const bool largest = pooling == POOL_MAX;
+    float2 pooled = largest ? float2{-infinity(), -infinity()} : float2{0.f, 0.f};
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (Scorer::head_of(tile, i) >= group) continue;
+            pooled.x = largest ? fmaxf(pooled.x, scores[tile][i]) : pooled.x + scores[tile][i];
+            pooled.y = largest ? fmaxf(pooled.y, scores[tile][2 + i]) : pooled.y + scores[tile][2 + i];
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        const float x = __shfl_xor_sync(ALL_LANES, pooled.x, step), y = __shfl_xor_sync(ALL_LANES, pooled.y, step);
+        pooled.x = largest ? fmaxf(pooled.x, x) : pooled.x + x;
+        pooled.y = largest ? fmaxf(pooled.y, y) : pooled.y + y;
+    }
+    return pooled;
+}
