@@ -2,7 +2,7 @@
 // takes one page of one kv head, for a prompt of any length and for one new token alike.
 #include "common/append.cuh"
 #include "common/minmax.cuh"
-#include "common/sketch.cuh"
+#include "common/sketch_score.cuh"
 
 template <typename T, int D, typename Kind>
 __global__ void __launch_bounds__(256)

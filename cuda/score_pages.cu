@@ -1,7 +1,7 @@
 // score_pages: a score per (sequence, kv head, page), -inf past a sequence's end. A warp takes sixteen pages at a
 // time; the CTAs split the pages of every sequence and head.
 #include "common/minmax.cuh"
-#include "common/sketch.cuh"
+#include "common/sketch_score.cuh"
 
 // What a warp scores: tiles first, first + stride, ... of one sequence and kv head. The digests of a page's heads lie
 // side by side, and the warps of a CTA take neighbouring heads of the same pages, which memory likes.
@@ -28,29 +28,23 @@ struct Share {
 template <typename Scorer, int HEAD_TILES, typename Take>
 __device__ void score_share(Scorer& scorer, const Share& share, const u16* query /* [group, d] */, int group,
                             const int* table, int count, int max_pages, Take take) {
-    const auto id_of = [&](int slot) { return table[min(slot, max_pages - 1)]; };
-    const auto valid = [&](int slot, int page) { return slot < count ? page : 0; };  // others may be anything
-    const int slot = share.first * TILE + lane_id() / 4;
-    const int low = id_of(slot), high = id_of(slot + 8);  // on their way while the query is staged
-    scorer.stage(share.query, query, group, share.of_head, share.warps);
-    scorer.aim(valid(slot, low), valid(slot + 8, high));
-    if (share.first * TILE < count) scorer.load_first();
+    TileIds ids(table, count, max_pages, share.first * TILE, share.stride * TILE);
+    scorer.stage(share.query, query, group, share.of_head, share.warps, [&] {
+        ids.aim(scorer);
+        if (share.first * TILE < count) scorer.load_first();
+    });
     __syncthreads();  // the query is staged
     scorer.use(share.query);
 #pragma unroll 1
     for (int tile = share.first; tile * TILE < max_pages; tile += share.stride) {
-        const int next = (tile + share.stride) * TILE + lane_id() / 4;
         float by_head[HEAD_TILES][4];
-        if (tile * TILE < count)
-            scorer.score(by_head, [&](Scorer& scorer) {
-                scorer.aim(valid(next, id_of(next)), valid(next + 8, id_of(next + 8)));
-            });
+        if (tile * TILE < count) scorer.score(by_head, [&] { ids.aim(scorer); });
         take(tile, by_head);
     }
 }
 
 template <typename T, int D, int HEAD_TILES, typename Kind>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
     score_pages(const u16* query,                                                   // [b, hq, d]
                 void* digest, u16* factors, const float* mean, const float* flips,  // see Digests
                 const int* block_table,                                             // [b, max_pages]

@@ -9,7 +9,7 @@
 #include "common/merge.cuh"
 #include "common/minmax.cuh"
 #include "common/select.cuh"
-#include "common/sketch.cuh"
+#include "common/sketch_score.cuh"
 
 // What a CTA works with in shared memory. Other CTAs write into `select.keys` and the room of the merge.
 template <typename T, int D, int HEAD_TILES>
@@ -46,25 +46,21 @@ __device__ void score_share(const Pages& pages, int max_pages, const Digests& di
     using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
     static_assert(Scorer::STAGED <= 2 * QUERY_WORDS<D, HEAD_TILES>, "see Room");
     const int size = cluster_size(), count = pages.count(), stride = size * num_warps();
-    const auto id_of = [&](int slot) { return pages.block_table[min(slot, max_pages - 1)]; };
-    const auto valid = [&](int slot, int page) { return slot < count ? page : 0; };  // others may be anything
     int tile = cluster_rank() * num_warps() + warp_id();
-    const int first = tile * TILE + lane_id() / 4;
-    const int low = id_of(first), high = id_of(first + 8);  // on their way while the query is staged
+    TileIds ids(pages.block_table, count, max_pages, tile * TILE, stride * TILE);
     Scorer scorer(digests, pages.num_kv_heads, pages.kv_head, pages.page_shift);
-    scorer.stage(room.score_query, query, group, warp_id(), num_warps());
-    scorer.aim(valid(first, low), valid(first + 8, high));
-    if (tile * TILE < count) scorer.load_first();
+    scorer.stage(room.score_query, query, group, warp_id(), num_warps(), [&] {
+        ids.aim(scorer);
+        if (tile * TILE < count) scorer.load_first();
+    });
     __syncthreads();  // the query is staged
     scorer.use(room.score_query);
     bool waited = false;
 #pragma unroll 1
     for (; tile * TILE < count; tile += stride) {
-        const int slot = tile * TILE + lane_id() / 4, later = slot + stride * TILE;
+        const int slot = tile * TILE + lane_id() / 4;
         float by_head[HEAD_TILES][4];
-        scorer.score(by_head, [&](Scorer& scorer) {
-            scorer.aim(valid(later, id_of(later)), valid(later + 8, id_of(later + 8)));
-        });
+        scorer.score(by_head, [&] { ids.aim(scorer); });
         const float2 pooled = pool_heads<Scorer>(by_head, group, pooling);
         const int mine =
             slot + lane_id() % 2 * 8;  // even lanes hold the page's score, odd ones that of the page 8 later

@@ -128,6 +128,9 @@ __device__ inline uint2 load8(const void* p) {
     return v;
 }
 
+// A line into the L2 cache, without waiting.
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory"); }
+
 // A word from memory to shared memory that nobody waits for until wait_for_copies.
 __device__ inline void copy_async(void* shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),

@@ -76,9 +76,11 @@ struct MinMaxScorer {
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + lane_id() % 4 * 2 + i; }
 
     // Stages a query in shared memory: its negative parts for the minimum, its positive parts for the maximum. Warps
-    // first, first + stride, ... of those that share the work call it, or one does all with 0 and 1.
+    // first, first + stride, ... of those that share the work call it, or one does all with 0 and 1. `begin` is
+    // called when it is best to load pages.
+    template <typename Begin>
     __device__ void stage(uint4* staged /* [STAGED] */, const u16* query /* [group, d] */, int group, int first,
-                          int stride) const {
+                          int stride, Begin begin) {
 #pragma unroll 2
         for (int i = first; i < HEAD_TILES * CHUNKS; i += stride) {
             const int channel = digest_channel(i % CHUNKS, lane_id());
@@ -89,8 +91,11 @@ struct MinMaxScorer {
             staged[i * WARP + lane_id()] =
                 channel < D ? below : uint4{q.x ^ below.x, q.y ^ below.y, q.z ^ below.z, q.w ^ below.w};
         }
+        begin();
     }
     __device__ void use(const uint4* staged) { query = staged; }
+
+    __device__ void prefetch_page(int) const {}  // enough is under way
 
     // This lane's two pages of the next tile.
     __device__ void aim(int low_id, int high_id) {
@@ -121,7 +126,7 @@ struct MinMaxScorer {
         }
     }
 
-    // The tile whose first chunks are under way; `next(*this)` aims at the one after. Scores come as the tensor core
+    // The tile whose first chunks are under way; `next()` aims at the one after. Scores come as the tensor core
     // leaves them (device.cuh).
     template <typename Next>
     __device__ void score(float (&scores)[HEAD_TILES][4], Next next) {
@@ -132,7 +137,7 @@ struct MinMaxScorer {
             multiply<chunk.value>(scores);
             load<chunk.value + BATCH>();
         });
-        next(*this);
+        next();
         unrolled<BATCH>([&](auto chunk) {
             multiply<CHUNKS - BATCH + chunk.value>(scores);
             load<chunk.value>();

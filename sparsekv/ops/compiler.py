@@ -73,14 +73,16 @@ def _no_compiler() -> Obstacle | None:
         nvrtc_version()
     except Exception as error:  # an ImportError, or one of several classes for a library that cannot be loaded
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return Obstacle(f"cuda-core or its NVRTC cannot be loaded ({reason})", "pip install 'sparsekv[cuda]'")
+        return Obstacle(f"cuda-core or its NVRTC cannot be loaded ({reason})", "pip install '.[cuda]' in the clone")
     return None
 
 
 def _no_sources() -> Obstacle | None:
     if any(sources_dir().glob("*.cu")):
         return None
-    return Obstacle(f"{sources_dir()} has no kernel sources", "pip install --force-reinstall --no-deps sparsekv")
+    return Obstacle(
+        f"{sources_dir()} has no kernel sources", "pip install --force-reinstall --no-deps . in the clone"
+    )
 
 
 def _unfit(device: int) -> Obstacle | None:

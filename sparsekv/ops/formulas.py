@@ -33,7 +33,10 @@ class Formula(ABC):
 
     @abstractmethod
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        """A score per query head and page. Only the order of the pages within a head matters.
+        """A score per query head and page, on the scale of `q . k`.
+
+        The heads of a group are pooled, so their scores must be comparable: what is added to all pages of one head
+        moves that head against the others.
 
         Args:
             query: `[b, hkv, g, d]` float32.

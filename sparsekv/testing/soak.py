@@ -30,6 +30,11 @@ from sparsekv.testing.pages import NAN, Pages, fitted_state, fresh_summary
 
 OPS: Any = torch.ops.sparsekv
 
+# Relative error of scores: Frobenius norm, and of one score. For a sketch the query becomes whole numbers up to 40: a
+# channel half-way between two of them may go either way, at a percent of the scores of its head.
+SCORE_ERROR = {"minmax": 1e-4, "sign_sketch": 2e-2}
+TIE = {"minmax": 1e-4, "sign_sketch": 2e-2}
+
 # Relative error (Frobenius norm) of an output. Weights are rounded to 16 bits, which is most of it.
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -127,7 +132,7 @@ def check_parts(inputs: Inputs, tally: Tally) -> tuple[Tensor, Tensor]:
     rest = (case.page_size, case.digest, case.pooling, inputs.scaling)
     score: tuple[Any, ...] = (inputs.query, inputs.summary, inputs.state, *inputs.where, *rest)
     scores: Tensor = OPS.score_pages(*score)
-    tally.add(f"score_pages, {case.digest}", scores, reference.score_pages(*score), 1e-4, case)
+    tally.add(f"score_pages, {case.digest}", scores, reference.score_pages(*score), SCORE_ERROR[case.digest], case)
     select = (inputs.pages.seq_lens, case.page_size, case.k, case.sink_tokens, case.recent_tokens, inputs.limits)
     slots: Tensor = OPS.select_pages(scores, *select)
     _same("select_pages", slots, reference.select_pages(scores, *select), case)
@@ -162,7 +167,7 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
     _same("sparse_decode: pool", pool, pages.kv_pool, case)
     same_summary("sparse_decode: digests", summary, inputs.summary, case)
     _check_attention("sparse_decode", (out, lse), inputs, chosen, tally)
-    same_slots("sparse_decode: slots", chosen, slots, scores, case)
+    same_slots("sparse_decode: slots", chosen, slots, scores, case, case.digest)
 
 
 def _check_attention(
@@ -198,8 +203,10 @@ def same_summary(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor]
         raise SparseKVError(f"{name}: {int(bits.sum())} of {bits.numel()} signs are others: {case}")
 
 
-def same_slots(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: object) -> None:
-    """Slots are the same, or those that differ have the same scores up to the order of a sum.
+def same_slots(
+    name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: object, digest: str = "minmax"
+) -> None:
+    """Slots are the same, or those that differ have nearly the same scores.
 
     Raises:
         SparseKVError: they are not.
@@ -210,7 +217,7 @@ def same_slots(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case
     def listed(slots: Tensor) -> Tensor:
         return scores.gather(2, slots.clamp_min(0).long()).masked_fill(slots < 0, 0.0).sort(-1).values
 
-    if not torch.allclose(listed(actual), listed(expected), rtol=1e-4, atol=1e-4):
+    if not torch.allclose(listed(actual), listed(expected), rtol=TIE[digest], atol=TIE[digest]):
         raise SparseKVError(f"{name} differ from the reference: {case}")
 
 

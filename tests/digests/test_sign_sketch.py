@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekv.digests.sign_sketch import SignSketch
+from sparsekv.digests import sign_sketch
+from sparsekv.digests.sign_sketch import QUERY_LIMIT, SignSketch
 from sparsekv.errors import ConfigError
 from sparsekv.testing import naive
 from sparsekv.testing.pages import Pages, fitted_state, fresh_summary, random_pages
@@ -24,10 +25,11 @@ def estimates(query: Tensor, keys: Tensor, state: list[Tensor]) -> Tensor:
 
 
 def naive_estimate(query: Tensor, key: Tensor, mean: Tensor, turn: Tensor) -> float:
-    """f <Rq, s> with s = sign(R(k - mean)) and f = |k - mean|^2 / <s, R(k - mean)>, in float64."""
+    """f <Rq, s> with s = sign(R(k - mean)) and f = |k - mean|^2 / <s, R(k - mean)>, in float64; Rq in whole units."""
     centred = turn.double() @ (key - mean).double()
     signs = [1.0 if x > 0 else -1.0 for x in centred.tolist()]
-    rotated = (turn.double() @ query.double()).tolist()
+    unit = float((turn.double() @ query.double()).abs().max()) / QUERY_LIMIT
+    rotated = [unit * round(x / unit) for x in (turn.double() @ query.double()).tolist()]
     factor = float(centred @ centred) / sum(s * float(x) for s, x in zip(signs, centred, strict=True))
     return factor * sum(s * x for s, x in zip(signs, rotated, strict=True))
 
@@ -59,11 +61,21 @@ def test_a_page_scores_its_best_token() -> None:
     torch.testing.assert_close(scores, expected, rtol=1e-2, atol=1e-2)  # the factor is kept in half precision
 
 
-def test_along_the_key_itself_the_estimate_is_exact() -> None:
+def test_along_the_key_itself_the_estimate_is_exact_but_for_rounding() -> None:
+    """All d channels add up, each rounded to a fortieth of the largest."""
     keys, mean = torch.randn(10, D), torch.randn(D)
     for key in keys:
         estimate = estimates(key - mean, key[None], [mean[None], rotation(2)[None]])
-        torch.testing.assert_close(estimate[0], (key - mean).square().sum())
+        torch.testing.assert_close(estimate[0], (key - mean).square().sum(), rtol=0.02, atol=0.0)
+
+
+def test_rounding_the_query_adds_little_to_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, query = torch.randn(4000, 128), torch.randn(128)
+    state = SignSketch().fit(keys[None, None], None)
+    exact = (keys - state[0]) @ query
+    rounded = (estimates(query, keys, state) - exact).square().mean()
+    monkeypatch.setattr(sign_sketch, "QUERY_LIMIT", 1 << 20)
+    assert rounded < 1.01 * (estimates(query, keys, state) - exact).square().mean()
 
 
 def test_the_estimate_is_unbiased_over_rotations() -> None:

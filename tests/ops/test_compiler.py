@@ -16,7 +16,7 @@ from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.kernel_files import Cubin
 
 pytestmark = pytest.mark.skipif(
-    compiler._no_compiler() is not None, reason="needs the cuda extra: pip install sparsekv[cuda]"
+    compiler._no_compiler() is not None, reason="needs the cuda extra: pip install '.[cuda]'"
 )
 
 SOURCE = """
@@ -264,9 +264,9 @@ def test_without_the_cuda_extra(module: str, sources: Path, monkeypatch: pytest.
     reason = compiler.unavailable()
     assert reason is not None
     assert "cannot be loaded" in reason
-    assert "pip install 'sparsekv[cuda]'" in reason
+    assert "pip install '.[cuda]' in the clone" in reason
     for attempt in (compiler.compile_cubin, compiler.cached_cubin):
-        with pytest.raises(KernelCompileError, match=r"pip install 'sparsekv\[cuda\]'"):
+        with pytest.raises(KernelCompileError, match=r"pip install '\.\[cuda\]' in the clone"):
             attempt(FILL, ARCH)
 
 
@@ -276,7 +276,8 @@ def test_without_nvrtc_itself(sources: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(compiler, "nvrtc_version", not_found)
     assert compiler.unavailable() == (
-        "cuda-core or its NVRTC cannot be loaded (libnvrtc.so is not there). Remedy: pip install 'sparsekv[cuda]'."
+        "cuda-core or its NVRTC cannot be loaded (libnvrtc.so is not there). "
+        "Remedy: pip install '.[cuda]' in the clone."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from sparsekv.ops import compiler, instances
 
 needs_nvrtc = pytest.mark.skipif(
-    compiler._no_compiler() is not None, reason="needs the cuda extra: pip install sparsekv[cuda]"
+    compiler._no_compiler() is not None, reason="needs the cuda extra: pip install '.[cuda]'"
 )
 
 

@@ -1,0 +1,300 @@
+// Scores sketches: the estimate of a token's dot product is f * sum over channels of +-q, q rotated and rounded to
+// whole numbers up to 40, and a page scores its best token.
+//
+// The bits stay bits. A whole number has balanced digits at base 3: -1, 0 or 1. A digit's sum of +-1 over the
+// channels is twice the number of ones that meet a 1 and of zeros that meet a -1, minus the number of digits that are
+// not 0. The tensor core counts these meetings for eight columns at a time, two digits of four heads: ones of (bits,
+// ~bits) AND (where the digit is 1, where it is -1), 256 bits to a product. What a lane loads is the operand: sixteen
+// pages to a product, token after token, so that the best of a page stays in a register. Of the four lanes of a page,
+// each holds its part of a token's channels.
+#pragma once
+#include "common/sketch.cuh"
+
+// c[16 x 8] = ones of a[16 x 256 bits] AND b[256 bits x 8], plus c. Of lane l, r = l / 4 and q = l % 4: a0, a2 hold
+// row r, a1, a3 row r + 8, b0, b1 column r; a0, a1, b0 the bits from 32 q on, the others those 128 later. c as in
+// device.cuh.
+__device__ inline void count_ones(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+constexpr int QUERY_LIMIT = 40;  // the largest number: of four digits, all 1
+constexpr int ROUNDS = 2;        // of two digits, as a product has two columns for a head
+
+// `MOST_HEADS`: query heads of a kv head for which there is room; four to a product.
+template <typename T, int D, int HEAD_TILES, int MOST_HEADS>
+struct SketchScorer {
+    using Layout = SketchLayout<D>;
+    static constexpr int N = D / WARP, TILES = MOST_HEADS / 4;
+    static constexpr int WORDS = D == 256 ? 4 : 2;  // a lane's words of two columns: where they are 1, then -1
+    static constexpr int OPERANDS = ROUNDS * WORDS * WARP;  // words of four heads, which are followed by
+    static constexpr int CONSTANTS = 4 * (ROUNDS + 1);      // the heads' half counts of ones by round, and units
+    static constexpr int TILE_WORDS = (OPERANDS + CONSTANTS + 3) / 4;
+    static constexpr int STAGED = TILES * TILE_WORDS;   // words of 16 bytes of a staged query
+    static constexpr int VECTORS = D / 32, GROUP = 16;  // 16 bytes each; tokens that are loaded at once
+    // A count's bits are a float of that many times 2^-149; this makes sums of them normal.
+    static constexpr float COUNT = 0x1p112f, ONE = 0x1p-37f;
+
+    u32 low[4 * VECTORS], high[4 * VECTORS];  // signs of pages lane / 4 and lane / 4 + 8, this lane's part
+    u32 low_factors[8], high_factors[8];
+    u32 query[TILES][ROUNDS][WORDS];
+    float half[TILES], unit[TILES];  // of this lane's head: half of the digits' sum, and what 1 is worth
+    const char *low_page, *high_page, *signs;
+    const u16 *low_factor, *high_factor, *factors;
+    const float* flips;
+    int num_kv_heads, head, page_shift;
+
+    __device__ SketchScorer(const Digests& digests, int num_kv_heads, int head, int page_shift)
+        : signs(static_cast<const char*>(digests.first) + Layout::lane_offset(lane_id())),
+          factors(digests.factors),
+          flips(digests.flips + head * 2 * D),
+          num_kv_heads(num_kv_heads),
+          head(head),
+          page_shift(page_shift) {}
+
+    // The query head that this lane's scores[tile][i] and scores[tile][2 + i] belong to.
+    __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + i * 4 + lane_id() % 4; }
+
+    // Warps first, first + stride, ... of those that share the work call it; each takes two digits of a head at a
+    // time.
+    template <typename Begin>
+    __device__ void stage(uint4* staged /* [STAGED] */, const u16* query /* [group, d] */, int group, int first,
+                          int stride, Begin begin) {
+        float x[N];
+        int loaded = first / ROUNDS;
+        const auto load_head = [&](int i) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) x[j] = i < group ? T::to_float(query[i * D + j * WARP + lane_id()]) : 0.f;
+        };
+        const Rotation<D> rotate(flips);
+        load_head(loaded);
+        begin();
+        rotate(x);
+#pragma unroll 1
+        for (int item = first; item < MOST_HEADS * ROUNDS; item += stride) {
+            const int i = item / ROUNDS;
+            if (i != loaded) {
+                load_head(loaded = i);
+                rotate(x);
+            }
+            stage_digits(reinterpret_cast<u32*>(staged + i / 4 * TILE_WORDS), i % 4, item % ROUNDS, x);
+        }
+    }
+
+    __device__ void use(const uint4* staged) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const u32* const words = reinterpret_cast<const u32*>(staged + tile * TILE_WORDS);
+            const float* const constants = reinterpret_cast<const float*>(words + OPERANDS) + lane_id() % 4;
+            half[tile] = 0.f;
+#pragma unroll
+            for (int i = 0; i < ROUNDS * WORDS; ++i) query[tile][i / WORDS][i % WORDS] = words[i * WARP + lane_id()];
+#pragma unroll
+            for (int round = 0; round < ROUNDS; ++round) half[tile] += constants[4 * round];
+            unit[tile] = constants[4 * ROUNDS];
+        }
+    }
+
+    // Registers hold one tile of such small digests, too little to be under way: the signs of the tile after come as
+    // far as L2. A lane asks for every other line of the page of its number.
+    __device__ void prefetch_page(int id) const {
+        const char* const page =
+            signs - Layout::lane_offset(lane_id()) + ((i64(id) * num_kv_heads + head) << page_shift) * (D / 8);
+#pragma unroll 1
+        for (int i = lane_id() / TILE * 128; i < D / 8 << page_shift; i += 256) prefetch(page + i);
+    }
+
+    // This lane's two pages of the next tile.
+    __device__ void aim(int low_id, int high_id) {
+        const i64 low_item = (i64(low_id) * num_kv_heads + head) << page_shift;
+        const i64 high_item = (i64(high_id) * num_kv_heads + head) << page_shift;
+        low_page = signs + low_item * (D / 8);
+        high_page = signs + high_item * (D / 8);
+        low_factor = factors + low_item;
+        high_factor = factors + high_item;
+    }
+
+    __device__ void load_first() {
+        unrolled<VECTORS>([&](auto i) { load<i.value>(); });
+        unrolled<GROUP / 8>([&](auto i) { load_factors<i.value>(); });
+        __syncwarp();  // all are under way before the first is used
+    }
+
+    // The tile whose first sixteen tokens are under way; `next()` aims at the one after.
+    template <typename Next>
+    __device__ void score(float (&scores)[HEAD_TILES][4], Next next) {
+        float best[TILES][2];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) best[tile][0] = best[tile][1] = -infinity();
+        const int groups = 1 << page_shift >> 4;
+#pragma unroll 1
+        for (int group = 1; group <= groups; ++group) {
+            if (group == groups) {
+                next();
+            } else {
+                low_page += GROUP * D / 8, high_page += GROUP * D / 8;
+                low_factor += GROUP, high_factor += GROUP;
+            }
+            Counts counts[2];
+            count_token<0>(counts[0]);
+            unrolled<GROUP>([&](auto token) {  // the next token's are counted meanwhile
+                constexpr int TOKEN = token.value;
+                if constexpr (TOKEN + 1 < GROUP) count_token<TOKEN + 1>(counts[(TOKEN + 1) % 2]);
+                add_token<TOKEN>(best, counts[TOKEN % 2]);
+            });
+        }
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES * 2; ++tile) {
+            float (&both)[4] = scores[tile / 2];
+            both[tile % 2] = tile < TILES ? best[tile % TILES][0] * unit[tile % TILES] : 0.f;
+            both[2 + tile % 2] = tile < TILES ? best[tile % TILES][1] * unit[tile % TILES] : 0.f;
+        }
+    }
+
+  private:
+    using Counts = int[TILES][ROUNDS][4];
+
+    // Digits 2 round and 2 round + 1 of the tile's head `i`, as operands, and their part of the constants.
+    __device__ static void stage_digits(u32* tile, int i, int round, const float (&x)[N]) {
+        float largest = 0.f;
+#pragma unroll
+        for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
+        largest = __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(largest)));
+        const float inverse = largest > 0.f ? QUERY_LIMIT / largest : 0.f;
+        int count[2] = {0, 0};
+#pragma unroll
+        for (int second = 0; second < 2; ++second) {
+            u32 ones[N], minus[N];
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const u32 number = __float2int_rn(x[j] * inverse) + QUERY_LIMIT,
+                          pair = round ? number / 9 : number % 9;
+                const u32 digit = second ? pair / 3 : pair % 3;  // 0 to 2 for -1 to 1
+                ones[j] = __ballot_sync(ALL_LANES, digit == 2);
+                minus[j] = __ballot_sync(ALL_LANES, digit == 0);
+                count[second] += __popc(ones[j]) + __popc(minus[j]);
+            }
+            u32* const operands = tile + round * WORDS * WARP + (2 * i + second) * 4;  // column 2 i + second
+            store_plane(operands, ones);
+            store_plane(operands + WORDS / 2 * WARP, minus);
+        }
+        if (lane_id() > 0) return;
+        float* const constants = reinterpret_cast<float*>(tile + OPERANDS) + i;
+        constants[4 * round] = 0.5f * ONE * (round ? 9 : 1) * (count[0] + 3 * count[1]);
+        constants[4 * ROUNDS] = largest / QUERY_LIMIT * (2.f / ONE);
+    }
+
+    // Ones of all channels as the operands of the four lanes that share a column.
+    __device__ static void store_plane(u32* operands, const u32 (&ones)[N]) {
+        unrolled<4>([&](auto part) {
+            if (lane_id() != part.value) return;
+            constexpr int FIRST = part.value * (D / 4) / 32, SHIFT = part.value * (D / 4) % 32;
+            if constexpr (D == 64) {
+                operands[part.value] = ones[FIRST] >> SHIFT & 0xFFFF;
+            } else if constexpr (D == 96) {
+                operands[part.value] =
+                    __funnelshift_r(ones[FIRST], ones[FIRST < 2 ? FIRST + 1 : 2], SHIFT) & 0xFFFFFF;
+            } else {
+#pragma unroll
+                for (int j = 0; j < N / 4; ++j) operands[j * WARP + part.value] = ones[FIRST + j];
+            }
+        });
+    }
+
+    template <int I>
+    __device__ void load() {
+        const uint4 a = load16_of_line<Layout::vector(I)>(low_page), b = load16_of_line<Layout::vector(I)>(high_page);
+        low[4 * I] = a.x, low[4 * I + 1] = a.y, low[4 * I + 2] = a.z, low[4 * I + 3] = a.w;
+        high[4 * I] = b.x, high[4 * I + 1] = b.y, high[4 * I + 2] = b.z, high[4 * I + 3] = b.w;
+    }
+    // Of eight tokens.
+    template <int I>
+    __device__ void load_factors() {
+        const uint4 a = load16_of_line<I * 16>(low_factor), b = load16_of_line<I * 16>(high_factor);
+        u32 *const mine = low_factors + 4 * I, *const other = high_factors + 4 * I;
+        mine[0] = a.x, mine[1] = a.y, mine[2] = a.z, mine[3] = a.w;
+        other[0] = b.x, other[1] = b.y, other[2] = b.z, other[3] = b.w;
+    }
+
+    // This lane's bits of a token, word `I`; where it has fewer than 32, others follow that meet no digit.
+    template <int TOKEN, int I>
+    __device__ static u32 bits_of(const u32 (&bits)[4 * VECTORS]) {
+        if constexpr (D == 64) {
+            return TOKEN % 2 ? bits[TOKEN / 2] >> 16 : bits[TOKEN / 2];
+        } else if constexpr (D == 96) {
+            constexpr int FIRST = TOKEN * 24 / 32, NEXT = FIRST + 1 < 4 * VECTORS ? FIRST + 1 : FIRST;
+            return __funnelshift_r(bits[FIRST], bits[NEXT], TOKEN * 24 % 32);
+        } else {
+            return bits[TOKEN * (D / 128) + I];
+        }
+    }
+    template <int TOKEN>
+    __device__ static float factor_of(const u32 (&pairs)[8]) {
+        return fp16::to_float(TOKEN % 2 ? pairs[TOKEN / 2] >> 16 : pairs[TOKEN / 2] & 0xFFFF);
+    }
+
+    // Counts of one token of every page; then loads what is not needed any more.
+    template <int TOKEN>
+    __device__ void count_token(Counts& counts) {
+        const Bits<TOKEN> bits(low, high);
+#pragma unroll
+        for (int i = 0; i < TILES * ROUNDS; ++i)
+            bits.count(counts[i / ROUNDS][i % ROUNDS], query[i / ROUNDS][i % ROUNDS]);
+        constexpr int FROM = TOKEN * D / 512, TO = (TOKEN + 1) * D / 512;
+        unrolled<TO - FROM>([&](auto i) { load<FROM + i.value>(); });
+    }
+
+    // What a token's counts amount to.
+    template <int TOKEN>
+    __device__ void add_token(float (&best)[TILES][2], const Counts& counts) {
+        const float factors[2] = {factor_of<TOKEN>(low_factors), factor_of<TOKEN>(high_factors)};
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                const int (&a)[4] = counts[tile][0], (&b)[4] = counts[tile][1];
+                float sum = fmaf(__int_as_float(a[2 * row]), COUNT, -half[tile]);
+                sum = fmaf(__int_as_float(a[2 * row + 1]), 3 * COUNT, sum);
+                sum = fmaf(__int_as_float(b[2 * row]), 9 * COUNT, sum);
+                sum = fmaf(__int_as_float(b[2 * row + 1]), 27 * COUNT, sum);
+                best[tile][row] = fmaxf(best[tile][row], factors[row] * sum);  // a NaN is never the largest
+            }
+        }
+        if constexpr (TOKEN % 8 == 7) load_factors<TOKEN / 8>();
+    }
+
+    // A token's bits, as operands.
+    template <int TOKEN>
+    struct Bits {
+        u32 a[WORDS / 2][4];
+
+        __device__ Bits(const u32 (&low)[4 * VECTORS], const u32 (&high)[4 * VECTORS]) {
+            if constexpr (D == 256) {
+                a[0][0] = bits_of<TOKEN, 0>(low), a[0][1] = bits_of<TOKEN, 0>(high);
+                a[0][2] = bits_of<TOKEN, 1>(low), a[0][3] = bits_of<TOKEN, 1>(high);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[1][i] = ~a[0][i];
+            } else {
+                a[0][0] = bits_of<TOKEN, 0>(low), a[0][1] = bits_of<TOKEN, 0>(high);
+                a[0][2] = ~a[0][0], a[0][3] = ~a[0][1];
+            }
+        }
+
+        __device__ void count(int (&counts)[4], const u32 (&digits)[WORDS]) const {
+            counts[0] = counts[1] = counts[2] = counts[3] = 0;
+#pragma unroll
+            for (int i = 0; i < WORDS / 2; ++i) count_ones(counts, a[i], digits[2 * i], digits[2 * i + 1]);
+        }
+    };
+};
+
+template <int MOST_HEADS>
+struct Sketch {
+    template <typename T, int D>
+    using Summary = SketchSummary<T, D>;
+    template <typename T, int D, int HEAD_TILES>
+    using Scorer = SketchScorer<T, D, HEAD_TILES, MOST_HEADS>;
+};
