@@ -36,8 +36,9 @@ _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# Of the machine that ran it. A URL may hold such a name, a path does not follow a letter or a dot.
-_OWN_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|var)/|(?<!\w)[A-Z]:\\\\")
+# Of the machine that ran it: any absolute path into a folder. URLs, ratios and tags have slashes, too, but after
+# something else.
+_OWN_PATH = re.compile(r"(?<![\w.:/<])/[\w.-]+/|(?<!\w)[A-Z]:\\\\")
 
 
 class _ThisPython(AsyncKernelManager):

@@ -22,8 +22,9 @@ from transformers.cache_utils import Cache
 from sparsekv import PagedCache
 from sparsekv.errors import ConfigError, UnknownNameError
 
+from . import testbed
 from .accuracy import asking, session
-from .accuracy.options import TESTBED, RunOptions
+from .accuracy.options import RunOptions
 from .accuracy.summary import Run
 from .pages_plot import PageTrace
 from .report import BLUE, RED, new_figure, short
@@ -56,7 +57,7 @@ def load(model: str | None = None, device: str = "auto") -> tuple[Any, Any]:
     Raises:
         ConfigError: there is no such model or device.
     """
-    return session.load(RunOptions(model=model or TESTBED, device=device))
+    return session.load(RunOptions(model=model or testbed.NAME, device=device))
 
 
 @dataclass(frozen=True)

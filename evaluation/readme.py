@@ -18,7 +18,6 @@ from .committed import RESULTS, TESTBED_RUN, Accuracy, load
 README = Path(__file__).parents[1] / "README.md"
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
 _ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
-_OPTIONAL = {"generate_cuda"}  # sections that stay as they are while their result file is not there
 
 
 def render(markdown: str) -> str:
@@ -27,10 +26,7 @@ def render(markdown: str) -> str:
 
 
 def _filled(section: re.Match[str]) -> str:
-    name = section["name"]
-    if name in _OPTIONAL and not (RESULTS / f"{name}.json").exists():
-        return section[0]
-    return section[1] + "\n" + _TABLES[name]() + "\n" + section[3]
+    return section[1] + "\n" + _TABLES[section["name"]]() + "\n" + section[3]
 
 
 def _load(name: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         known = [name for name in self._option_string_actions if name.startswith("--")]
         unknown = next((name for name in self._long_options() if not any(k.startswith(name) for k in known)), None)
         if unknown is not None:
-            message = f"There is no option {unknown}.{did_you_mean(unknown, known)}"
+            message = f"There is no option {unknown}.{did_you_mean(unknown, known, prefix='--')}"
         end = "" if message.endswith((".", "?")) else "."
         self.exit(EXIT_USAGE, f"{self.prog}: {message}{end} `{self.prog} --help` lists all.\n")
 

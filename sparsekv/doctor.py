@@ -98,7 +98,7 @@ def render(report: Report) -> RenderableType:
 
     missing = _table("missing")
     for problem in report["missing"]:
-        # Text: in a plain string rich would take the brackets of 'sparsekv[cuda]' for markup.
+        # Text: in a plain string rich would take the brackets of '.[cuda]' for markup.
         missing.add_row(
             Text(problem["what"], style="bold red"), Text(problem["why"]), Text(f"-> {problem['remedy']}")
         )

@@ -53,7 +53,12 @@ class KernelError(SparseKVError, RuntimeError):
     """CUDA refuses to set up or launch a kernel."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest names as a sentence that begins with a space; empty if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The nearest names as a sentence that begins with a space; empty if none is near.
+
+    Args:
+        prefix: what all names begin with; having it in common does not make two of them near.
+    """
+    rest = [other.removeprefix(prefix) for other in known]
+    near = difflib.get_close_matches(name.removeprefix(prefix), rest, n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(prefix + other) for other in near)}?" if near else ""

@@ -1,4 +1,4 @@
-"""A table from names to classes: how digests, policies and (later) tasks are found by name."""
+"""A table from names to classes: how digests, policies and tasks are found by name."""
 
 from __future__ import annotations
 

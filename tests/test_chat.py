@@ -75,6 +75,15 @@ def test_the_cache_holds_the_tokens_that_are_counted(conversation: Conversation)
     assert logits[-len(said) - 1 : -1].argmax(-1).tolist() == said
 
 
+def test_reading_ends_with_no_chunk_of_one_token(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be decoded, sparsely."""
+    monkeypatch.setattr("sparsekv.commands.conversation.CHUNK", 64)
+    parts: list[int] = []
+    conversation.read([5] * 129, parts.append)
+    assert parts == [80, 49]
+    assert conversation.state.cache.stats.sparse_steps + conversation.state.cache.stats.dense_steps == 0
+
+
 def test_a_stopped_turn_leaves_no_trace(conversation: Conversation) -> None:
     conversation.ask(typed(0), quiet)
     before, length = conversation.state, conversation.state.cache.get_seq_length()

@@ -52,6 +52,17 @@ def test_everything_that_is_timed_has_help(what: str, option: str, capsys: pytes
     assert option in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [["eval", "run"], ["bench", "attention"]], ids=" ".join)
+def test_help_shows_every_example_on_a_line_of_its_own(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--help"])
+    examples = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    sparsekv ")]
+    assert len(examples) >= 2
+    assert all(line.count("sparsekv ") == 1 for line in examples)
+
+
 def test_bench_without_a_word_times_attention() -> None:
     assert _spelt_out(["bench"]) == ["bench", "attention"]
     assert _spelt_out(["bench", "--device", "cpu"]) == ["bench", "attention", "--device", "cpu"]
@@ -70,6 +81,8 @@ def test_bench_without_a_word_times_attention() -> None:
             "There is no option --bugdet. Did you mean '--budget'",
         ),  # not: --model is needed
         (["chat", "--dtype", "flaot32"], "--dtype='flaot32' is not known. Did you mean 'float32'"),
+        (["eval", "run", "--json"], "There is no option --json. `sparsekv eval run --help` lists all."),
+        (["eval", "export", "--batch-rows", "3"], "There is no option --batch-rows."),
         (["chat", "--zzz"], "There is no option --zzz. `sparsekv chat --help` lists all."),
         (["chat", "--budget", "much"], "'much' is no budget: 2048, 2k, or a fraction"),
         (["--hlep"], "There is no option --hlep. Did you mean '--help'?"),

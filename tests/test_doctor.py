@@ -14,7 +14,7 @@ from sparsekv.ops import compiler, instances, kernel_files, schema
 from sparsekv.ops.compiler import KernelSpec, Obstacle
 
 needs_nvrtc = pytest.mark.skipif(
-    compiler._no_compiler() is not None, reason="needs the cuda extra: pip install sparsekv[cuda]"
+    compiler._no_compiler() is not None, reason="needs the cuda extra: pip install '.[cuda]' in the clone"
 )
 GOOD, BAD = KernelSpec("good.cu", "good<1>"), KernelSpec("bad.cu", "bad<1>")
 
@@ -93,13 +93,13 @@ def test_a_gpu_without_kernels_is_told_why_and_what_to_do(monkeypatch: pytest.Mo
         {"kind": "cuda", "index": index, "name": "GPU", "memory_gib": 1, "compute_capability": "9.0"}
         for index in (0, 1)
     ]
-    obstacle = Obstacle("cuda-core is not there", "pip install 'sparsekv[cuda]'")
+    obstacle = Obstacle("cuda-core is not there", "pip install '.[cuda]'")
     monkeypatch.setattr(doctor, "_gpus", lambda: two)
     monkeypatch.setattr(compiler, "obstacle", lambda device=None: obstacle)
     report = doctor.report()
     assert report["missing"] == [{"what": "the CUDA kernels", **obstacle._asdict()}]  # once, not for each GPU
-    assert report["kernels"]["state"] == "cuda-core is not there. Remedy: pip install 'sparsekv[cuda]'."
-    assert "-> pip install 'sparsekv[cuda]'" in rendered(report)
+    assert report["kernels"]["state"] == "cuda-core is not there. Remedy: pip install '.[cuda]'."
+    assert "-> pip install '.[cuda]'" in rendered(report)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def test_a_failing_cell_fails_the_run_with_its_traceback() -> None:
         (new_code_cell("open('/home/me/file')"), "names a path"),
         (new_code_cell("x", outputs=[new_output("stream", name="stderr", text="a warning")]), "stderr: a warning"),
         (new_code_cell("x", outputs=[new_output("stream", text="see /tmp/run/report.html")]), "shows a path"),
+        (new_code_cell("x", outputs=[new_output("stream", text="in /some/lib/site-packages/x.py")]), "shows a path"),
         (new_code_cell("x", outputs=[new_output("stream", text="https://host.org/home/page, 1/tmp/2")]), None),
         (new_code_cell("x", outputs=[new_output("error", ename="E", evalue="bad", traceback=["line"])]), "failed: E"),
         (new_code_cell("x", outputs=[new_output("display_data", {"image/png": "A" * 300_000})]), "picture of more"),

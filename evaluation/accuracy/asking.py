@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 from sparsekv import Patch
 from sparsekv.evaluation.tasks import Metric, Question
 from sparsekv.hf.captured import Run
+from sparsekv.hf.prefill import CHUNK, WHOLE, without_single
 
-CHUNK = 1 << 14  # tokens of a document that go through the model at once, if it is longer than twice that
 MOST_AT_ONCE = 1 << 20  # of all documents together
 LONG = 64  # steps beyond which it pays to capture them
 _SPARE_TOKENS = 4  # an answer may be so much longer than the expected one
@@ -152,7 +152,8 @@ def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Ten
         mask[row, longest - len(document) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    step = min(CHUNK if longest > 2 * CHUNK else longest, max(MOST_AT_ONCE // len(documents), 1024))
+    step = min(CHUNK if longest > WHOLE else longest, max(MOST_AT_ONCE // len(documents), 1024))
+    step = without_single(step, longest)
     for start in range(0, longest, step):
         part = slice(start, start + step)
         model(

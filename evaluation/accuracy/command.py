@@ -1,7 +1,9 @@
-"""`sparsekv eval` and `python -m evaluation`: how much accuracy a method and budget cost, and what it reads.
+"""How much accuracy a method and budget cost, and what it reads.
 
-sparsekv eval run --tasks needle multi_key --budgets 256 1024 --lengths 4k 16k --out DIR
-sparsekv eval report DIR
+    sparsekv eval run --tasks needle multi_key --budgets 256 1024 --lengths 4k 16k --out DIR
+    sparsekv eval report DIR
+
+Questions about long documents, answered densely and sparsely. The same command goes on where a run was cut short.
 """
 
 from __future__ import annotations
@@ -17,23 +19,38 @@ from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, run_to_ex
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.report import new_console
 
-from .options import add_arguments, options_of
+from .options import add_arguments, add_work_arguments, options_of
 
 RUN = "run"
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """`run` and `report`."""
+    """`run`, `report` and `export`."""
     commands = parser.add_subparsers(title="what", metavar="WHAT", required=True)
-    run = commands.add_parser(RUN, help="ask a model questions, densely and sparsely", description=__doc__)
+    run = commands.add_parser(
+        RUN,
+        help="ask a model questions, densely and sparsely",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_arguments(run)
+    add_work_arguments(run)
     run.set_defaults(run=_run)
-    report = commands.add_parser("report", help="tables, pictures and one HTML page of a run")
+    report = commands.add_parser(
+        "report",
+        help="tables, pictures and one HTML page of a run",
+        description="Makes tables, pictures, intervals, failed examples and one HTML page of a run, finished or not.",
+    )
     report.add_argument("folder", metavar="DIR", help="a run's folder (--out of run)")
     report.add_argument("--out", metavar="DIR", help="where to (default: DIR/report)")
     add_json_option(report)
     report.set_defaults(run=with_json(_report))
-    export = commands.add_parser("export", help="the examples of a run as a file, for other programs to answer")
+    export = commands.add_parser(
+        "export",
+        help="the examples of a run as a file, for other programs to answer",
+        description="Writes DIR/examples.jsonl: the documents, questions and answers of a run with these options, in "
+        "tokens, a document a line. evaluation/kvpress_peer.py answers them.",
+    )
     add_arguments(export)
     export.set_defaults(run=_export)
 
@@ -101,7 +118,12 @@ def spelt_out(arguments: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """`python -m evaluation`; returns the exit code (see `sparsekv.command_line`)."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser = Parser(prog="python -m evaluation", description=__doc__, epilog=EXIT_CODES)
+    parser = Parser(
+        prog="python -m evaluation",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_commands(parser)
     command = shlex.join(["python", "-m", "evaluation", *arguments])
     return run_to_exit_code(lambda: parser.run(spelt_out(arguments), command), "evaluation")

@@ -10,12 +10,12 @@ from typing import Any
 
 from sparsekv import SparseConfig
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation import testbed
 from sparsekv.evaluation.report import positive, tokens
 from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
 
 from .methods import METHODS, Method, method, pairs
 
-TESTBED = "testbed"
 AUTO, DTYPES = "auto", ("float32", "bfloat16", "float16")
 _LISTS = {"tasks": str, "methods": str, "budgets": int, "lengths": int}
 _TEXTS, _COUNTS, _FLAGS = ("model", "device"), ("num_examples", "batch_tokens", "batch_rows"), ("probe",)
@@ -46,7 +46,7 @@ class RunOptions:
         ConfigError, UnknownNameError: a value is not allowed.
     """
 
-    model: str = TESTBED
+    model: str = testbed.NAME
     tasks: tuple[str, ...] = tuple(TASKS)
     methods: tuple[str, ...] = ("dense", "quest", "recent", "oracle", "random")
     budgets: tuple[int, ...] = (256, 1024)
@@ -129,7 +129,7 @@ def _is_int(value: object) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `sparsekv eval run`; what is left out comes from `--config`, then from the defaults."""
+    """What a run asks, and of whom; what is left out comes from `--config`, then from the defaults."""
     known = RunOptions()
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder of the run; one that is there already is gone on with")
@@ -152,12 +152,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recent", type=int, metavar="TOKENS",
         help="last tokens that are always read; at most a quarter of the budget (default 64)",
     )  # fmt: skip
-    add("--no-probe", dest="probe", action="store_false", default=None, help="do not measure attention mass")
     add("--device", help="cpu, cuda or auto (default: cuda if there is one)")
     add("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
-    add("--batch-tokens", type=tokens, metavar="N", help="tokens of documents at once (default: by the device)")
-    add("--batch-rows", type=positive, metavar="N", help=f"questions at once (default {known.batch_rows})")
     add("--quick", action="store_true", help="a few examples of a few tasks at 2k: a minute or two on two cores")
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a run goes about it, which changes no answer."""
+    add = parser.add_argument
+    add("--no-probe", dest="probe", action="store_false", default=None, help="do not measure attention mass")
+    add("--batch-tokens", type=tokens, metavar="N", help="tokens of documents at once (default: by the device)")
+    rows = RunOptions.batch_rows
+    add("--batch-rows", type=positive, metavar="N", help=f"questions at once (default {rows})")
 
 
 def options_of(args: argparse.Namespace) -> RunOptions:

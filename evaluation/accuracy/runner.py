@@ -19,6 +19,7 @@ import sparsekv
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.tasks import Document, Metric, Task, Writer, make_task, score
+from sparsekv.hf.support import context_of
 
 from .asking import Row, decode, prefill, stepper, stop_ids, turns_of
 from .counters import Counters, layers_not_sparse
@@ -174,29 +175,23 @@ class Runner:
 
     # -- checks and circumstances
 
-    @property
-    def _context(self) -> int | None:
-        """Tokens that the model was made for."""
-        found: int | None = getattr(sparsekv.hf.support.text_config(self.model), "max_position_embeddings", None)
-        return found
-
     def _check_lengths(self) -> None:
-        longest = max(self.options.lengths)
-        if self._context is not None and longest > self._context:
-            raise ConfigError(f"--lengths {longest} is beyond the model's context of {self._context} tokens.")
+        longest, context = max(self.options.lengths), context_of(self.model.config)
+        if context is not None and longest > context:
+            raise ConfigError(f"--lengths {longest} is beyond the model's context of {context} tokens.")
 
     def _check_room(self, batch: Batch, documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
         """What is asked and answered must fit into the model's context too."""
-        task = self.tasks[batch.task]
+        task, context = self.tasks[batch.task], context_of(self.model.config)
         needed = max(
             len(text) + self._row(task, document, q).longest
             for document, text in zip(documents, ids, strict=True)
             for q in self.plan.asked(batch.task)
         )
-        if self._context is not None and needed > self._context:
+        if context is not None and needed > context:
             raise ConfigError(
                 f"{batch.task} at --lengths {batch.length} needs {needed} tokens with its questions and answers, and "
-                f"the model's context is {self._context}: ask for shorter documents. What was finished is kept."
+                f"the model's context is {context}: ask for shorter documents. What was finished is kept."
             )
 
     def _check_same(self, batch: Batch, documents: Sequence[Document]) -> None:

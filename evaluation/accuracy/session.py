@@ -20,7 +20,7 @@ from sparsekv.evaluation.report import choose_device
 from sparsekv.evaluation.tasks import Question
 
 from .asking import turns_of
-from .options import AUTO, TESTBED, RunOptions
+from .options import AUTO, RunOptions
 from .results import Line
 from .runner import Runner
 
@@ -36,7 +36,7 @@ def load(options: RunOptions) -> tuple[Any, Any]:
     device = choose_device(wanted)
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = auto if options.dtype == AUTO else getattr(torch, options.dtype)
-    if options.model == TESTBED:
+    if options.model == testbed.NAME:
         return testbed.load(device, dtype)
     import transformers
 

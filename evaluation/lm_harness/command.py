@@ -4,8 +4,8 @@ sparsekv lm-eval --model_args pretrained=M,budget=1024 --tasks sparsekv --metada
 
 All options are lm_eval's; model_args are those of its `hf` model, every setting of sparsekv (budget, policy, digest,
 page_size, dense_layers, sinks, recent, ...) and tail, the tokens of each prompt's end that are decoded one by one
-(default 64; in our tasks, at least the question). Our tasks are the group `sparsekv`; an --include_path of your own
-replaces them.
+(default 64; in our tasks, at least the question). pretrained=testbed is the small model that ships. Our tasks are the
+group `sparsekv`; an --include_path of your own replaces them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _entry_point() -> Callable[[], None]:
         from . import model  # noqa: F401  (registers itself)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"`sparsekv lm-eval` needs lm-evaluation-harness ({error}): pip install 'sparsekv[eval]'"
+            f"`sparsekv lm-eval` needs lm-evaluation-harness ({error}): pip install '.[eval]' in the clone"
         ) from error
     main_of_lm_eval: Callable[[], None] = cli_evaluate
     return main_of_lm_eval

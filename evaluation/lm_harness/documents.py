@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation import testbed
 from sparsekv.evaluation.tasks import Metric, Writer, make_task, score, spread
 
 LENGTHS = (4096,)
@@ -72,7 +73,7 @@ def _tokenizer_name(metadata: dict[str, Any]) -> str:
             "The tasks are written for a tokenizer: name it with --model_args pretrained=..., or with metadata "
             f"tokenizer=... (it is {name!r})."
         )
-    return name
+    return str(testbed.path_of(name))
 
 
 def _lengths(metadata: dict[str, Any]) -> list[int]:

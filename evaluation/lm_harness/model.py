@@ -7,10 +7,12 @@ token by token, like the answer.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,13 +22,16 @@ from torch import Tensor
 
 import sparsekv
 from sparsekv import DIGESTS, POLICIES, PagedCache, Patch, SparseConfig
-from sparsekv.errors import ConfigError, SparseKVError
+from sparsekv.errors import ConfigError, SparseKVError, did_you_mean
+from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.asking import prefill, stepper
 from sparsekv.evaluation.report import choose_device
 
 from .command import NAME
 
 _FIELDS = tuple(field.name for field in fields(SparseConfig))
+_OURS = ("tail", *_FIELDS)
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 _NOT_DECODED = (
     "Log-likelihood tasks score whole texts in one dense pass and never decode: these figures are dense attention's, "
     "whatever the budget. Tasks that generate (generate_until) decode sparsely."
@@ -39,7 +44,7 @@ class SparseLM(HFLM):
     """HFLM whose model is patched.
 
     Args:
-        pretrained: a name on the hub, a folder, or a model.
+        pretrained: a name on the hub, a folder, `testbed` (the small model that ships), or a model.
         tail: tokens of each prompt's end that are decoded one by one. It should cover the question, and what a chat
             template puts behind it. Our own tasks say how long their questions are: then it is at least that.
         device: default: the GPU if there is one.
@@ -58,12 +63,16 @@ class SparseLM(HFLM):
             raise ConfigError(f"tail={tail!r} must be a whole number of tokens, at least 1.")
         self.tail = self._least_tail = tail
         try:
-            super().__init__(pretrained, backend="causal", device=device or str(choose_device("auto")), **model_args)
+            device = device or str(choose_device("auto"))
+            super().__init__(testbed.path_of(pretrained), backend="causal", device=device, **model_args)
         except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
+            unknown = _UNEXPECTED.search(str(error))
+            if unknown is None:
                 raise
+            hint = did_you_mean(unknown[1], [*_OURS, *signature(HFLM).parameters])
             raise ConfigError(
-                f"model_args: {error}. Beside those of lm_eval's `hf` model there are: tail, {', '.join(_FIELDS)}."
+                f"model_args: there is no {unknown[1]}.{hint} Beside those of lm_eval's `hf` model there are: "
+                f"{', '.join(_OURS)}."
             ) from error
         self.patch: Patch = sparsekv.patch(self.model, config)
 

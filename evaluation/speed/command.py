@@ -1,8 +1,8 @@
 """How long one layer's decode step takes, sparse beside dense, on the same keys and values in the same run.
 
-    python -m evaluation.speed attention --device cpu --contexts 64k 256k --budget 1024
-    python -m evaluation.speed attention --device cuda --preset full --out evaluation/results
-    python -m evaluation.speed generate --device cuda --preset bars   # a token of a whole model: generate_bench.py
+    sparsekv bench attention --device cpu --contexts 64k 256k --budget 1024
+    sparsekv bench attention --device cuda --preset full --out results
+    sparsekv bench generate --device cuda --preset bars   # a token of a whole model
 
 On a CPU a whole cache layer is timed beside PyTorch's scaled_dot_product_attention (SDPA); on a GPU the operators
 are, as CUDA graphs, beside FlashInfer, SDPA, what can be assembled from parts off the shelf, and the memory's speed.
@@ -114,8 +114,11 @@ def points_of(args: argparse.Namespace) -> list[Point]:
 
 def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
     for name in options:
-        if getattr(args, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} {why}.")
+        value = getattr(args, name)
+        if value is not None:
+            given = " ".join(map(str, value)) if isinstance(value, list) else value
+            option = f"--{name.replace('_', '-')}" + ("" if value is True else f"={given}")
+            raise ConfigError(f"{option} {why}.")
 
 
 def _single(values: Sequence[int] | None, default: int) -> int:

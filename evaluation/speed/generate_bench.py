@@ -237,15 +237,15 @@ def run(args: argparse.Namespace, command: str) -> Row:
     """Measures, prints the tables and writes the files asked for; returns what the JSON file holds."""
     device = choose_device(args.device)
     options = options_of(args, device)
-    geometries = list(GEOMETRIES)
-    subject = Subject(args.model, args.geometry or geometries[0 if device.type == "cuda" else -1])
+    on_gpu, geometries = device.type == "cuda", list(GEOMETRIES)
+    dtype = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
+    subject = Subject(args.model, args.geometry or geometries[0 if on_gpu else -1], dtype)
     subject.check(max(where.context for where in options.points), options.new_tokens)
-    if device.index is not None and device.type == "cuda":
+    if device.index is not None and on_gpu:
         torch.cuda.set_device(device)
-    console = new_console()
-    subject.load(device, DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")])
-    bench = Bench(subject, options, device)
+    bench, console = Bench(subject, options, device), new_console()
     kept = earlier(bench)
+    subject.load(device)
     rows = sweep(bench, lambda rows: _save([*kept, *rows], bench, command), console)
     print_result(console, rows)
     path = _save([*kept, *rows], bench, command)
@@ -256,7 +256,8 @@ def run(args: argparse.Namespace, command: str) -> Row:
 
 
 def earlier(bench: Bench) -> list[Row]:
-    """Rows of an earlier run that stay in the file: at points that this run does not measure.
+    """Rows of an earlier run that stay in the file: at points that this run does not measure. The model need not be
+    loaded.
 
     Raises:
         ConfigError: what is there was measured otherwise, or is no such file.
@@ -265,7 +266,7 @@ def earlier(bench: Bench) -> list[Row]:
     if not bench.options.add or not path.exists():
         return []
     points = {(where.batch, where.context) for where in bench.options.points}
-    rows = rows_to_add_to(path, _content([], bench, ""))
+    rows = rows_to_add_to(path, result("", _settings(bench), []))
     return [row for row in rows if (row["batch"], row["context"]) not in points]
 
 
@@ -275,17 +276,27 @@ def _save(rows: Sequence[Row], bench: Bench, command: str) -> Path | None:
     return save_json(bench.options.out, f"generate_{bench.device.type}", _content(rows, bench, command))
 
 
+def _settings(bench: Bench) -> Row:
+    """What all rows of a file have in common."""
+    options = bench.options
+    return {
+        "model": bench.subject.name,
+        "dtype": str(bench.subject.dtype),
+        "budget": options.config.budget,
+        "dense_layers": options.config.dense_layers,
+        "new_tokens": options.new_tokens,
+    }
+
+
 def _content(rows: Sequence[Row], bench: Bench, command: str) -> Row:
     """What the file holds. Rows that do not say how they were measured were measured by this command."""
     options = bench.options
     rows = sorted(rows, key=lambda row: (row["batch"], row["context"]))  # a point's modes stay in their order
     points = {(row["batch"], row["context"]) for row in rows}
     settings = {
-        **bench.subject.describe(),
-        "dtype": str(bench.subject.model.dtype),
-        "budget": options.config.budget,
-        "dense_layers": options.config.dense_layers,
-        "new_tokens": options.new_tokens,
+        **_settings(bench),
+        "random_weights": bench.subject.source is None,
+        "weight_bytes": bench.subject.weight_bytes,
         "timed_tokens": options.timed_tokens,
         "num_points": len(points.union((where.batch, where.context) for where in options.points)),
         "modes": [name for name in MODES if name in (*options.modes, *(row["mode"] for row in rows))],

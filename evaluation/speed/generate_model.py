@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 
 from sparsekv import SparseConfig
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.hf.support import context_of
 
 MOST_POSITIONS = 1 << 20
 
@@ -53,13 +54,14 @@ class Subject:
     Args:
         model: id on the hub or folder; None: random weights in the sizes of `geometry`.
         geometry: a name in `GEOMETRIES`.
+        dtype: of the weights.
 
     Raises:
         ConfigError: there is no such geometry, or no such model.
     """
 
-    def __init__(self, model: str | None, geometry: str) -> None:
-        self.source, self.name = model, model or geometry
+    def __init__(self, model: str | None, geometry: str, dtype: torch.dtype = torch.float32) -> None:
+        self.source, self.name, self.dtype = model, model or geometry, dtype
         if model is None and geometry not in GEOMETRIES:
             raise UnknownNameError("--geometry", geometry, GEOMETRIES)
         self.config = GEOMETRIES[geometry]() if model is None else self._from_pretrained(AutoConfig)
@@ -77,22 +79,22 @@ class Subject:
         Raises:
             ConfigError: it does not.
         """
-        most = getattr(self.text, "max_position_embeddings", None)
+        most = context_of(self.config)
         needed = context + (0 if getattr(self.text, "rope_parameters", None) else new_tokens)
         if most is not None and needed > most:
             raise ConfigError(
                 f"{self.name} takes {most:,} tokens, and {needed:,} are asked for: choose other --points."
             )
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+    def load(self, device: torch.device) -> None:
         """Makes or loads the weights. What a checkpoint asks of `generate` (sampling, ends) is left out: everything
         is greedy, and nothing ends early."""
         if self.source is None:
             torch.manual_seed(0)
             with torch.device(device):
-                self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+                self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         else:
-            self.model = self._from_pretrained(AutoModelForCausalLM, dtype=dtype).to(device)
+            self.model = self._from_pretrained(AutoModelForCausalLM, dtype=self.dtype).to(device)
         self.model.eval()
         self.model.generation_config = GenerationConfig(pad_token_id=0)
 
@@ -130,10 +132,6 @@ class Subject:
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         is_tied = head is not None and head.weight is embedding.weight
         return self.weight_bytes - (0 if is_tied else embedding.weight.nbytes)
-
-    def describe(self) -> dict[str, Any]:
-        """The model as settings of a result file."""
-        return {"model": self.name, "random_weights": self.source is None, "weight_bytes": self.weight_bytes}
 
     def _from_pretrained(self, factory: Any, **options: Any) -> Any:
         try:

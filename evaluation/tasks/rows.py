@@ -112,7 +112,7 @@ def _hub(loader: str, source: str, *config: str, **options: Any) -> list[Row]:
         from datasets import load_dataset
     except ImportError as error:
         raise ConfigError(
-            f"{source} is no file here, and data sets of the hub need `pip install 'sparsekv[eval]'`."
+            f"{source} is no file here, and data sets of the hub need more: pip install '.[eval]' in the clone"
         ) from error
     try:
         return [

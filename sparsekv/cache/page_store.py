@@ -67,7 +67,7 @@ class PageStore:
 
     @property
     def ops(self) -> Any:
-        """The namespace of the four ops."""
+        """The namespace of the ops."""
         return ops.for_backend(self.config.backend)
 
     def on(self, layer_idx: int) -> tuple[LayerPages, Tensor, Tensor]:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     config = model_options.config_of(args)
     model, tokenizer = model_options.load(args)
     hints: list[str] = []
-    if args.model == model_options.TESTBED and document is None:
+    if args.model == testbed.NAME and document is None:
         document, hints = _story()
     words = _wording(args, tokenizer, document is not None)
     with sparsekv.patch(model, config) as patch:
@@ -77,7 +77,7 @@ def _story() -> tuple[str, list[str]]:
 
 
 def _wording(args: argparse.Namespace, tokenizer: Any, has_document: bool) -> wording.Wording:
-    if args.model == model_options.TESTBED:
+    if args.model == testbed.NAME:
         return wording.of_testbed()
     if args.plain or tokenizer.chat_template is None:
         return wording.plain(has_document)

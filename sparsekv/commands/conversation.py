@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsekv import PagedCache, Patch
+from sparsekv.evaluation.accuracy.asking import stop_ids
+from sparsekv.hf.prefill import without_single
 
 from . import model_options
 from .streaming import StopWhen, Stream
@@ -71,7 +73,7 @@ class Conversation:
     def __init__(self, patch: Patch, tokenizer: Any, wording: Wording, max_new_tokens: int) -> None:
         self.patch, self.wording, self.max_new_tokens = patch, wording, max_new_tokens
         self._model, self._tokenizer = patch.model, tokenizer
-        self._ends = _end_ids(patch.model, tokenizer)
+        self._ends = stop_ids(patch.model, tokenizer)
         self._beginning = State(self._start_ids(), patch.new_cache())
         self.turns: list[Turn] = []
         self.budget: int | float | None = None
@@ -99,8 +101,9 @@ class Conversation:
             progress: called with the number of tokens of every part read.
         """
         cache = self.patch.new_cache(reserve_tokens=len(ids) + 4 * self.max_new_tokens)
-        for start in range(0, len(ids), CHUNK):
-            part = self._tensor(ids[start : start + CHUNK])
+        step = without_single(CHUNK, len(ids))
+        for start in range(0, len(ids), step):
+            part = self._tensor(ids[start : start + step])
             with torch.inference_mode():
                 self._model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
             progress(part.shape[1])
@@ -186,10 +189,3 @@ class Conversation:
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self._model.device)
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer."""
-    found = model.generation_config.eos_token_id
-    ids = [found] if isinstance(found, int) else list(found or [])
-    return frozenset([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])

@@ -12,8 +12,8 @@ from sparsekv import SparseConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.report import choose_device, positive, tokens
+from sparsekv.hf.support import context_of
 
-TESTBED = "testbed"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
         parser.add_argument("--model", required=True, metavar="ID_OR_PATH", help=of_model)
     else:
         help_text = f"{of_model} (default)"
-        parser.add_argument("--model", default=TESTBED, metavar="ID_OR_PATH", help=help_text)
+        parser.add_argument("--model", default=testbed.NAME, metavar="ID_OR_PATH", help=help_text)
     parser.add_argument(
         "--budget", type=budget, default=SparseConfig.budget, metavar="TOKENS",
         help="tokens read per kv head (4096 or 4k), or a fraction of the context (0.1); default %(default)s",
@@ -75,7 +75,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     import transformers
 
     device = choose_device(args.device)
-    if args.model == TESTBED:
+    if args.model == testbed.NAME:
         usual = torch.float32 if device.type == "cpu" else torch.bfloat16
         return testbed.load(device, usual if args.dtype == "auto" else getattr(torch, args.dtype))
     tokenizer = _pretrained(transformers.AutoTokenizer, args.model)
@@ -96,15 +96,8 @@ def _pretrained(factory: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def context_of(model: Any) -> int | None:
-    """Tokens that the model was made for, if it says."""
-    text = sparsekv.hf.support.text_config(model)
-    found: int | None = getattr(text, "max_position_embeddings", None)
-    return found
-
-
 def check_room(model: Any, num_tokens: int, what: str) -> None:
     """Raises ConfigError if the model was made for fewer tokens. `what` takes them."""
-    most = context_of(model)
+    most = context_of(model.config)
     if most is not None and num_tokens > most:
         raise ConfigError(f"{what} takes {num_tokens:,} tokens, and the model was made for {most:,}.")

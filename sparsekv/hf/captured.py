@@ -55,6 +55,7 @@ class CapturedDecoder:
     Attributes:
         captures, replays: how often either was done.
         refusal: why nothing is captured any more, or None; forgotten by `clear`.
+        last_obstacle: why the last step was not captured, or None; forgotten by `clear`, too.
     """
 
     def __init__(self, model: Any, config: SparseConfig, layers: Sequence[LayerStatus]) -> None:
@@ -67,6 +68,7 @@ class CapturedDecoder:
         self.model, self.config, self.layers = state["model"], state["config"], state["layers"]
         self.captures = self.replays = 0
         self.refusal: str | None = None
+        self.last_obstacle: str | None = None
         self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
         self._warm: set[Any] = set()
         self._sites: dict[torch.device, Site] = {}
@@ -80,7 +82,7 @@ class CapturedDecoder:
         """Forgets all captured steps, and that some could not be captured: the next decode loop tries again."""
         self._steps.clear()
         self._sites.clear()
-        self.refusal = None
+        self.refusal = self.last_obstacle = None
 
     def __call__(self, run: Run, **inputs: Any) -> Any:
         """The model's forward.
@@ -92,7 +94,8 @@ class CapturedDecoder:
         Raises:
             CacheFullError, OutOfMemoryError: there is no room for the token; the cache is what it was.
         """
-        if run.refusal is not None or self.obstacle(inputs) is not None:
+        self.last_obstacle = run.refusal or self.obstacle(inputs)
+        if self.last_obstacle is not None:
             return self.model(**inputs)
         cache = inputs["past_key_values"]
         with cache.step():

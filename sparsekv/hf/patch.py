@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparsekv.cache import Arena, DecodeStats, PagedCache, check_settings
+from sparsekv.cache import Arena, DecodeStats, PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import PatchError
@@ -130,7 +130,9 @@ class Patch:
         reason = self.decoder.why_eager(self.model.device)
         if reason is not None:
             return f"eager ({reason})"
-        return f"CUDA graphs ({self.decoder.captures} captured, {self.decoder.replays} replays)"
+        last = self.decoder.last_obstacle
+        end = "" if last is None else f"; the last step was eager: {last}"
+        return f"CUDA graphs ({self.decoder.captures} captured, {self.decoder.replays} replays{end})"
 
 
 def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings: Any) -> Patch:
@@ -174,9 +176,7 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
             f"{type(model).__name__} was made with the config of a patched model. Undo that patch before making "
             "another model from its config, or make the second one with copy.deepcopy(model)."
         )
-    layers = support.examine(model, settled)
-    check_settings(settled, support.text_config(model))
-    made = Patch(model, settled, layers)
+    made = Patch(model, settled, support.examine(model, settled))
     made._apply()
     return made
 

@@ -23,12 +23,17 @@ BLOCK_ELEMENTS = 1 << 24  # of a mask, where there is no kernel without one
 
 
 def chunk_size(batch_size: int, num_new: int) -> int | None:
-    """Tokens of each sequence to prefill at once; None: all. The last chunk is never a single token, which would look
-    like a decode step."""
+    """Tokens of each sequence to prefill at once; None: all."""
     size = max(CHUNK // batch_size, 1024)
     if batch_size * num_new <= WHOLE or num_new <= size:
         return None
-    while num_new % size == 1:
+    return without_single(size, num_new)
+
+
+def without_single(size: int, num_new: int) -> int:
+    """The size of chunks, or a little more: the last one is never a single token, which would look like a decode
+    step."""
+    while 1 < size < num_new and num_new % size == 1:
         size += 16
     return size
 

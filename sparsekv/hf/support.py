@@ -43,6 +43,12 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens that a model with this config was made for, if it says."""
+    found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found
+
+
 def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
     """What each layer will do.
 

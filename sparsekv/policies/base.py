@@ -42,7 +42,7 @@ class DecodeStep:
         summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`, in its dtypes; none where the
             policy does not read digests.
         block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
-        k: the width of a selection, in pages: what the longest sequence may read.
+        k: the width of a selection, in pages: what a sequence may read that fills the table.
         scaling: the attention's factor on dot products.
         config: the settings in force.
         ops: the namespace of the ops.
@@ -183,7 +183,15 @@ class Policy(ABC):
 
     @abstractmethod
     def select(self, step: DecodeStep) -> Tensor | None:
-        """Slots `[b, hkv, k]` int32 to read, ascending, -1 for none; None: every page."""
+        """Which pages are read.
+
+        What a row reads depends on that row alone: its query, its pages, its length. It depends neither on the other
+        rows nor on the width of the table or of the selection (`k`), which grow with the longest row, and are larger
+        on a GPU. So a budget that is a fraction is one of the row's own length; `step.select` sees to it.
+
+        Returns:
+            slots `[b, hkv, k]` int32 to read, ascending, -1 for none; None: every page.
+        """
 
     def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Stores the new token and attends. To be overridden where one op does all of it.

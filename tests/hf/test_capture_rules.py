@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sparsekv
+from sparsekv.hf.captured import CapturedDecoder
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 
 
@@ -87,3 +88,19 @@ def test_the_report_and_the_decode_step_give_the_same_reason(family, settings, d
         assert str(patch).endswith(f"  decode loop of generate: eager ({first})")
         patch.decoder.refusal = "a test"
         assert patch.decoder.why_eager(torch.device("cuda", 0)) == (reason or "a test")
+
+
+def test_the_report_says_why_the_last_step_was_eager(tiny, prompt, monkeypatch) -> None:
+    """What belongs to one call: another may be captured."""
+    monkeypatch.setattr(CapturedDecoder, "why_eager", lambda self, device: None)  # as on a GPU
+    model = tiny("llama")
+    with sparsekv.patch(model, budget=64, page_size=4, recent=8) as patch:
+        assert str(patch).endswith("CUDA graphs (0 captured, 0 replays)")
+        model.generate(**prompt(20), max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)
+        told = "CUDA graphs (0 captured, 0 replays; the last step was eager: inner states are asked for)"
+        assert str(patch).endswith(told)
+        model.generate(**prompt(20), max_new_tokens=2)  # its only step warms up
+        assert str(patch).endswith("CUDA graphs (0 captured, 0 replays)")
+        patch.decoder.last_obstacle = "a test"
+        patch.free_memory()
+        assert str(patch).endswith("CUDA graphs (0 captured, 0 replays)")

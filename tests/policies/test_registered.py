@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sparsekv import policies
 from sparsekv.config import GROUP_POOLINGS, SparseConfig
 from sparsekv.digests import DIGESTS
-from sparsekv.policies import POLICIES, DecodeStep, Reads
+from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
 from sparsekv.testing.pages import Pages, edge_lengths, random_pages
 from sparsekv.testing.steps import decode_step
 
@@ -80,6 +80,34 @@ def test_a_budget_of_the_whole_context_is_dense(name: str, digest: str, lengths:
     arguments = (step.query, pages.kv_pool, pages.block_table, pages.seq_lens)
     chosen, dense = (torch.ops.sparsekv.attend_pages(*arguments, s, 0.25) for s in (slots, None))
     torch.testing.assert_close(chosen, dense, rtol=1e-5, atol=1e-5)
+
+
+@each_policy
+@pytest.mark.parametrize("budget", [6 * P, 0.5])
+def test_what_a_row_reads_depends_on_that_row_alone(name: str, budget: int | float) -> None:
+    """Not on the rows beside it, nor on how wide the table is, and with it the selection."""
+    policy, pages = POLICIES.get(name)(), random_pages([100, 64, 30, 9], page_size=P)
+    step = step_of(pages, small(name, budget=budget))
+    together = pages_read(policy, step)
+    for row, n in enumerate(pages.lengths):
+        table = step.block_table[row : row + 1]
+        for width in (-(-n // P), table.shape[1], 40):
+            alone = dataclasses.replace(
+                step,
+                query=step.query[row : row + 1],
+                seq_lens=step.seq_lens[row : row + 1],
+                block_table=torch.nn.functional.pad(table, (0, width - table.shape[1])),
+                k=min(step.config.budget_pages(width * P), width),
+            )
+            assert pages_read(policy, alone) == together[row : row + 1]
+
+
+def pages_read(policy: Policy, step: DecodeStep) -> list[list[list[int]]]:
+    """By row and kv head."""
+    slots = policy.select(step)
+    if slots is None:
+        return [[list(range(-(-n // P)))] * 2 for n in step.seq_lens.tolist()]
+    return [[[slot for slot in head if slot >= 0] for head in row] for row in slots.tolist()]
 
 
 @each_policy

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 import sparsekv
 from sparsekv.evaluation import testbed
+from sparsekv.evaluation.accuracy import asking
 from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
 from sparsekv.evaluation.tasks import Metric, Question, Turn
 
@@ -129,3 +130,15 @@ def test_rows_without_finite_logits_are_told_so(wrong: float, loaded: Any) -> No
         rows = [Row([PromptTurn([8], [0] * 3)], Metric.PREFIX, frozenset()) for _ in range(2)]
         decode(step, cache, rows, mask)
     assert [row.is_finite for row in rows] == [True, False]
+
+
+def test_a_document_never_ends_with_a_chunk_of_one_token(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be decoded, sparsely."""
+    monkeypatch.setattr(asking, "CHUNK", 64)
+    monkeypatch.setattr(asking, "WHOLE", 128)
+    model = loaded[0]
+    with sparsekv.patch(model, budget=128, recent=16) as patch:
+        for size in (192, 193):
+            prefill(model, [[5] * size], patch.new_cache())
+        assert patch.stats.sparse_steps + patch.stats.dense_steps == 0
+        assert patch.stats.dense_passes == 3 + 3

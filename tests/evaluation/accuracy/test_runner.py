@@ -103,7 +103,7 @@ def test_processes_share_the_documents(loaded: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="needs the eval extra: pip install sparsekv[eval]")
+    pytest.importorskip("accelerate", reason="needs the eval extra: pip install '.[eval]' in the clone")
     # --multi_gpu is torchrun, and needs no GPU; --cpu would be one process
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -18,9 +18,18 @@ def test_a_measurement_from_python_is_what_json_prints(capsys: pytest.CaptureFix
     assert "2,048" in capsys.readouterr().out
 
 
-def test_an_option_that_is_not_allowed_is_an_error_in_python_too() -> None:
-    with pytest.raises(ConfigError, match="--preset=quick is for --device cuda"):
-        speed.measure("attention --device cpu --preset quick")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--preset quick", "--preset=quick is for"),
+        ("--geometry llama", "--geometry=llama is for"),
+        ("--against flashinfer sdpa", "--against=flashinfer sdpa is for"),
+        ("--check-only", "--check-only is for"),
+    ],
+)
+def test_an_option_that_is_not_allowed_is_an_error_in_python_too(given: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"{told} --device cuda"):
+        speed.measure(f"attention --device cpu {given}")
 
 
 def test_a_models_layers_are_read_from_its_config(tmp_path: Path) -> None:
