@@ -184,7 +184,9 @@ _TABLES: dict[str, Callable[[], str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Writes or checks README.md; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.readme", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a figure differs")
     args = parser.parse_args(argv)
     old = README.read_text()

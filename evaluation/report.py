@@ -113,6 +113,11 @@ def result(command: str, settings: dict[str, Any], rows: Sequence[Any]) -> dict[
     return {**circumstances(command), "settings": settings, "rows": list(rows)}
 
 
+def file_name(what: str, device: str, digest: str) -> str:
+    """Of a result: `what_DEVICE`, and `what_DEVICE_DIGEST` where it is not the default's."""
+    return "_".join([what, device, *([] if digest == sparsekv.SparseConfig().digest else [digest])])
+
+
 def save_json(folder: str, name: str, content: dict[str, Any]) -> Path:
     """Writes `folder/name.json`."""
     path = Path(folder) / f"{name}.json"

@@ -47,7 +47,7 @@ class Method:
 
     def own_code(self) -> str | None:
         """SHA-256 of the digest's and the policy's code, as far as they are not those that ship: who tries a digest
-        changes it between runs. None if both ship."""
+        changes it between runs. One that ships has a revision; None if both ship, in their first."""
         sources = "".join(self._own_sources())
         return hashlib.sha256(sources.encode()).hexdigest() if sources else None
 
@@ -56,6 +56,8 @@ class Method:
         for made in classes:
             if made.__module__.partition(".")[0] != __name__.partition(".")[0]:
                 yield _source(made)
+            elif (revision := getattr(made, "revision", 1)) > 1:
+                yield f"{made.__name__} {revision}"
 
 
 def _source(made: type) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation.report import new_console, result, save_json, short
+from sparsekv.evaluation.report import file_name, new_console, result, save_json, short
 
 from .attention_inputs import Inputs
 from .attention_points import PART_OVER_L2, Point
@@ -242,8 +242,7 @@ def _line(row: Row) -> str:
 def _save(rows: Sequence[Row], num_points: int, machine: Machine, options: Options, command: str) -> Path | None:
     if options.out is None or options.check_only:
         return None
-    digest = rows[0]["digest"]
-    name = "attention_cuda" if digest == "minmax" else f"attention_cuda_{digest}"
+    name = file_name("attention", "cuda", rows[0]["digest"])
     return save_json(options.out, name, _content(rows, num_points, machine, options, command))
 
 

@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList
 
 import sparsekv
 from sparsekv import Patch
-from sparsekv.evaluation.report import choose_device, new_console, result, save_json
+from sparsekv.evaluation.report import choose_device, file_name, new_console, result, save_json
 from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms
@@ -262,7 +262,7 @@ def earlier(bench: Bench) -> list[Row]:
     Raises:
         ConfigError: what is there was measured otherwise, or is no such file.
     """
-    path = Path(bench.options.out or "") / f"generate_{bench.device.type}.json"
+    path = Path(bench.options.out or "") / f"{_name(bench)}.json"
     if not bench.options.add or not path.exists():
         return []
     points = {(where.batch, where.context) for where in bench.options.points}
@@ -273,7 +273,11 @@ def earlier(bench: Bench) -> list[Row]:
 def _save(rows: Sequence[Row], bench: Bench, command: str) -> Path | None:
     if bench.options.out is None:
         return None
-    return save_json(bench.options.out, f"generate_{bench.device.type}", _content(rows, bench, command))
+    return save_json(bench.options.out, _name(bench), _content(rows, bench, command))
+
+
+def _name(bench: Bench) -> str:
+    return file_name("generate", bench.device.type, bench.options.config.digest)
 
 
 def _settings(bench: Bench) -> Row:
@@ -282,6 +286,7 @@ def _settings(bench: Bench) -> Row:
     return {
         "model": bench.subject.name,
         "dtype": str(bench.subject.dtype),
+        "digest": options.config.digest,
         "budget": options.config.budget,
         "dense_layers": options.config.dense_layers,
         "new_tokens": options.new_tokens,

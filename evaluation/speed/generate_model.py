@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen3Config
 
 from sparsekv import SparseConfig
+from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.hf.support import context_of
 
@@ -114,11 +116,13 @@ class Subject:
             TypeError,
         ):  # transformers refuses what differs per layer; lists do, too
             return None
-        row = 2 * num_heads * head_dim * self.model.dtype.itemsize  # a key and a value, or a minimum and a maximum
+        pairs = 2 * num_heads * head_dim * self.model.dtype.itemsize * num_layers * num_tokens  # keys and values
         if config is None or config.policy == "all":
-            return int(row * num_layers * num_tokens)
-        digests = sum(not config.is_dense_layer(i) for i in range(num_layers)) * config.pages_for(num_tokens)
-        return int(row * (num_layers * num_tokens + digests))
+            return int(pairs)
+        fields = DIGESTS.get(config.digest)().fields(config.page_size, head_dim)
+        digest = sum(math.prod(f.shape) * (f.dtype or self.model.dtype).itemsize for f in fields)
+        pages = sum(not config.is_dense_layer(i) for i in range(num_layers)) * config.pages_for(num_tokens)
+        return int(pairs + pages * num_heads * digest)
 
     @property
     def weight_bytes(self) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from sparsekv import SparseConfig
 from sparsekv.command_line import add_json_option
+from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.report import positive, short, tokens
 
@@ -174,6 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense-layers", type=int, default=2, metavar="N", help="the first so many read everything (default 2)"
     )
+    parser.add_argument("--digest", default="minmax", help="page digest (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="write DIR/generate_DEVICE.json and .png")
     parser.add_argument("--add", action="store_true", help="keep the other points of the files that are there")
     add_json_option(parser)
@@ -212,15 +214,16 @@ def options_of(args: argparse.Namespace, device: torch.device) -> Options:
     """The options, with what is not given chosen for the device.
 
     Raises:
-        ConfigError: a value is not allowed.
+        ConfigError: a value is not allowed. UnknownNameError: there is no such digest.
     """
     on_gpu = device.type == "cuda"
     kind = "cuda" if on_gpu else "cpu"
     modes = args.modes or _MODES_ON[kind]
+    DIGESTS.get(args.digest)
     if args.split and not on_gpu:
         raise ConfigError("--split profiles a captured step, and only --device cuda has one.")
     return Options(
-        config=SparseConfig(budget=args.budget, dense_layers=args.dense_layers),
+        config=SparseConfig(budget=args.budget, dense_layers=args.dense_layers, digest=args.digest),
         points=args.points or [point(text) for text in (PRESETS.get(args.preset) or _POINTS_ON[kind])],
         modes=modes,
         new_tokens=args.new_tokens,

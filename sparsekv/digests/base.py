@@ -31,7 +31,13 @@ class Digest(Formula):
     """A page summary: how it is made and scored (`Formula`: `summarize`, `score`), and what is kept for it.
 
     Stateless: what it keeps lies in the tensors that it is handed.
+
+    Attributes:
+        revision: of one that ships, raised when it chooses other pages than before: an accuracy run does not mix the
+            answers of two.
     """
+
+    revision = 1
 
     @abstractmethod
     def fields(self, page_size: int, head_dim: int) -> list[Field]:

@@ -43,6 +43,8 @@ class SignSketch(Digest):
     signs `[p / tokens, parts, tokens, bytes of a part]`.
     """
 
+    revision = 2  # 1 had a rotation by QR decomposition and did not round the query
+
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         if head_dim % 8:
             raise ConfigError(f"digest='sign_sketch' packs 8 channels a byte: head_dim={head_dim} must divide by 8.")

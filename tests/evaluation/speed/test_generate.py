@@ -345,6 +345,8 @@ def test_geometries_have_the_sizes_of_their_namesakes(name: str, billions: float
     assert subject.cache_bytes(tokens, None) == subject.cache_bytes(tokens, config.with_(policy="all")) == kv
     digests = kv * (text.num_hidden_layers - 2) // text.num_hidden_layers // 16
     assert subject.cache_bytes(tokens, config) == kv + digests
+    sketches = digests * 16 * 9 // 256  # nine sixteenths: 128 bits and a half-precision factor a token
+    assert subject.cache_bytes(tokens, config.with_(digest="sign_sketch")) == kv + sketches
 
 
 def test_what_a_model_reads_is_not_guessed() -> None:
