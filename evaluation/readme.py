@@ -17,6 +17,8 @@ from .committed import RESULTS, TESTBED_RUN, Accuracy, load
 
 README = Path(__file__).parents[1] / "README.md"
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
+_Times = dict[tuple[str, int, int, int], float]  # by digest, budget, batch and context
+_OF_DIGEST = {"minmax": "", "sign_sketch": "_sign_sketch"}  # what the names of its result files end in
 _ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
 
 
@@ -123,6 +125,46 @@ def _generate_cuda() -> str:
     return _table(header, rows) + _source("generate_cuda", result)
 
 
+def _sketch_cuda() -> str:
+    """Min/max at the default budget beside the sketch, also at a quarter of it: a layer's step, and a token."""
+    us, ms = _steps_and_tokens()
+    low, high = sorted({key[1] for key in ms})
+    of_token = [("minmax", high), ("sign_sketch", low)]
+    in_step = [of_token[0], ("sign_sketch", high), of_token[1]]
+    rows = [
+        [str(batch), f"{context:,}", *(_us(us.get((*kind, batch, context))) for kind in in_step),
+         *(_us(ms.get((*kind, batch, context))) for kind in of_token)]
+        for digest, _, batch, context in ms if digest == "sign_sketch"
+    ]  # fmt: skip
+    named = {kind: f"{'min/max' if kind[0] == 'minmax' else 'sketch'} {kind[1]:,}" for kind in in_step}
+    header = [*(f"{named[kind]}, us" for kind in in_step), *(f"token: {named[kind]}, ms" for kind in of_token)]
+    names = (f"{what}_cuda{_OF_DIGEST['sign_sketch']}" for what in ("attention", "generate"))
+    return _table(["batch", "context", *header], rows) + "".join(_source(name, _load(name)) for name in names)
+
+
+def _steps_and_tokens() -> tuple[_Times, _Times]:
+    """Microseconds of a layer's step, and milliseconds of a token, of every digest that was measured."""
+    us: _Times = {}
+    ms: _Times = {}
+    for digest, end in _OF_DIGEST.items():
+        us |= {
+            (digest, row["budget"], *_point(row)): row["sparse_us"] for row in _alike(_load(f"attention_cuda{end}"))
+        }
+        result = _load(f"generate_cuda{end}")
+        sparse = [row for row in result["rows"] if row["mode"] == "sparse"]
+        ms |= {(digest, result["settings"]["budget"], *_point(row)): row["ms_per_token"] for row in sparse}
+    return us, ms
+
+
+def _alike(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the first one's geometry."""
+    return [row for row in result["rows"] if row["geometry"] == result["rows"][0]["geometry"]]
+
+
+def _point(row: dict[str, Any]) -> tuple[int, int]:
+    return row["batch"], row["context"]
+
+
 def _accuracy_testbed() -> str:
     """Accuracy and share of the bytes read, by method and budget: means of the tasks that all methods were run on."""
     manifest = _load(f"{TESTBED_RUN}/manifest")
@@ -177,6 +219,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attention_cpu": _attention_cpu,
     "attention_cuda": _attention_cuda,
     "generate_cuda": _generate_cuda,
+    "sketch_cuda": _sketch_cuda,
     "accuracy_testbed": _accuracy_testbed,
     "dense_layers": _dense_layers,
 }

@@ -67,7 +67,8 @@ class Bench:
             SparseKVError: a patched mode did not do what it promises.
         """
         row: Row = {"model": self.subject.name, "batch": where.batch, "context": where.context, "mode": name}
-        row |= {"budget": self.options.config.budget, **dict.fromkeys(_TIMES)}
+        config = self.options.config
+        row |= {"digest": config.digest, "budget": config.budget, **dict.fromkeys(_TIMES)}
         why_not = self.options.why_not(name, where)
         if why_not is not None:
             return {**row, "note": why_not}

@@ -62,7 +62,9 @@ def step_figure(rows: Sequence[Row], title: str | None = None) -> Any:
 
 
 def _title(what: str, row: Row) -> str:
-    return f"{what}: {row.get('geometry') or row['model']}, budget {row['budget']} tokens"
+    digest = row.get("digest", "minmax")  # of rows before there was a choice
+    which = "" if digest == "minmax" else f", {digest}"
+    return f"{what}: {row.get('geometry') or row['model']}, budget {row['budget']} tokens{which}"
 
 
 def _like_the_first(rows: Sequence[Row]) -> list[Row]:
