@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(256)
               const int* block_table,  // [b, max_pages]
               const int* seq_lens,     // [b] after the append
               u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
-              void* digest, u16* factors, const float* mean, const float* flips,  // see Digests
+              void* digest, u16* factors, i8* means, float* units, const float* flips,  // see Digests
               i64 key_batch, i64 key_head, i64 key_token, i64 value_batch, i64 value_head, i64 value_token, int t,
               int num_kv_heads, int page_shift, int max_pages, int most_touched) {
     wait_for_previous_kernel();
@@ -26,6 +26,6 @@ __global__ void __launch_bounds__(256)
     const Page page(kv_pool, block_table[i64(row) * max_pages + slot], head, num_kv_heads, page_shift, D);
     const NewTokens fresh = {key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
                              columns ? columns + i64(row) * t : nullptr, key_token, value_token};
-    append_to_page<T, D, Kind>(page, {digest, factors, mean, flips}, fresh, first, start, length, start,
+    append_to_page<T, D, Kind>(page, {digest, factors, means, units, flips}, fresh, first, start, length,
                                1 << page_shift);
 }

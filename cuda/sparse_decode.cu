@@ -3,8 +3,8 @@
 // A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA the keys they are
 // sorted by; after one cluster barrier every CTA makes the same selection for itself, attends to its share of it, and
 // the cluster merges. The new token's page is read whatever its score, so the token need not be there when the pages
-// are scored: the warp that will attend to it writes it, and nobody waits for it. Its page's digest is for the next
-// step; it is made while the cluster waits to merge.
+// are scored: the warp that will attend to it writes it, and nobody waits for it. For the same reason a page needs no
+// digest before it is full; then it is made while the cluster waits to merge.
 #include "common/append.cuh"
 #include "common/merge.cuh"
 #include "common/minmax.cuh"
@@ -24,7 +24,7 @@ struct Room {
         const auto words = [](int n) { return (n + 3) >> 2; };  // of 16 bytes
         query = base;
         score_query = query + QUERY_WORDS<D, HEAD_TILES>;
-        uint4* const reused = score_query + 2 * QUERY_WORDS<D, HEAD_TILES>;  // no kind of digest stages more
+        uint4* const reused = score_query + SCORE_WORDS<D, HEAD_TILES>;
         uint4* const keys = reused + words(k);
         uint4* const ids = keys + words(direct ? max_pages : ceil_div(max_pages, TILE));
         uint4* const end = ids + (direct ? words(max_pages) : words(k) + words(TILE * k));
@@ -44,7 +44,7 @@ __device__ void score_share(const Pages& pages, int max_pages, const Digests& di
                             const Room<T, D, HEAD_TILES>& room, u32* keys, const u16* query, int group,
                             GroupPooling pooling, const Forced& forced) {
     using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
-    static_assert(Scorer::STAGED <= 2 * QUERY_WORDS<D, HEAD_TILES>, "see Room");
+    static_assert(Scorer::STAGED <= SCORE_WORDS<D, HEAD_TILES>, "see Room");
     const int size = cluster_size(), count = pages.count(), stride = size * num_warps();
     int tile = cluster_rank() * num_warps() + warp_id();
     TileIds ids(pages.block_table, count, max_pages, tile * TILE, stride * TILE);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
                   const int* block_table,  // [b, max_pages]
                   const int* seq_lens,     // [b] the new token counted
                   u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
-                  void* digest, u16* factors, const float* mean, const float* flips,  // see Digests
+                  void* digest, u16* factors, i8* means, float* units, const float* flips,  // see Digests
                   const int* limits,  // [b] fewer than k pages for some; null: k
                   const void* sinks,  // [hq] or null, float32 or as the query
                   u32* keys,          // [b, hkv, max_pages] scratch; null: they fit shared memory
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
     const Pages pages = {block_table + i64(row) * max_pages, seq_lens[row], page_shift, num_kv_heads, head};
-    const Digests digests = {digest, factors, mean, flips};
+    const Digests digests = {digest, factors, means, units, flips};
     const bool direct = keys == nullptr;
     const Room<T, D, HEAD_TILES> room(base, max_pages, k, direct, group);
     const int count = min(pages.count(), max_pages), most = min(limits ? limits[row] : k, k);
@@ -131,8 +131,9 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     const auto newest_page = [&] {
         return Page(kv_pool, pages.block_table[newest >> page_shift], head, num_kv_heads, page_shift, D);
     };
-    const bool appends = key && newest >= 0 && newest_unit % warps == first;
-    if (appends)
+    // Which of the cluster's warps appends, counted from this CTA's first.
+    const int appending = key && newest >= 0 ? newest_unit % warps - (first - warp_id()) : -1;
+    if (appending == warp_id())
         store_token<D>(newest_page(), offset, key + row * key_batch + head * key_head,
                        value + row * value_batch + head * value_head);
     __syncwarp();
@@ -155,6 +156,8 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
                      [&](int i) { return pages.locate(choose ? room.select.chosen : nullptr, table, i); });
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group);
     merge_cluster(attention, room.merge, room.sums, result, [&] {
-        if (appends) summarize_newest<T, D, Kind>(newest_page(), digests, offset + 1, 1 << page_shift);
+        if (appending < 0 || appending >= num_warps() || offset + 1 < 1 << page_shift) return;
+        const int part = (warp_id() - appending + num_warps()) % num_warps();
+        summarize_page<T, D, Kind>(newest_page(), digests, offset + 1, 1 << page_shift, part);
     });
 }

@@ -13,10 +13,10 @@ struct NewTokens {
 };
 
 // Any number of tokens. The page holds positions [first, first + page_size); those from `start` on are new, the
-// sequence ends at `length`. The digest does not know the tokens from `stale` on.
+// sequence ends at `length`. The digest is made by `parts` warps, of which this is number `part`.
 template <typename T, int D, typename Kind>
 __device__ void append_to_page(const Page& page, const Digests& digests, const NewTokens& fresh, int first, int start,
-                               int length, int stale, int page_size) {
+                               int length, int page_size, int part = 0, int parts = 1) {
     constexpr int LANES = D / 8, TOKENS = WARP / LANES, BATCH = 8;  // TOKENS at once, BATCH loads in flight
     using Summary = typename Kind::template Summary<T, D>;
     const int token = lane_id() / LANES, channel = lane_id() % LANES * 8;
@@ -48,7 +48,7 @@ __device__ void append_to_page(const Page& page, const Digests& digests, const N
         }
     }
     __syncwarp();
-    if (digests.first) summary.store(page, digests, max(stale - first, 0), end - first, page_size);
+    if (digests.first) summary.store(page, digests, end - first, page_size, part, parts);
 }
 
 // One new token into a page, at `offset` tokens from its start. The digest is left as it is.
@@ -61,8 +61,11 @@ __device__ void store_token(const Page& page, int offset, const u16* key /* [d] 
     store16(page.values + offset * D + channel, v);
 }
 
-// The digest of a page that holds `count` tokens, of which the last is new.
+// The digest of a page that holds `count` tokens. All warps of a CTA call it, `part` counts them from any of them on.
 template <typename T, int D, typename Kind>
-__device__ void summarize_newest(const Page& page, const Digests& digests, int count, int page_size) {
-    append_to_page<T, D, Kind>(page, digests, NewTokens{}, 0, count, count, count - 1, page_size);
+__device__ void summarize_page(const Page& page, const Digests& digests, int count, int page_size, int part) {
+    constexpr bool SHARED = Kind::template Summary<T, D>::SHARED;
+    if (!SHARED && part) return;
+    append_to_page<T, D, Kind>(page, digests, NewTokens{}, 0, count, count, page_size, part,
+                               SHARED ? num_warps() : 1);
 }

@@ -5,6 +5,7 @@
 // need it, and integer divisions by run-time numbers are avoided.
 #pragma once
 
+using i8 = signed char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
@@ -13,7 +14,8 @@ constexpr int WARP = 32;
 constexpr u32 ALL_LANES = 0xFFFFFFFFu;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-constexpr float LOWEST = -1e30f;  // below every logit, and finite: LOWEST - LOWEST is 0, not NaN
+constexpr float LOWEST = -1e30f;             // below every logit, and finite: LOWEST - LOWEST is 0, not NaN
+constexpr float SMALLEST = 1.17549435e-38f;  // of normal floats above 0
 
 __device__ inline float infinity() { return __int_as_float(0x7F800000); }
 __device__ inline int lane_id() { return threadIdx.x % WARP; }

@@ -2,7 +2,8 @@
 // sketch.cuh). A kind is a type with, for element type T and head size D,
 //
 // - `Summary<T, D>`, made by a warp while it appends to a page: `WHOLE`, whether all of the page's keys are needed,
-//   `take(8 channels of a key)` and `store(page, digests, stale, count, page_size)`;
+//   `SHARED`, whether several warps may share the work, `take(8 channels of a key)` and
+//   `store(page, digests, count, page_size, part, parts)`, part of what `parts` warps store together;
 // - `Scorer<T, D, HEAD_TILES>`, a warp that scores tiles of sixteen pages, one after the other: `stage` and `use` a
 //   query, `aim` at the next tile's pages, `load_first`, and `score`, which loads the next tile as it goes.
 #pragma once
@@ -11,13 +12,18 @@
 constexpr int TILE = 16;      // pages that a warp scores at once
 constexpr int MMA_HEADS = 8;  // query heads of one matrix product
 
+// Words of 16 bytes that a query takes which is staged to be scored by, at most.
+template <int D, int HEAD_TILES>
+constexpr int SCORE_WORDS = HEAD_TILES * (2 * D + 8);
+
 enum GroupPooling { POOL_MAX = 0, POOL_SUM = 1, POOL_NONE = 2 };
 
 // A digest's tensors; what a kind does not have is null. Without `first`, none is kept.
 struct Digests {
     void* first;         // min/max: [num_pages, hkv, 2, d]; sketch: signs [num_pages, hkv, page_size * d / 8]
     u16* factors;        // sketch: [num_pages, hkv, page_size]
-    const float* mean;   // sketch: [hkv, d]
+    i8* means;           // sketch: [num_pages, hkv, d]
+    float* units;        // sketch: [num_pages, hkv], what 1 of a mean is worth
     const float* flips;  // sketch: [hkv, 2, d]
 };
 

@@ -27,7 +27,7 @@ __device__ inline uint4 shuffle8(uint4 v, int lane) {
 // A lane takes 8 channels of a token, so D / 8 lanes take a token.
 template <typename T, int D>
 struct MinMaxSummary {
-    static constexpr bool WHOLE = true;
+    static constexpr bool WHOLE = true, SHARED = false;
 
     uint4 low = {T::INF2, T::INF2, T::INF2, T::INF2};
     uint4 high = {T::NEG_INF2, T::NEG_INF2, T::NEG_INF2, T::NEG_INF2};
@@ -37,7 +37,7 @@ struct MinMaxSummary {
         high = max8<T>(high, key);
     }
 
-    __device__ void store(const Page& page, const Digests& digests, int, int, int) {
+    __device__ void store(const Page& page, const Digests& digests, int, int, int, int) {
         constexpr int LANES = D / 8, TOKENS = WARP / LANES;
 #pragma unroll
         for (int other = 1; other < TOKENS; ++other) {

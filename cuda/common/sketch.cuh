@@ -1,5 +1,6 @@
 // The sign sketch (sparsekv/digests/sign_sketch.py, which has the source): one bit per channel of every key, the sign
-// of the rotated key, and a factor. Here is how it is made and where it lies; sketch_score.cuh scores it.
+// of what is left of it, rotated, after its page's mean, a factor, and the mean in whole numbers. Here is how it is
+// made and where it lies; sketch_score.cuh scores it.
 #pragma once
 #include "common/digest.cuh"
 
@@ -7,6 +8,11 @@ __device__ inline float sum_of_warp(float x) {
 #pragma unroll
     for (int step = 1; step < WARP; step *= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;
+}
+
+// Of numbers that are not negative.
+__device__ inline float largest_of_warp(float x) {
+    return __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(x)));
 }
 
 // The rotation of one kv head: two rounds of flipped signs, a Hadamard transform of every 32 channels and one across
@@ -73,32 +79,54 @@ struct SketchLayout {
     __device__ static int lane_offset(int lane) { return lane % 4 * (D == 96 ? 48 : 32); }
 };
 
+constexpr int MEAN_LIMIT = 127;  // the largest whole number of a mean
+
+// A lane takes 8 channels of a token, so D / 8 lanes take a token.
+// A lane takes 8 channels of a token, so D / 8 lanes take a token.
 template <typename T, int D>
 struct SketchSummary {
-    static constexpr bool WHOLE = false;
+    static constexpr bool WHOLE = true, SHARED = true;
+    static constexpr int N = D / WARP;
     using Layout = SketchLayout<D>;
 
-    __device__ void take(uint4) {}
+    float sums[8] = {};
 
-    // Tokens of the page from `stale` on are new, and there are `count`.
-    __device__ void store(const Page& page, const Digests& digests, int stale, int count, int page_size) {
-        char* const signs = static_cast<char*>(digests.first) + page.item * page_size * (D / 8);
+    __device__ void take(uint4 key) {
+        const u32 words[4] = {key.x, key.y, key.z, key.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[i] += T::to_float(words[i / 2] >> i % 2 * 16);
+    }
+
+    // Every warp makes the mean for itself, and of every `parts`-th token the signs. Lane l holds channels l, l + 32,
+    // ...
+    __device__ void store(const Page& page, const Digests& digests, int count, int page_size, int part, int parts) {
+        float mean[N];
+        const float unit = round_mean(count, mean);
         u16* const factors = digests.factors + page.item * page_size;
-        const float* const mean = digests.mean + page.head * D;
+        if (part == 0) {
+            i8* const means = digests.means + page.item * D;
+#pragma unroll
+            for (int i = 0; i < N; ++i) means[i * WARP + lane_id()] = __float2int_rn(mean[i]);
+            if (lane_id() == 0) digests.units[page.item] = unit;
+            for (int token = count + lane_id(); token < page_size; token += WARP)
+                factors[token] = 0x7FFF;  // NaN: none
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) mean[i] = __fmul_rn(mean[i], unit);
+        char* const signs = static_cast<char*>(digests.first) + page.item * page_size * (D / 8);
         const Rotation<D> rotate(digests.flips + page.head * 2 * D);
 #pragma unroll 1
-        for (int token = stale; token < count; ++token) {
-            float x[D / WARP], squares = 0.f, sizes = 0.f;
+        for (int token = part; token < count; token += parts) {
+            float x[N], squares = 0.f, sizes = 0.f;
 #pragma unroll
-            for (int i = 0; i < D / WARP; ++i) {
-                const int channel = i * WARP + lane_id();
-                x[i] = T::to_float(page.keys[token * D + channel]) - mean[channel];
+            for (int i = 0; i < N; ++i) {
+                x[i] = T::to_float(page.keys[token * D + i * WARP + lane_id()]) - mean[i];
                 squares += x[i] * x[i];
             }
             rotate(x);
             u32 byte = 0;
 #pragma unroll
-            for (int i = 0; i < D / WARP; ++i) {
+            for (int i = 0; i < N; ++i) {
                 sizes += fabsf(x[i]);
                 const u32 word = __ballot_sync(ALL_LANES, x[i] > 0.f);
                 if (lane_id() / 4 == i) byte = word >> lane_id() % 4 * 8;
@@ -107,6 +135,35 @@ struct SketchSummary {
             if (lane_id() < D / 8) signs[Layout::place(token, lane_id())] = byte;
             if (lane_id() == 0) factors[token] = fp16::pack(factor, 0.f);
         }
-        for (int token = count + lane_id(); token < page_size; token += WARP) factors[token] = 0x7FFF;  // NaN: none
+    }
+
+  private:
+    // The mean in whole numbers, and what 1 of them is worth.
+    __device__ float round_mean(int count, float (&mean)[N]) const {
+        constexpr int LANES = D / 8, TOKENS = WARP / LANES;
+        float largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < N; ++i) mean[i] = 0.f;
+#pragma unroll
+        for (int channel = 0; channel < 8; ++channel) {
+            float sum = sums[channel];
+#pragma unroll
+            for (int other = 1; other < TOKENS; ++other)
+                sum += __shfl_sync(ALL_LANES, sums[channel], lane_id() % LANES + other * LANES);
+#pragma unroll
+            for (int i = 0; i < N; ++i) {  // from the first lanes, which sum in the order of tokens
+                const float mine = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
+                if (lane_id() % 8 == channel) mean[i] = mine;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            mean[i] /= count;
+            largest = fmaxf(largest, fabsf(mean[i]));
+        }
+        const float unit = largest_of_warp(largest) / MEAN_LIMIT;
+#pragma unroll
+        for (int i = 0; i < N; ++i) mean[i] = rintf(mean[i] / fmaxf(unit, SMALLEST));
+        return unit;
     }
 };

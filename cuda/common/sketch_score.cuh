@@ -1,5 +1,5 @@
-// Scores sketches: the estimate of a token's dot product is f * sum over channels of +-q, q rotated and rounded to
-// whole numbers up to 40, and a page scores its best token.
+// Scores sketches: the estimate of a token's dot product is q . mean of its page + f * sum over channels of +-q, the
+// latter q rotated and rounded to whole numbers up to 40, and a page scores its best token.
 //
 // The bits stay bits. A whole number has balanced digits at base 3: -1, 0 or 1. A digit's sum of +-1 over the
 // channels is twice the number of ones that meet a 1 and of zeros that meet a -1, minus the number of digits that are
@@ -7,6 +7,9 @@
 // ~bits) AND (where the digit is 1, where it is -1), 256 bits to a product. What a lane loads is the operand: sixteen
 // pages to a product, token after token, so that the best of a page stays in a register. Of the four lanes of a page,
 // each holds its part of a token's channels.
+//
+// Means are whole numbers of eight bits, and so are a query's two digits at base 128: their products are the tensor
+// core's, too, two columns for a head as above.
 #pragma once
 #include "common/sketch.cuh"
 
@@ -21,8 +24,19 @@ __device__ inline void count_ones(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c[16 x 8] += a[16 x 32] b[32 x 8] of 8-bit numbers. Of lane l, r = l / 4 and q = l % 4: a0, a2 hold row r, a1, a3
+// row r + 8, b0, b1 column r; a0, a1, b0 the numbers from 4 q on, the others those 16 later. c as in device.cuh.
+__device__ inline void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 constexpr int QUERY_LIMIT = 40;  // the largest number: of four digits, all 1
 constexpr int ROUNDS = 2;        // of two digits, as a product has two columns for a head
+constexpr int MEAN_BASE = 128;   // of the digits that meet a mean, from -127 to 127 and from -64 to 64
 
 // `MOST_HEADS`: query heads of a kv head for which there is room; four to a product.
 template <typename T, int D, int HEAD_TILES, int MOST_HEADS>
@@ -31,8 +45,10 @@ struct SketchScorer {
     static constexpr int N = D / WARP, TILES = MOST_HEADS / 4;
     static constexpr int WORDS = D == 256 ? 4 : 2;  // a lane's words of two columns: where they are 1, then -1
     static constexpr int OPERANDS = ROUNDS * WORDS * WARP;  // words of four heads, which are followed by
-    static constexpr int CONSTANTS = 4 * (ROUNDS + 1);      // the heads' half counts of ones by round, and units
-    static constexpr int TILE_WORDS = (OPERANDS + CONSTANTS + 3) / 4;
+    static constexpr int CONSTANTS = 4 * (ROUNDS + 2);      // of each head: half counts of ones by round, and units
+    static constexpr int MEAN_UNITS = OPERANDS + 4 * (ROUNDS + 1), MEAN_OPERANDS = MEAN_UNITS + 4;
+    static constexpr int MEAN_WORDS = D / 16;  // of a lane's part of a mean, two to a product
+    static constexpr int TILE_WORDS = (MEAN_OPERANDS + MEAN_WORDS * WARP) / 4;
     static constexpr int STAGED = TILES * TILE_WORDS;   // words of 16 bytes of a staged query
     static constexpr int VECTORS = D / 32, GROUP = 16;  // 16 bytes each; tokens that are loaded at once
     // A count's bits are a float of that many times 2^-149; this makes sums of them normal.
@@ -42,14 +58,18 @@ struct SketchScorer {
     u32 low_factors[8], high_factors[8];
     u32 query[TILES][ROUNDS][WORDS];
     float half[TILES], unit[TILES];  // of this lane's head: half of the digits' sum, and what 1 is worth
+    const uint4* staged;
     const char *low_page, *high_page, *signs;
     const u16 *low_factor, *high_factor, *factors;
-    const float* flips;
+    const i8* means;
+    const float *units, *flips;
     int num_kv_heads, head, page_shift;
 
     __device__ SketchScorer(const Digests& digests, int num_kv_heads, int head, int page_shift)
         : signs(static_cast<const char*>(digests.first) + Layout::lane_offset(lane_id())),
           factors(digests.factors),
+          means(digests.means),
+          units(digests.units),
           flips(digests.flips + head * 2 * D),
           num_kv_heads(num_kv_heads),
           head(head),
@@ -59,12 +79,14 @@ struct SketchScorer {
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + i * 4 + lane_id() % 4; }
 
     // Warps first, first + stride, ... of those that share the work call it; each takes two digits of a head at a
-    // time.
+    // time, first those that meet a mean.
     template <typename Begin>
     __device__ void stage(uint4* staged /* [STAGED] */, const u16* query /* [group, d] */, int group, int first,
                           int stride, Begin begin) {
+        constexpr int PIECES = ROUNDS + 1;
         float x[N];
-        int loaded = first / ROUNDS;
+        int loaded = first / PIECES;
+        bool rotated = false;
         const auto load_head = [&](int i) {
 #pragma unroll
             for (int j = 0; j < N; ++j) x[j] = i < group ? T::to_float(query[i * D + j * WARP + lane_id()]) : 0.f;
@@ -72,19 +94,23 @@ struct SketchScorer {
         const Rotation<D> rotate(flips);
         load_head(loaded);
         begin();
-        rotate(x);
 #pragma unroll 1
-        for (int item = first; item < MOST_HEADS * ROUNDS; item += stride) {
-            const int i = item / ROUNDS;
-            if (i != loaded) {
-                load_head(loaded = i);
-                rotate(x);
+        for (int item = first; item < MOST_HEADS * PIECES; item += stride) {
+            const int i = item / PIECES, piece = item % PIECES;
+            u32* const tile = reinterpret_cast<u32*>(staged + i / 4 * TILE_WORDS);
+            if (i != loaded) load_head(loaded = i), rotated = false;
+            if (piece == 0) {
+                stage_for_means(tile, i % 4, x);
+                continue;
             }
-            stage_digits(reinterpret_cast<u32*>(staged + i / 4 * TILE_WORDS), i % 4, item % ROUNDS, x);
+            if (!rotated) rotate(x);
+            rotated = true;
+            stage_digits(tile, i % 4, piece - 1, x);
         }
     }
 
-    __device__ void use(const uint4* staged) {
+    __device__ void use(const uint4* words) {
+        staged = words;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             const u32* const words = reinterpret_cast<const u32*>(staged + tile * TILE_WORDS);
@@ -115,6 +141,9 @@ struct SketchScorer {
         high_page = signs + high_item * (D / 8);
         low_factor = factors + low_item;
         high_factor = factors + high_item;
+        if (lane_id() % 4 * 64 >= D) return;
+        prefetch(means + (low_item >> page_shift) * D + lane_id() % 4 * 64);
+        prefetch(means + (high_item >> page_shift) * D + lane_id() % 4 * 64);
     }
 
     __device__ void load_first() {
@@ -129,6 +158,8 @@ struct SketchScorer {
         float best[TILES][2];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) best[tile][0] = best[tile][1] = -infinity();
+        float2 of_mean[TILES];
+        multiply_means(of_mean);
         const int groups = 1 << page_shift >> 4;
 #pragma unroll 1
         for (int group = 1; group <= groups; ++group) {
@@ -149,8 +180,10 @@ struct SketchScorer {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES * 2; ++tile) {
             float (&both)[4] = scores[tile / 2];
-            both[tile % 2] = tile < TILES ? best[tile % TILES][0] * unit[tile % TILES] : 0.f;
-            both[2 + tile % 2] = tile < TILES ? best[tile % TILES][1] * unit[tile % TILES] : 0.f;
+            both[tile % 2] = both[2 + tile % 2] = 0.f;
+            if (tile >= TILES) continue;
+            both[tile % 2] = fmaf(best[tile % TILES][0], unit[tile % TILES], of_mean[tile % TILES].x);
+            both[2 + tile % 2] = fmaf(best[tile % TILES][1], unit[tile % TILES], of_mean[tile % TILES].y);
         }
     }
 
@@ -162,7 +195,7 @@ struct SketchScorer {
         float largest = 0.f;
 #pragma unroll
         for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
-        largest = __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(largest)));
+        largest = largest_of_warp(largest);
         const float inverse = largest > 0.f ? QUERY_LIMIT / largest : 0.f;
         int count[2] = {0, 0};
 #pragma unroll
@@ -186,6 +219,70 @@ struct SketchScorer {
         constants[4 * round] = 0.5f * ONE * (round ? 9 : 1) * (count[0] + 3 * count[1]);
         constants[4 * ROUNDS] = largest / QUERY_LIMIT * (2.f / ONE);
     }
+
+    // The tile's head `i`, not rotated, in two digits: columns 2 i and 2 i + 1.
+    __device__ static void stage_for_means(u32* tile, int i, const float (&x)[N]) {
+        constexpr int MOST = 127 * MEAN_BASE;
+        float largest = 0.f;
+#pragma unroll
+        for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
+        largest = largest_of_warp(largest);
+        const float inverse = largest > 0.f ? MOST / largest : 0.f;
+        i8* const numbers = reinterpret_cast<i8*>(tile + MEAN_OPERANDS);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int number = __float2int_rn(x[j] * inverse), high = (number + MEAN_BASE / 2) >> 7;
+            const int channel = j * WARP + lane_id(), word = channel % (D / 4) / 4;
+            const int lane = channel / (D / 4);  // of the four that share a page
+            i8* const place = numbers + 4 * (word * WARP + 8 * i + lane) + channel % 4;
+            place[0] = high;
+            place[16] = number - high * MEAN_BASE;  // the next column's, which the next four lanes hold
+        }
+        if (lane_id() == 0) reinterpret_cast<float*>(tile)[MEAN_UNITS + i] = largest / MOST;
+    }
+
+    // Products of the means of the pages aimed at with this lane's heads: .x of its first page. Before anything of
+    // the next tile is loaded: what waits for these loads would wait for those, as the hardware has few counters of
+    // loads.
+    __device__ void multiply_means(float2 (&products)[TILES]) const {
+        const i64 low_item = item_of(low_factor), high_item = item_of(high_factor);
+        const float low_unit = units[low_item], high_unit = units[high_item];
+        u32 low_mean[MEAN_WORDS], high_mean[MEAN_WORDS];
+        load_mean(low_mean, means + low_item * D);
+        load_mean(high_mean, means + high_item * D);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const u32* const words = reinterpret_cast<const u32*>(staged + tile * TILE_WORDS);
+            const u32* const query = words + MEAN_OPERANDS + lane_id();
+            int c[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int i = 0; i < MEAN_WORDS; i += 2)
+                multiply_bytes(c, low_mean[i], high_mean[i], low_mean[i + 1], high_mean[i + 1], query[i * WARP],
+                               query[(i + 1) * WARP]);
+            const float unit = __uint_as_float(words[MEAN_UNITS + lane_id() % 4]);
+            products[tile] = {(c[0] * MEAN_BASE + c[1]) * (unit * low_unit),
+                              (c[2] * MEAN_BASE + c[3]) * (unit * high_unit)};
+        }
+    }
+
+    // This lane's part, a quarter of the channels.
+    __device__ static void load_mean(u32 (&words)[MEAN_WORDS], const i8* mean /* [d] */) {
+        const i8* const part = mean + lane_id() % 4 * (D / 4);
+        if constexpr (D == 96) {
+            unrolled<3>([&](auto i) {
+                const uint2 v = load8<8 * i.value>(part);
+                words[2 * i.value] = v.x, words[2 * i.value + 1] = v.y;
+            });
+        } else {
+            unrolled<D / 64>([&](auto i) {
+                const uint4 v = load16_of_line<16 * i.value>(part);
+                u32* const four = words + 4 * i.value;
+                four[0] = v.x, four[1] = v.y, four[2] = v.z, four[3] = v.w;
+            });
+        }
+    }
+    // Where a page lies, counted in digests, whose factors begin there.
+    __device__ i64 item_of(const u16* factor) const { return (factor - factors) >> page_shift; }
 
     // Ones of all channels as the operands of the four lanes that share a column.
     __device__ static void store_plane(u32* operands, const u32 (&ones)[N]) {

@@ -133,13 +133,15 @@ class Check:
         return formula(self.step.digest).summarize(layer.kv_pool[pages, 0], valid, layer.state)
 
     def _append(self, name: str) -> None:
-        """The new token is in its page, and the digests of that page and of the first ones are their formula's."""
+        """The new token is in its page, and the digests of that page, if it is full, and of the first ones are their
+        formula's."""
         layer, table = self.inputs.layers[0], self.inputs.block_table
         last, offset = divmod(self.point.context - 1, self._page_size)
         stored = layer.kv_pool[table[:, last], :, :, offset]  # [b, 2, hkv, d]
         if not torch.equal(stored, torch.stack([layer.key[:, :, 0], layer.value[:, :, 0]], 1)):
             raise SparseKVError(f"The {name} step did not store the new token: no speed.")
-        slots = torch.tensor([last, *range(min(4, last))], device=table.device)
+        full = last + (offset + 1 == self._page_size)
+        slots = torch.tensor([*range(min(4, full)), full - 1], dtype=torch.int64, device=table.device)
         pages = table[self.rows][:, slots].flatten()
         position = slots[:, None] * self._page_size + torch.arange(self._page_size, device=table.device)
         valid = (position < self.point.context).repeat(self.rows.stop, 1)

@@ -1,11 +1,13 @@
 """One bit per channel of every key: an estimate of each token's dot product, not a bound of the page's.
 
 Source: the estimator of Gao and Long, "RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound
-for Approximate Nearest Neighbor Search" (SIGMOD 2024), section 3, applied to keys. Keys are centred on the head's
-mean and rotated at random; a key k is then kept as the signs s of R(k - mean) and one factor f, and q.k is estimated
-by q.mean + f <Rq, s>. The first term is the same for all pages of a query head, so it is left out: what is scored is
-how far a key reaches beyond the mean. As there (section 3.3), Rq is rounded to whole numbers, so that a kernel can
-count bits; up to 40, which adds 0.1 % to the error's variance.
+for Approximate Nearest Neighbor Search" (SIGMOD 2024), section 3, applied to keys. The keys k of a page are centred
+about their own mean, which is kept in whole numbers of eight bits, and rotated at random; a key is then kept as the
+signs s of R(k - mean) and one factor f, and q.k is estimated by q.mean + f <Rq, s>. As there (section 3.3), Rq is
+rounded to whole numbers, so that a kernel can count bits; up to 40, which adds 0.1 % to the error's variance.
+
+The mean is the page's, not the prompt's or the head's: what is kept of a page depends on nothing but its keys, and
+rotary embeddings turn what the keys of a head have in common with their place, so that a page's own know it best.
 
 The rotation is made of random sign flips and Hadamard transforms, which a kernel does without a matrix in d log d
 operations: Ailon and Chazelle, "The Fast Johnson-Lindenstrauss Transform" (SIAM J. Comput. 2009), section 2. There
@@ -28,58 +30,66 @@ from sparsekv.errors import ConfigError
 ROTATION_SEED = 0
 ROUNDS = 2  # of flips and a transform
 QUERY_LIMIT = 40  # the largest whole number of a rotated query: four balanced digits at base 3
+MEAN_LIMIT = 127  # and of a page's mean: eight bits
 LANES = 4  # threads of a kernel that share a token: each reads its part of the channels of several tokens at once
 LANE_BYTES = 32  # what a lane reads of a page in one go: a sector of the GPU's memory
 
 
 @register("sign_sketch")
 class SignSketch(Digest):
-    """Per token the packed signs (d / 8 bytes) and a half-precision factor; a page scores its best token.
+    """Per token the packed signs (d / 8 bytes) and a half-precision factor, per page its mean in whole numbers (d
+    bytes) and what one of them is worth (float32); a page scores its best token.
 
-    Per kv head, all float32: the mean key of the first prefill `[hkv, d]`, the rotation `[hkv, d, d]`, and the flips
-    that it is made of `[hkv, rounds, d]`, from which kernels rotate without the matrix.
+    Fixed, all float32: the rotation `[hkv, d, d]`, and the flips that it is made of `[hkv, rounds, d]`, from which
+    kernels rotate without the matrix.
 
     A token's bytes lie in up to four parts, and the parts of several tokens side by side, as kernels read them:
     signs `[p / tokens, parts, tokens, bytes of a part]`.
     """
 
-    revision = 2  # 1 had a rotation by QR decomposition and did not round the query
+    # 1 had a rotation by QR decomposition and did not round the query; 2 centred all keys on the mean of the first
+    # prompt's, and left q.mean out.
+    revision = 3
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         if head_dim % 8:
             raise ConfigError(f"digest='sign_sketch' packs 8 channels a byte: head_dim={head_dim} must divide by 8.")
-        return [Field(_layout(page_size, head_dim), torch.uint8), Field((page_size,), torch.float16)]
+        signs = Field(_layout(page_size, head_dim), torch.uint8)
+        return [signs, Field((page_size,), torch.float16), Field((head_dim,), torch.int8), Field((), torch.float32)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
         num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
-        valid = torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
-        mean = torch.where(valid[:, None, :, None], keys.float(), 0.0).sum((0, 2)) / valid.sum().clamp_min(1)
-        generator = torch.Generator().manual_seed(ROTATION_SEED)
-        flips = 2.0 * torch.randint(2, (ROUNDS, head_dim), generator=generator) - 1
-        rotation, mixing = torch.eye(head_dim), _mixing(head_dim)
+        generator = torch.Generator("cpu").manual_seed(ROTATION_SEED)
+        drawn = torch.randint(2, (ROUNDS, head_dim), generator=generator, dtype=torch.int64, device="cpu")
+        flips = (2 * drawn - 1).to(torch.float32)
+        rotation, mixing = _identity(head_dim), _mixing(head_dim)
         for flip in flips:
             rotation = mixing @ (flip[:, None] * rotation)
-        fixed = (x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in (rotation, flips))
-        return [mean, *fixed]
+        return [x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in (rotation, flips)]
 
     def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        mean, rotation = state[:2]
-        centred = torch.where(valid[:, None, :, None], keys.float() - mean[:, None], 0.0)  # [m, hkv, p, d]
-        rotated = centred @ rotation.transpose(-1, -2)
+        exists = valid[:, None, :, None]
+        keys = torch.where(exists, keys.float(), 0.0)  # [m, hkv, p, d]
+        mean, unit = _whole(keys.sum(2) / exists.sum(2), MEAN_LIMIT)
+        centred = torch.where(exists, keys - (mean * unit)[:, :, None], 0.0)
+        rotated = centred @ state[0].transpose(-1, -2)
         factor = centred.square().sum(-1) / rotated.abs().sum(-1).clamp_min(1e-20)
         factor = factor.masked_fill(~valid[:, None], float("nan"))  # no token: never the best of its page
         _, parts, tokens, _ = _layout(*keys.shape[2:])
         order = "m h (block token) (part byte) -> m h block part token byte"
-        return [rearrange(_pack(rotated > 0), order, part=parts, token=tokens), factor]
+        signs = rearrange(_pack(rotated > 0), order, part=parts, token=tokens)
+        return [signs, factor, mean.to(torch.int8), unit.squeeze(-1)]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        signs, factor = summary  # [b, pages, hkv, block, part, token, byte], [b, pages, hkv, p]
-        rotated, unit = _whole(torch.einsum("bhgd,hed->bhge", query, state[1]))
+        # [b, pages, hkv, block, part, token, byte], [b, pages, hkv, p], [b, pages, hkv, d], [b, pages, hkv]
+        signs, factor, mean, unit = summary
+        rotated, of_query = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), QUERY_LIMIT)
         order = "b pages h block part token byte -> b h (pages block token) (part byte)"
         products = _sign_products(rotated, rearrange(signs, order))
         factor = rearrange(factor.float(), "b pages h p -> b h 1 (pages p)")
-        estimate = (products * unit * factor).nan_to_num(nan=float("-inf"))
-        return rearrange(estimate, "b h g (pages p) -> b h g pages p", p=summary[1].shape[3]).amax(-1)
+        beyond = (products * of_query * factor).nan_to_num(nan=float("-inf"))
+        best = rearrange(beyond, "b h g (pages p) -> b h g pages p", p=summary[1].shape[3]).amax(-1)
+        return best + torch.einsum("bhgd,bnhd->bhgn", query, mean.float() * unit[..., None])
 
 
 def _layout(page_size: int, head_dim: int) -> tuple[int, int, int, int]:
@@ -96,21 +106,26 @@ def _mixing(head_dim: int) -> Tensor:
     A Hadamard transform over the largest power of two in `head_dim`, times a reflection over the odd rest.
     """
     odd = head_dim // (head_dim & -head_dim)
-    mixing = torch.eye(odd) - (2 / odd if odd > 1 else 0)
+    mixing = _identity(odd) - (2 / odd if odd > 1 else 0)
+    butterfly = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device="cpu") / math.sqrt(2)
     for _ in range((head_dim // odd).bit_length() - 1):
-        mixing = torch.kron(mixing, torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / math.sqrt(2))
+        mixing = torch.kron(mixing, butterfly)
     return mixing
 
 
-def _whole(query: Tensor) -> tuple[Tensor, Tensor]:
+def _identity(size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float32, device="cpu")
+
+
+def _whole(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Whole numbers `[..., d]`, the largest of which is the limit, and what one of them is worth `[..., 1]`."""
-    unit = query.abs().amax(-1, keepdim=True) / QUERY_LIMIT
-    return (query / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round(), unit
+    unit = x.abs().amax(-1, keepdim=True) / limit
+    return (x / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round(), unit
 
 
 def _pack(positive: Tensor) -> Tensor:
     """Eight signs to a byte, the first channel in the lowest bit: `[..., d]` bool -> `[..., d / 8]` uint8."""
-    weights = 2 ** torch.arange(8, device=positive.device)
+    weights = 2 ** torch.arange(8, dtype=torch.int64, device=positive.device)
     return (rearrange(positive, "... (c eight) -> ... c eight", eight=8) * weights).sum(-1).to(torch.uint8)
 
 
@@ -120,10 +135,11 @@ def _sign_products(query: Tensor, signs: Tensor) -> Tensor:
     Every byte has only 256 values, so the partial sums come from a table and no sign is ever unpacked.
     """
     b, h = query.shape[:2]
-    bits = (torch.arange(256, device=query.device)[:, None] >> torch.arange(8, device=query.device)) & 1
+    byte, bit = (torch.arange(n, dtype=torch.int64, device=query.device) for n in (256, 8))
+    bits = ((byte[:, None] >> bit) & 1).to(query.dtype)
     table = rearrange(query, "b h g (c eight) -> b h c g eight", eight=8) @ (2.0 * bits - 1).t()
     table = rearrange(table, "b h c g byte -> (b h c byte) g")
     num_bytes = signs.shape[-1]
-    first_row = 256 * torch.arange(b * h * num_bytes, device=query.device).view(b, h, 1, num_bytes)
+    first_row = 256 * torch.arange(b * h * num_bytes, dtype=torch.int64, device=query.device).view(b, h, 1, num_bytes)
     sums = F.embedding_bag((signs.long() + first_row).reshape(-1, num_bytes), table, mode="sum")
     return rearrange(sums, "(b h n) g -> b h g n", b=b, h=h)

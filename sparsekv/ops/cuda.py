@@ -128,7 +128,7 @@ def _keeps(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like
     if digest == "minmax":
         expected = [like.dtype]
     elif digest == "sign_sketch":
-        expected = [torch.uint8, torch.float16, *[torch.float32] * 3]
+        expected = [torch.uint8, torch.float16, torch.int8, *[torch.float32] * 3]
     else:
         return False
     tensors = [*summary, *state]
@@ -138,8 +138,8 @@ def _keeps(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like
 def _digests(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:
     """`Digests` of cuda/common/digest.cuh."""
     if digest == "sign_sketch" and summary:
-        return arguments(*summary, state[0], state[2])
-    return arguments(summary[0] if summary else None, None, None, None)
+        return arguments(*summary, state[1])
+    return arguments(summary[0] if summary else None, None, None, None, None)
 
 
 def select_pages(

@@ -188,7 +188,7 @@ def score_plan(
     max_pages: int,
 ) -> ScorePlan:
     """score_pages for b sequences of up to `max_pages` pages."""
-    warps, staged = 8, 2 * _query_bytes(head_dim, group)
+    warps, staged = 8, _score_bytes(head_dim, group)
     heads = math.gcd(num_kv_heads, warps)
     while heads * staged > 64_000:
         heads //= 2
@@ -202,8 +202,13 @@ def score_plan(
 
 
 def _query_bytes(head_dim: int, group: int) -> int:
-    """For attention. Scoring stages up to twice as much, of which the sketch needs a part."""
+    """`QUERY_WORDS` of cuda/common/attend.cuh: a query staged for attention."""
     return instances.head_tiles(group) * head_dim * UNIT
+
+
+def _score_bytes(head_dim: int, group: int) -> int:
+    """`SCORE_WORDS` of cuda/common/digest.cuh: one staged for scoring."""
+    return instances.head_tiles(group) * (2 * head_dim + 8) * UNIT
 
 
 def _words(head_dim: int, group: int) -> int:
@@ -230,4 +235,4 @@ def _step_bytes(split: Split, head_dim: int, group: int, max_pages: int, k: int,
     selected = 16 * -(-k // 4)
     keys = 16 * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
     select = selected + keys + (keys if direct else selected + 4 * UNIT * k)
-    return 3 * _query_bytes(head_dim, group) + max(select, sums) + own
+    return _query_bytes(head_dim, group) + _score_bytes(head_dim, group) + max(select, sums) + own

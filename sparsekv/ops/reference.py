@@ -39,8 +39,6 @@ def append_kv(
 ) -> None:
     """Writes new tokens into their pages and brings the digests of the pages they touch up to date.
 
-    What a digest says of the tokens that were there is right before, so that a kernel may leave it alone.
-
     Args:
         key, value: `[b, hkv, t, d]`, in the pool's dtype. With t = 0 only the digest of a partly filled last page is
             recomputed (what a crop needs).

@@ -32,6 +32,9 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole decode step by Quest's policy: append, score, select, attend, one after the other.
 
+    A kernel may leave the digest of a last page as it is until the page is full: it is read whatever its score, and
+    `append_kv` makes all of it anew.
+
     Args: those of the four ops; `key`, `value` `[b, hkv, 1, d]`, or None where the token is in its page already.
 
     Returns:

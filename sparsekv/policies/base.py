@@ -40,7 +40,7 @@ class DecodeStep:
         query: `[b, hq, d]`, in the model's dtype.
         kv_pool: `[num_pages, 2, hkv, p, d]`, in the dtype that the first keys had; tokens not written are arbitrary.
         summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`, in its dtypes; none where the
-            policy does not read digests.
+            policy does not read digests. A last page that is not full may have none yet: it is always read.
         block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
         k: the width of a selection, in pages: what a sequence may read that fills the table.
         scaling: the attention's factor on dot products.

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
-from sparsekv import digests
+from sparsekv import PagedCache, digests
 from sparsekv.digests import DIGESTS, Digest, Field, register
 from sparsekv.testing.cache_pair import CachePair
 from sparsekv.testing.pages import NAN, empty_summary, fitted_state, fresh_summary, random_pages
@@ -136,6 +137,34 @@ def test_incremental_appends_equal_a_fresh_build(name: str, sizes: list[int]) ->
     pages = after.block_table[1, : -(-ends[-1] // P)]
     for stored, fresh in zip(summary, expected, strict=True):
         torch.testing.assert_close(stored[pages], fresh[pages], equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+def pages_chosen(name: str, tokens: Tensor, sizes: Sequence[int], query: Tensor) -> Tensor:
+    """What the next step of a cache reads: tokens `[2, b, hkv, n + 1, d]`, the first n of them in chunks of these
+    sizes, query `[b, hq, 1, d]` -> slots `[b, hkv, k]`."""
+    slots: list[Tensor] = []
+    settings = {"page_size": P, "budget": 4 * P, "sinks": 1, "recent": 1, "dense_layers": 0, "digest": name}
+    cache = PagedCache(LlamaConfig(num_hidden_layers=1), **settings)
+    cache.observers = [lambda step, chosen: slots.append(chosen.clone())]
+    for part in tokens.split([*sizes, 1], dim=3):
+        cache.update(part[0], part[1], 0)
+        if part.shape[3] > 1:
+            cache.layers[0].commit(None)
+    cache.layers[0].decode(query, D**-0.5, 0.0, None)
+    return slots[0]
+
+
+@each_digest
+def test_what_a_row_reads_depends_on_that_row_alone(name: str) -> None:
+    """Not on its batch mates, which are of another kind here, nor on the chunks that it came in."""
+    n = 40 * P + 3
+    tokens = torch.randn(2, 3, HKV, n + 1, D) + 5 * torch.randn(2, 3, HKV, 1, D)
+    query = torch.randn(3, 4 * HKV, 1, D)
+    together = pages_chosen(name, tokens, [n], query)
+    for sizes in ([n], [n - 2, 2], [P - 3, P, n - 2 * P + 3], [2, 5 * P, n - 5 * P - 2]):
+        for row in range(3):
+            alone = pages_chosen(name, tokens[:, row : row + 1], sizes, query[row : row + 1])
+            assert torch.equal(alone[0], together[row])
 
 
 class FirstKeys(Digest):

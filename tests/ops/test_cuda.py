@@ -215,7 +215,8 @@ def test_a_captured_step_follows_growing_lengths(digest: str) -> None:
         graph.replay()
         _, _, expected_slots = step(ops.for_backend("reference"), expected_pool, expected_summary)
         assert torch.equal(pool, expected_pool)
-        same_summary("digests", summary, expected_summary, length)
+        full = table[:, : length // 16].flatten()[: length // 16].long()  # the first row's, which is the longer
+        same_summary("digests", [x[full] for x in summary], [x[full] for x in expected_summary], length)
         score = (query[:, :, 0], summary, state, table, seq_lens, 16, digest, "max", 0.1)
         same_slots("slots", slots, expected_slots, reference.score_pages(*score), length, digest)
         attended, expected_lse = reference.attend_pages(query[:, :, 0], pool, table, seq_lens, slots, 0.1)
