@@ -237,7 +237,7 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
 def _grid_notes(full: bool, is_scored: bool, unsolved: Mapping[str, float]) -> Iterator[str]:
     if unsolved:
         told = ", ".join(f"{task} ({100 * value:.1f} %)" for task, value in unsolved.items())
-        yield f"Dense itself solves less than {SOLVED:.0%} of {told}: nothing is compared there, and no mean counts it."
+        yield f"Dense itself solves less than {SOLVED:.0%} of {told}: nothing is compared there, no mean counts it."
     if is_scored:
         yield "Accuracy in %; against dense: points won or lost in the questions that both answered."
     if full:

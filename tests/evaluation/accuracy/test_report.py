@@ -284,7 +284,7 @@ def test_nothing_is_compared_in_a_task_that_dense_does_not_solve(
     text = (folder / "report" / "tables.md").read_text()
     of_4k, of_16k = text.split("\n## ")[1:]
     assert row(of_4k, "| method")[2:4] == ["needle (n=30, unsolved)", "multi_key (n=30)"]
-    told = "Dense itself solves less than 80% of needle (0.0 %): nothing is compared there, and no mean counts it."
+    told = "Dense itself solves less than 80% of needle (0.0 %): nothing is compared there, no mean counts it."
     assert told in of_4k
     assert told in (folder / "report" / "report.html").read_text(encoding="utf-8")
     for method in ("| dense |", "| quest | 256"):
