@@ -170,6 +170,7 @@ def test_questions_through_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [typed(0), "", "/stats", "/undo", "/undo", "/budget 512", typed(1), "/reset", "/help", "/quit", typed(2)]
+    lines.insert(0, "\ufeff/help")  # a file's byte-order mark
     answers(lines, ["--document", document(tmp_path), "--budget", "256"], monkeypatch)
     printed = capsys.readouterr()
     assert [line.strip() for line in printed.out.splitlines()] == [q.answer for q in STORY.questions[:2]]

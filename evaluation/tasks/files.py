@@ -159,7 +159,7 @@ def _ruler(row: Row) -> Example:
         context, asked, answers = row.text("context"), f"\n{row.text('question').strip()}", row.texts("answer")
     else:
         (context, asked), answers = split_question(row.text("input"), row.where), row.texts("outputs")
-    opening = prefix or (_ANSWER if asked.endswith(_ANSWER) else "")
+    opening = prefix or (asked[asked.rindex(_ANSWER) :] if _ANSWER in asked else "")
     return Example(row.where, context, asked + prefix, answers, opening)
 
 

@@ -2,67 +2,21 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation import models, testbed
 
-SIGNS = [*(chr(i) for i in range(ord("!"), ord("~") + 1)), "ab"]
 
-
-def write_gguf(path: Path, seed: int = 0) -> Path:
-    """A llama of one layer with random weights and a tokenizer of hardly more than letters, as converters write it."""
-    gguf = pytest.importorskip("gguf", reason="needs the gguf extra: pip install '.[gguf]' in the clone")
-    writer, tokens = gguf.GGUFWriter(path, "llama"), [*SIGNS, "<|end|>"]
-    width, inner = 32, 64
-    writer.add_context_length(512)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(SIGNS) + [3])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(len(SIGNS))
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
-    rng = np.random.default_rng(seed)
-    shapes = {
-        "token_embd": (len(tokens), width),
-        "output": (len(tokens), width),
-        "blk.0.attn_q": (width, width),
-        "blk.0.attn_k": (width // 2, width),
-        "blk.0.attn_v": (width // 2, width),
-        "blk.0.attn_output": (width, width),
-        "blk.0.ffn_gate": (inner, width),
-        "blk.0.ffn_up": (inner, width),
-        "blk.0.ffn_down": (width, inner),
-    }
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, dtype=np.float32))
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    return path
-
-
-def test_a_gguf_is_a_model_by_itself_or_alone_in_its_folder(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf")
-    for name in (str(file), str(tmp_path)):
+def test_a_gguf_is_a_model_by_itself_or_alone_in_its_folder(gguf_file: Path) -> None:
+    for name in (str(gguf_file), str(gguf_file.parent)):
         model, tokenizer = models.load(name, "cpu")
         assert (model.dtype, model.config.num_key_value_heads) == (torch.float32, 2)
         assert tokenizer.decode(tokenizer("cab").input_ids) == "cab"
         assert tokenizer.chat_template
         assert not model.training
-    assert models.load(str(file), "cpu", "bfloat16")[0].dtype == torch.bfloat16
+    assert models.load(str(gguf_file), "cpu", "bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_a_folder_with_a_model_and_a_gguf_is_the_models(tmp_path: Path) -> None:
@@ -91,12 +45,12 @@ def test_what_reads_a_gguf_is_named_where_it_is_missing(
         models.load(str(tmp_path / "tiny.gguf"), "cpu")
 
 
-def test_a_damaged_gguf_is_one_line(tmp_path: Path) -> None:
-    content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
+def test_a_damaged_gguf_is_one_line(gguf_file: Path) -> None:
+    content = gguf_file.read_bytes()
     for size in (0, 100, len(content) - 100):
-        (tmp_path / "tiny.gguf").write_bytes(content[:size])
+        gguf_file.write_bytes(content[:size])
         with pytest.raises(ConfigError, match=r"tiny\.gguf cannot be loaded \([^\n]*$"):
-            models.load(str(tmp_path / "tiny.gguf"), "cpu")
+            models.load(str(gguf_file), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -459,7 +459,7 @@ def test_a_config_file_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(session, "run", lambda options, *rest: seen.append(options) or 0)
     monkeypatch.setattr(eval_command, "_print_tables", lambda *rest: None)
     text = "tasks: [needle, passkey]\nlengths: 2k\nbudgets: [128, 1k]\nseed: 3\nbatch_tokens: 32k\nchat: no\n"
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8-sig")
     arguments = ["eval", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
     assert main([*arguments, "--budgets", "256"]) == 0
     assert seen[0].tasks == ("needle", "passkey")
