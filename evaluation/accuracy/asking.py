@@ -152,7 +152,8 @@ def _ends(tokenizer: Any, wording: Wording | None) -> list[int]:
     """The first special token between an answer and the next question."""
     if wording is None:
         return []
-    after, known = tokenizer(wording.later[0], add_special_tokens=False).input_ids, tokenizer.added_tokens_decoder
+    after = tokenizer(wording.later[0], add_special_tokens=False).input_ids
+    known = getattr(tokenizer, "added_tokens_decoder", {})
     return [i for i in after if i in known and known[i].special and i != tokenizer.unk_token_id][:1]
 
 

@@ -270,7 +270,7 @@ def test_a_document_begins_as_the_tokenizer_begins_one(loaded: Any, tmp_path: Pa
     bos = plain.convert_tokens_to_ids("<pad>")
     options = RunOptions(**SMALL | {"tasks": ("multi_key",), "num_examples": 1, "methods": ("dense",)})
     runner = Runner(model, tokenizer, "testbed", options, tmp_path, "a command", Share())
-    ids = runner.writer.document_ids(runner.document("multi_key", 1024, 0).text)
+    ids = runner.writer("multi_key").document_ids(runner.document("multi_key", 1024, 0).text)
     assert ids[0] == bos
     assert ids[-1] != tokenizer.eos_token_id
     assert 1000 <= len(ids) <= 1024
