@@ -181,7 +181,7 @@ def ask(example: Line, turns: Sequence[Line], answer: Answer) -> Dialogue:
         logits = torch.empty(0)
         for token in turn["prompt_ids"]:
             logits = yield token
-        limit = len(turn["reference_ids"]) + (_SPARE_TOKENS if stops else 0)
+        limit = len(turn["reference_ids"]) + (turn.get("spare", _SPARE_TOKENS) if stops else 0)
         while (best := _best(logits, () if stops else stop_ids)) not in (stop_ids if stops else ()):
             if len(said) >= limit:
                 break

@@ -21,6 +21,7 @@ from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError, did_yo
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = "exit codes: 0 done, 1 an error (named on stderr), 2 a misspelt command line, 130 interrupted"
 
+BYTE_ORDER_MARK = "\ufeff"  # what Windows programs begin a text with
 Run = Callable[[argparse.Namespace, str], int]  # options, the command as it was typed -> exit code
 
 
@@ -139,9 +140,9 @@ def read_text(option: str, path: str) -> str:
     """
     try:
         if path == "-":
-            text = sys.stdin.read()
+            text = sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
         else:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 text = file.read()
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be read: {error.strerror}.") from error

@@ -11,11 +11,10 @@ import torch
 
 import sparsekv
 from sparsekv.cli import main
-from sparsekv.commands import chat, wording
+from sparsekv.commands import chat
 from sparsekv.commands.conversation import Conversation
-from sparsekv.commands.wording import Wording
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import testbed
+from sparsekv.evaluation import testbed, wording
 
 STORY = testbed.make_story(2048, tasks=("needle", "many_keys"), num_questions=3, seed=0)
 CHATML = (
@@ -139,49 +138,6 @@ def test_nothing_need_be_read_first(loaded: tuple[Any, Any]) -> None:
 # -- wording
 
 
-class Templated:
-    """What is needed of a tokenizer with a chat template."""
-
-    def __init__(self, template: str) -> None:
-        self.chat_template = template
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
-        import jinja2
-
-        return jinja2.Template(self.chat_template).render(messages=messages, **options)
-
-
-def test_a_template_is_cut_where_the_turns_end() -> None:
-    made = wording.of_template(Templated("<s>" + CHATML), has_document=True)
-    assert made == Wording("<s><|user|>", ("\n\n", "<end><|assistant|>"), ("<end><|user|>", "<end><|assistant|>"))
-    without = wording.of_template(Templated("<s>" + CHATML), has_document=False)
-    assert without.start == ""
-    assert without.first == ("<s><|user|>", "<end><|assistant|>")
-    assert without.later == made.later
-
-
-def test_put_together_again_it_is_what_the_template_renders() -> None:
-    tokenizer = Templated("<s>" + CHATML)
-    made = wording.of_template(tokenizer, has_document=True)
-    text = f"{made.start}D{made.question('Q', True)}A{made.question('R', False)}"
-    messages = [("user", "D\n\nQ"), ("assistant", "A"), ("user", "R")]
-    assert text == tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in messages], add_generation_prompt=True
-    )
-
-
-@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ messages[9].content.x }}", "no question"])
-def test_a_template_that_leaves_something_out_is_refused(template: str) -> None:
-    with pytest.raises(ConfigError, match="--plain leaves it out"):
-        wording.of_template(Templated(template), has_document=True)
-
-
-def test_plain_text_and_the_testbeds_words() -> None:
-    assert wording.plain(True).question("Who?", True) == "\n\nQuestion: Who?\nAnswer:"
-    assert wording.plain(False).question("Who?", True) == "Question: Who?\nAnswer:"
-    assert wording.of_testbed().question("who is it?", False) == " Question : who is it ? Answer :"
-
-
 def test_a_model_with_a_template_chats_with_it(
     loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +170,7 @@ def test_questions_through_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [typed(0), "", "/stats", "/undo", "/undo", "/budget 512", typed(1), "/reset", "/help", "/quit", typed(2)]
+    lines.insert(0, "\ufeff/help")  # a file's byte-order mark
     answers(lines, ["--document", document(tmp_path), "--budget", "256"], monkeypatch)
     printed = capsys.readouterr()
     assert [line.strip() for line in printed.out.splitlines()] == [q.answer for q in STORY.questions[:2]]

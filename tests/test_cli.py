@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import pytest
 
 from sparsekv.cache import PagedLayer
 from sparsekv.cli import _spelt_out, main
-from sparsekv.command_line import Parser, run_to_exit_code
+from sparsekv.command_line import Parser, read_text, run_to_exit_code
+from sparsekv.commands import chat, generate, model_options
+from sparsekv.config import SparseConfig
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import speed
 from sparsekv.evaluation.accuracy import command as eval_command
@@ -208,8 +211,10 @@ def test_generate_streams_and_reports_what_it_read(tmp_path: Path, capsys: pytes
     assert "layers 2-5: sparse" in printed.err
     assert "3 sparse and 0 dense steps" in printed.err  # the first of 4 tokens comes from the prefill
 
-    assert main([*command, "--json", "--dense-layers", "3"]) == 0
+    forced = ["--sinks", "0", "--recent", "32", "--group-pooling", "sum"]
+    assert main([*command, "--json", "--dense-layers", "3", *forced]) == 0
     result = json.loads((capsys.readouterr()).out)
+    assert [result["settings"][name] for name in ("sinks", "recent", "group_pooling")] == [0, 32, "sum"]
     assert (result["prompt_tokens"], result["new_tokens"]) == (480, 4)
     assert result["text"].strip() == printed.out.strip()
     assert result["ms_per_token"] > 0
@@ -239,25 +244,45 @@ def test_generate_says_what_is_wrong(options: list[str], message: str, capsys: p
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
 @pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "cannot be loaded ("),
-        ({"config.json": '{"model_type": "nonsense"}'}, "cannot be loaded ("),
-        (None, "cannot be loaded ("),
-    ],
-    ids=["an empty folder", "an unknown kind of model", "no folder"],
+    "files", [{}, {"config.json": '{"model_type": "nonsense"}'}], ids=["an empty folder", "an unknown kind of model"]
 )
 def test_a_model_that_cannot_be_loaded_is_one_line(
-    command: str, files: dict[str, str] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path if files is not None else tmp_path / "nothing" / "here"
-    for name, content in (files or {}).items():
+    folder = tmp_path
+    for name, content in files.items():
         (folder / name).write_text(content)
     prompt = ["--prompt", "x"] if command == "generate" else []
     assert main([command, "--model", str(folder), *prompt]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"sparsekv: --model {folder} cannot be loaded (")
     assert line.endswith("or a folder with its config, tokenizer and weights.")
+
+
+@pytest.mark.parametrize("command", [generate, chat])
+def test_settings_left_out_are_the_defaults_of_a_patch(command: Any) -> None:
+    parser = Parser()
+    command.add_arguments(parser)
+    prompt = ["--prompt", "x"] if command is generate else []
+    args = parser.parse_args(["--model", "testbed", *prompt])
+    assert model_options.config_of(args) == SparseConfig()
+    changed = parser.parse_args(["--model", "testbed", *prompt, "--sinks", "0", "--group-pooling", "mean_softmax"])
+    assert model_options.config_of(changed) == SparseConfig(sinks=0, group_pooling="mean_softmax")
+
+
+@pytest.mark.parametrize("command", [["generate"], ["chat"], ["eval", "run"]], ids=" ".join)
+def test_help_tells_the_one_rule_for_dtypes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default: the checkpoint's own; for testbed bfloat16 on a GPU and float32 on a CPU)" in told
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text("Who?", encoding="utf-8-sig")
+    assert read_text("--document", str(tmp_path / "text.txt")) == "Who?"
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffWho?"))
+    assert read_text("--document", "-") == "Who?"
 
 
 def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:

@@ -115,7 +115,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(story: str, term
     ("arguments", "code", "told"),
     [
         ("genrate", 2, "Did you mean 'generate'"),
-        ("generate --model no/such/model --prompt x", 1, "--model no/such/model cannot be loaded"),
+        ("generate --model no/such/model --prompt x", 1, "--model no/such/model: there is no folder"),
         ("doctor | echo closed", 0, "closed"),
         ("--help | echo closed", 0, "closed"),
     ],

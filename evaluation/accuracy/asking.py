@@ -16,12 +16,13 @@ from transformers.cache_utils import Cache
 
 from sparsekv import Patch
 from sparsekv.evaluation.tasks import Metric, Question
+from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.captured import Run
 from sparsekv.hf.prefill import CHUNK, WHOLE, without_single
 
 MOST_AT_ONCE = 1 << 20  # of all documents together
 LONG = 64  # steps beyond which it pays to capture them
-_SPARE_TOKENS = 4  # an answer may be so much longer than the expected one
+_SPARE_TOKENS, _SPARE_IN_CHAT = 4, 32  # an answer may be so much longer than the expected one; some chat around it
 
 Encode = Callable[[str], list[int]]
 
@@ -33,10 +34,12 @@ class PromptTurn:
     Attributes:
         prompt: fed first.
         reference: fed too where the metric is perplexity; else how long the answer may be.
+        spare: tokens by which an answer that ends by itself may be longer.
     """
 
     prompt: list[int]
     reference: list[int]
+    spare: int = _SPARE_TOKENS
 
 
 @dataclass
@@ -67,8 +70,7 @@ class Row:
     @property
     def longest(self) -> int:
         """Steps that it may take."""
-        spare = _SPARE_TOKENS + 1
-        return sum(len(turn.prompt) + len(turn.reference) + spare for turn in self.turns)
+        return sum(len(turn.prompt) + len(turn.reference) + turn.spare + 1 for turn in self.turns)
 
     @property
     def is_done(self) -> bool:
@@ -111,7 +113,7 @@ class Row:
 
     def _answer(self, best: int) -> None:
         turn, said = self.turns[len(self.said) - 1], self.said[-1]
-        spare = _SPARE_TOKENS if self.stop_ids else 0
+        spare = turn.spare if self.stop_ids else 0
         if best in self.stop_ids or len(said) >= len(turn.reference) + spare:
             self._begin()
             return
@@ -129,16 +131,30 @@ class Row:
         self.said.append([])
 
 
-def turns_of(question: Question, encode: Encode) -> list[PromptTurn]:
-    """A question's turns in tokens."""
-    return [PromptTurn(encode(turn.prompt), encode(turn.reference)) for turn in question.turns]
+def turns_of(question: Question, encode: Encode, wording: Wording | None = None) -> list[PromptTurn]:
+    """A question's turns in tokens: in its own words, or as those of a chat."""
+    if wording is None:
+        return [PromptTurn(encode(turn.prompt), encode(turn.reference)) for turn in question.turns]
+    texts = [wording.question(turn.asked, i == 0) + turn.begun for i, turn in enumerate(question.turns)]
+    references = [encode(turn.reference) for turn in question.turns]
+    return [PromptTurn(encode(text), ref, _SPARE_IN_CHAT) for text, ref in zip(texts, references, strict=True)]
 
 
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer."""
+def stop_ids(model: Any, tokenizer: Any, wording: Wording | None = None) -> frozenset[int]:
+    """Tokens that end an answer: the model's and the tokenizer's, and the one that a chat template puts behind it."""
     found = model.generation_config.eos_token_id
     ids = [found] if isinstance(found, int) else list(found or [])
-    return frozenset([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
+    known = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset([*ids, *known, *_ends(tokenizer, wording)])
+
+
+def _ends(tokenizer: Any, wording: Wording | None) -> list[int]:
+    """The first special token between an answer and the next question."""
+    if wording is None:
+        return []
+    after = tokenizer(wording.later[0], add_special_tokens=False).input_ids
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    return [i for i in after if i in known and known[i].special and i != tokenizer.unk_token_id][:1]
 
 
 @torch.inference_mode()

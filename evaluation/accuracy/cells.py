@@ -15,11 +15,13 @@ from .summary import Run
 
 Pairs = list[tuple[Line, Line]]
 MEAN = "mean"  # stands for a task where several are averaged
+SOLVED = 0.8  # by dense: of a task that it answers worse, nothing is learned about who reads less
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one method does at one budget, in one task of one length; or, where the task is `MEAN`, in all of them.
+    """What one method does at one budget, in one task of one length; or, where the task is `MEAN`, in all of them
+    that dense solves.
 
     Attributes:
         num_examples, num_documents, num_errors: questions that count, the documents they are about, and questions
@@ -63,16 +65,23 @@ def cells(run: Run) -> list[Cell]:
     return sorted(found, key=lambda c: (tasks.index(c.task), c.length, methods.index(c.method), c.budget or 0))
 
 
-def means(found: Iterable[Cell]) -> list[Cell]:
-    """Over all tasks of a length, each weighing the same: of the scores, and of what was read.
+def unsolved(found: Iterable[Cell]) -> dict[tuple[int, str], float]:
+    """Lengths and tasks that dense itself answers worse than `SOLVED`, with its score."""
+    dense = ((cell, cell.score.value) for cell in found if cell.method == DENSE and cell.score)
+    return {(cell.length, cell.task): value for cell, value in dense if value < SOLVED}
+
+
+def means(found: Sequence[Cell]) -> list[Cell]:
+    """Over all tasks of a length that dense solves, each weighing the same: of the scores, and of what was read.
 
     A method that was not measured in all of them has no mean score: it would be of other tasks than the rest.
     """
+    too_hard = unsolved(found)
     tasks: dict[int, set[str]] = defaultdict(set)
     groups: dict[tuple[int, str, int | None], list[Cell]] = defaultdict(list)
     for cell in found:
         groups[cell.length, cell.method, cell.budget].append(cell)
-        if cell.score:
+        if cell.score and (cell.length, cell.task) not in too_hard:
             tasks[cell.length].add(cell.task)
     return [_mean(some, tasks[length]) for (length, _, _), some in groups.items()]
 
@@ -151,7 +160,7 @@ def _per_token(lines: Sequence[Line], name: str) -> float | None:
 
 
 def _mean(some: Sequence[Cell], tasks: set[str]) -> Cell:
-    scored = [cell for cell in some if cell.score]
+    scored = [cell for cell in some if cell.score and cell.task in tasks]
     is_whole = bool(tasks) and {cell.task for cell in scored} == tasks
     read = scored or some
     return Cell(

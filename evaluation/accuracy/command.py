@@ -99,13 +99,18 @@ def _report(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def _content(folder: Path) -> dict[str, Any]:
     """What `eval report --json` prints: the manifest, what a reader must know, and every cell."""
-    from .cells import cells
+    from .cells import cells, unsolved
     from .summary import Run
     from .tables import notes
 
     run = Run.read(folder)
-    found = [{**asdict(cell), "share": cell.share} for cell in cells(run)]
-    return {"manifest": run.manifest, "notes": notes(run), "cells": found}
+    found = cells(run)
+    return {
+        "manifest": run.manifest,
+        "notes": notes(run),
+        "unsolved": [{"length": length, "task": task} for length, task in unsolved(found)],
+        "cells": [{**asdict(cell), "share": cell.share} for cell in found],
+    }
 
 
 def spelt_out(arguments: list[str]) -> list[str]:

@@ -21,6 +21,8 @@ OF_PEERS = "manifest-*.json"
 
 # What may differ when a run goes on: more tasks, lengths, methods, budgets and examples. All else must be the same.
 _GROWING = ("tasks", "lengths", "methods", "budgets")
+# What was not asked of earlier runs, and stood for this.
+_ADDED = {"chat": None, "group_pooling": "max"}
 _HASHED = {"data": "content", "code": "code"}  # of tasks, of methods
 _CIRCUMSTANCES = ("command", "date", "gpu", "cpu_threads", "versions")
 
@@ -150,7 +152,7 @@ def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str
 
 
 def _fixed(manifest: Mapping[str, Any]) -> Line:
-    settings = manifest["settings"]
+    settings = {**_ADDED, **manifest["settings"]}
     fixed = {name: settings[name] for name in settings if name not in (*_GROWING, "num_examples")}
     return {"model": manifest["model"], "prefix_ids": manifest.get("prefix_ids", []), **fixed}
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv import SparseConfig
+from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import ConfigError, UnknownNameError
-from sparsekv.evaluation import testbed
+from sparsekv.evaluation import models, testbed
+from sparsekv.evaluation.models import AUTO, DTYPES
 from sparsekv.evaluation.report import positive, tokens
 from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
+from sparsekv.evaluation.wording import CHATS
 
 from .methods import METHODS, Method, method, pairs
 
-AUTO, DTYPES = "auto", ("float32", "bfloat16", "float16")
 _LISTS = {"tasks": str, "methods": str, "budgets": int, "lengths": int}
 _TEXTS, _COUNTS, _FLAGS = ("model", "device"), ("num_examples", "batch_tokens", "batch_rows"), ("probe",)
 QUICK = {
@@ -32,13 +34,15 @@ class RunOptions:
     """What to measure.
 
     Args:
-        model: id on the hub, a folder, or `testbed`.
+        model: what `models.load` takes.
         tasks, methods: names.
         lengths: tokens of a document.
         budgets: tokens read per kv head; one too small for what is always read is an error.
         num_examples: questions per task, length, method and budget, at least (whole documents).
         seed: another one writes other documents.
-        page_size, dense_layers, sinks, recent: of the patch.
+        chat: whether questions are put into the tokenizer's chat template: `yes`, `no`, or `auto`, where it has one.
+            Perplexity is of plain text in any case.
+        page_size, dense_layers, sinks, recent, group_pooling: of the patch.
         probe: whether to measure attention mass on a few steps.
         batch_tokens, batch_rows: most tokens of documents, and most questions, at once.
 
@@ -48,15 +52,17 @@ class RunOptions:
 
     model: str = testbed.NAME
     tasks: tuple[str, ...] = tuple(TASKS)
-    methods: tuple[str, ...] = ("dense", "quest", "recent", "oracle", "random")
+    methods: tuple[str, ...] = ("dense", "quest", "sketch", "recent", "oracle", "random")
     budgets: tuple[int, ...] = (256, 1024)
     lengths: tuple[int, ...] = (4096,)
     num_examples: int = 32
     seed: int = 0
+    chat: str = AUTO
     page_size: int = 16
     dense_layers: int = 2
     sinks: int = 4
     recent: int = 64
+    group_pooling: str = "max"
     probe: bool = True
     device: str = "auto"
     dtype: str = "auto"
@@ -82,7 +88,8 @@ class RunOptions:
         for name in _FLAGS:
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
         _check("seed", self.seed, _is_int(self.seed), "a whole number")
-        _check("dtype", self.dtype, self.dtype in (AUTO, *DTYPES), f"one of {', '.join((AUTO, *DTYPES))}")
+        _check("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        _check("chat", self.chat, self.chat in CHATS, f"one of {', '.join(CHATS)}")
 
     @property
     def base(self) -> SparseConfig:
@@ -90,7 +97,7 @@ class RunOptions:
         budget = max(self.budgets)
         forced = SparseConfig(
             budget=1 << 30, page_size=self.page_size, sinks=self.sinks, recent=self.recent,
-            dense_layers=self.dense_layers,
+            dense_layers=self.dense_layers, group_pooling=self.group_pooling,
         )  # fmt: skip
         return forced.with_(budget=max(budget, forced.forced_pages * self.page_size))
 
@@ -102,7 +109,7 @@ class RunOptions:
 
     def settings(self) -> dict[str, Any]:
         """For the manifest: what the results depend on."""
-        hidden = ("model", "device", "batch_tokens", "batch_rows", "probe")
+        hidden = ("model", "device", "batch_tokens", "batch_rows", "probe", "chat")  # of chat, what it comes to
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -134,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder of the run; one that is there already is gone on with")
     add("--config", metavar="FILE", help="YAML or JSON with any of these options (new_name for --new-name)")
-    add("--model", metavar="M", help="id on the hub, a folder, or testbed (default: the small model that ships)")
+    add("--model", metavar="M", help=f"{models.WHAT} (default)")
     files = ", ".join(f"{kind}:FILE" for kind in FILE_TASKS)
     add("--tasks", nargs="+", metavar="T", help=f"{', '.join(TASKS)}; {files} (default: all that need no file)")
     add(
@@ -145,6 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", nargs="+", type=tokens, metavar="TOKENS", help="of a document, 32k or 32768 (default 4k)")
     add("--examples", dest="num_examples", type=positive, metavar="N", help="questions per cell (default 32)")
     add("--seed", type=int, help="another number writes other documents (default 0)")
+    add("--chat", choices=CHATS, help="put questions into the model's chat template (default auto: if it has one)")
     add("--page-size", type=positive, metavar="TOKENS", help="tokens per page (default 16)")
     add("--dense-layers", type=int, metavar="N", help="the first so many layers read everything (default 2)")
     add("--sinks", type=int, metavar="TOKENS", help="first tokens that are always read (default 4)")
@@ -152,8 +160,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recent", type=int, metavar="TOKENS",
         help="last tokens that are always read; at most a quarter of the budget (default 64)",
     )  # fmt: skip
-    add("--device", help="cpu, cuda or auto (default: cuda if there is one)")
-    add("--dtype", help="float32, bfloat16, float16 or auto (default: bfloat16 on a GPU, else float32)")
+    poolings = ", ".join(GROUP_POOLINGS)
+    add("--group-pooling", metavar="P", help=f"of the scores of a kv head's query heads: {poolings} (default max)")
+    models.add_arguments(parser, default=None)
     add("--quick", action="store_true", help="a few examples of a few tasks at 2k: a minute or two on two cores")
 
 
@@ -184,7 +193,7 @@ def _from_file(path: Path, known: set[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config: {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -200,6 +209,8 @@ def _as_tokens(name: str, value: Any) -> Any:
     """Lists stay lists, single values of lists become one; `32k` is a number."""
     if name == "batch_tokens":
         return None if value is None else _number_of_tokens(name, value)
+    if name == "chat" and isinstance(value, bool):  # YAML's yes and no
+        return "yes" if value else "no"
     if name not in _LISTS:
         return value
     values: Sequence[Any] = value if isinstance(value, list) else [value]

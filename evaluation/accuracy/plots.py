@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsekv.evaluation.report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, short
 
-from .cells import MEAN, Cell
+from .cells import MEAN, Cell, unsolved
 from .intervals import Estimate
 from .methods import DENSE
 from .summary import Run
@@ -79,8 +79,9 @@ def save_accuracy_plot(run: Run, found: Sequence[Cell], mean: Sequence[Cell], pa
 
 
 def _by_task(run: Run, found: Sequence[Cell], mean: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells that have a figure; the mean first, if it is of several tasks."""
+    """Cells that have a figure, of tasks that dense solves; the mean first, if it is of several tasks."""
     groups = {task: [c for c in found if c.task == task and _figure(c)] for task in run.tasks}
+    groups = {task: some for task, some in groups.items() if (found[0].length, task) not in unsolved(found)}
     if sum(any(c.score for c in some) for some in groups.values()) > 1:
         groups = {MEAN: [c for c in mean if c.score], **groups}
     return {task: some for task, some in groups.items() if some}
@@ -162,7 +163,9 @@ def save_bytes_plot(run: Run, found: Sequence[Cell], averages: Sequence[Cell], p
 
 def _bytes_title(run: Run, points: Sequence[Cell], found: Sequence[Cell]) -> tuple[str, str]:
     what = "perplexity" if points[0].perplexity else "accuracy"
-    some = [cell for cell in found if (cell.perplexity if points[0].perplexity else cell.score)]
+    too_hard = unsolved(found)
+    some = [c for c in found if (c.perplexity if points[0].perplexity else c.score)]
+    some = [c for c in some if (c.length, c.task) not in too_hard]
     tasks = list({cell.task: None for cell in some})
     counts = sorted({cell.num_examples for cell in some})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"

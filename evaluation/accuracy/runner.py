@@ -18,10 +18,11 @@ from torch import Tensor
 import sparsekv
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.tasks import Document, Metric, Task, Writer, make_task, score
+from sparsekv.evaluation.tasks import Document, Metric, Question, Task, Writer, make_task, score
+from sparsekv.evaluation.wording import of_run
 from sparsekv.hf.support import context_of
 
-from .asking import Row, decode, prefill, stepper, stop_ids, turns_of
+from .asking import PromptTurn, Row, decode, prefill, stepper, stop_ids, turns_of
 from .counters import Counters, layers_not_sparse
 from .manifest import check_manifest, describe, save_manifest
 from .options import RunOptions
@@ -50,16 +51,18 @@ class Runner:
     ) -> None:  # fmt: skip
         self.model, self.options, self.folder = model, options, folder
         self.share = share or Share.from_environment()
-        self.writer = Writer(tokenizer)
         self.tasks = {task: make_task(task) for task in options.tasks}
         self._check_lengths()
-        self.stop_ids = stop_ids(model, tokenizer)
+        wording = of_run(tokenizer, options.chat)
+        self._plain, self._chat = Writer(tokenizer), Writer(tokenizer, wording)
+        self.stop_ids = stop_ids(model, tokenizer, wording)
         on_gpu = model.device.type == "cuda"
         batch_tokens = options.batch_tokens or (_BATCH_TOKENS_ON_GPU if on_gpu else _BATCH_TOKENS)
         self.plan = Plan(options, self.tasks, self.share, batch_tokens)
         self._done: Mapping[Key, Line] = {}
         self._expected: dict[Any, Any] = {}
-        self._manifest = describe(name, model, self.writer.prefix, options.settings(), self.tasks, command)
+        settings = {**options.settings(), "chat": wording.as_json() if wording else None}
+        self._manifest = describe(name, model, self._plain.prefix, settings, self.tasks, command)
         self._save_manifest()
         self._results = LineFile(folder / f"results{self.share.suffix}.jsonl")
         self._probes = LineFile(folder / f"probes{self.share.suffix}.jsonl")
@@ -92,15 +95,26 @@ class Runner:
         Raises:
             ConfigError: it cannot be written for this tokenizer and length.
         """
-        task, room = self.tasks[name], length - len(self.writer.prefix)
-        return task.write(self.writer, room, task.num_questions, task.seed_of(self.options.seed, number))
+        task, writer = self.tasks[name], self.writer(name)
+        room = length - len(writer.prefix)
+        return task.write(writer, room, task.num_questions, task.seed_of(self.options.seed, number))
+
+    def writer(self, name: str) -> Writer:
+        """Of a task's documents and questions. How likely a text is says something of the text alone: never in a
+        chat."""
+        return self._plain if self.tasks[name].metric is Metric.PERPLEXITY else self._chat
+
+    def turns(self, name: str, question: Question) -> list[PromptTurn]:
+        """A question of a task in tokens."""
+        writer = self.writer(name)
+        return turns_of(question, writer.encode, writer.wording)
 
     # -- how it is done
 
     def _measure(self, batch: Batch) -> Iterator[list[Line]]:
         """The lines of a batch, cell by cell."""
         documents = [self.document(batch.task, batch.length, number) for number in batch.numbers]
-        ids = [self.writer.document_ids(document.text) for document in documents]
+        ids = [self.writer(batch.task).document_ids(document.text) for document in documents]
         self._check_same(batch, documents)
         self._check_room(batch, documents, ids)
         default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
@@ -119,7 +133,7 @@ class Runner:
     ) -> list[Line]:
         (method, budget), task = cell, self.tasks[batch.task]
         places = self.plan.questions(batch, cell, self._done)
-        rows = [self._row(task, documents[d], q) for d, q in places]
+        rows = [self._row(batch.task, documents[d], q) for d, q in places]
         of_rows = torch.tensor([d for d, _ in places])
         fork = cache.fork(method.config(cache.config, budget))
         fork.batch_select_indices(of_rows)
@@ -146,13 +160,13 @@ class Runner:
             for (d, q), row, wrong in zip(places, rows, errors, strict=True)
         ]
 
-    def _row(self, task: Task, document: Document, number: int) -> Row:
-        turns = turns_of(document.questions[number], self.writer.encode)
+    def _row(self, name: str, document: Document, number: int) -> Row:
+        task, turns = self.tasks[name], self.turns(name, document.questions[number])
         return Row(turns, task.metric, self.stop_ids if task.stops else frozenset())
 
     def _outcome(self, task: Task, document: Document, number: int, row: Row, error: str | None) -> Line:
         question = document.questions[number]
-        said = [self.writer.tokenizer.decode(ids) for ids in row.said]
+        said = [self._plain.tokenizer.decode(ids) for ids in row.said]
         expected = _expected(document, number)
         scored = task.metric is not Metric.PERPLEXITY and error is None
         return {
@@ -182,9 +196,9 @@ class Runner:
 
     def _check_room(self, batch: Batch, documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
         """What is asked and answered must fit into the model's context too."""
-        task, context = self.tasks[batch.task], context_of(self.model.config)
+        context = context_of(self.model.config)
         needed = max(
-            len(text) + self._row(task, document, q).longest
+            len(text) + self._row(batch.task, document, q).longest
             for document, text in zip(documents, ids, strict=True)
             for q in self.plan.asked(batch.task)
         )

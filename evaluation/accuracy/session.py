@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation import testbed
-from sparsekv.evaluation.report import choose_device
+from sparsekv.errors import SparseKVError
+from sparsekv.evaluation import models
 from sparsekv.evaluation.tasks import Question
 
-from .asking import turns_of
 from .options import AUTO, RunOptions
 from .results import Line
 from .runner import Runner
@@ -32,20 +30,8 @@ def load(options: RunOptions) -> tuple[Any, Any]:
         ConfigError: there is no such model or device.
     """
     local = os.environ.get("LOCAL_RANK")
-    wanted = f"cuda:{local}" if local and options.device == "auto" and torch.cuda.is_available() else options.device
-    device = choose_device(wanted)
-    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = auto if options.dtype == AUTO else getattr(torch, options.dtype)
-    if options.model == testbed.NAME:
-        return testbed.load(device, dtype)
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {options.model}: {' '.join(str(error).split())[:300]}") from error
-    return model.to(device).eval(), tokenizer
+    wanted = f"cuda:{local}" if local and options.device == AUTO and torch.cuda.is_available() else options.device
+    return models.load(options.model, wanted, options.dtype)
 
 
 def run(options: RunOptions, folder: Path, command: str, console: Console) -> int:
@@ -93,14 +79,14 @@ def _example(runner: Runner, name: str, length: int, number: int) -> Line:
         "metric": task.metric.value,
         "stops": task.stops,
         "eos_token_id": sorted(runner.stop_ids),
-        "document_ids": runner.writer.document_ids(document.text),
-        "questions": [_asked(runner, document.questions[q], q) for q in runner.plan.asked(name)],
+        "document_ids": runner.writer(name).document_ids(document.text),
+        "questions": [_asked(runner, name, document.questions[q], q) for q in runner.plan.asked(name)],
     }
 
 
-def _asked(runner: Runner, question: Question, number: int) -> Line:
+def _asked(runner: Runner, name: str, question: Question, number: int) -> Line:
     turns = [
-        {"prompt_ids": t.prompt, "reference_ids": t.reference, "answers": list(turn.answers)}
-        for t, turn in zip(turns_of(question, runner.writer.encode), question.turns, strict=True)
+        {"prompt_ids": t.prompt, "reference_ids": t.reference, "spare": t.spare, "answers": list(turn.answers)}
+        for t, turn in zip(runner.turns(name, question), question.turns, strict=True)
     ]
     return {"question": number, "turns": turns, "details": question.details}

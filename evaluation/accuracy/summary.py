@@ -117,6 +117,8 @@ def _notes_of(folder: Path, manifest: Line | None) -> Iterator[str]:
     if manifest is None:
         yield f"There is no {MANIFEST}: model, versions and settings are not known."
     else:
+        if manifest.get("settings", {}).get("chat"):
+            yield "Documents and questions are parts of a chat, by the model's chat template; perplexity's are not."
         yield from _differences(manifest)
         yield from _fallbacks(manifest)
     for path in sorted(folder.glob(OF_PEERS)):

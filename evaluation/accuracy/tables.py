@@ -6,14 +6,14 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .cells import MEAN, Cell, cells, means
+from .cells import MEAN, SOLVED, Cell, cells, means, unsolved
 from .intervals import MIN_DOCUMENTS, Estimate
 from .summary import Run
 
@@ -187,12 +187,13 @@ class _Columns:
         self._cells = {(c.task, c.method, c.budget): c for c in [*found, *means(found)]}
         self._most = {task: max(c.num_examples for c in found if c.task == task) for task in {c.task for c in found}}
         self._full = full
+        self.unsolved = {task: value for (_, task), value in unsolved(found).items()}
         likely = {c.task for c in found if c.perplexity}
         self.scored = [task for task in run.tasks if task in self._most and task not in likely]
         self.likely = [task for task in run.tasks if task in likely]
 
     def header(self) -> list[str]:
-        names = [f"{task} (n={self._most[task]})" for task in self.scored]
+        names = [f"{task} (n={self._most[task]}{', unsolved' * (task in self.unsolved)})" for task in self.scored]
         names += [MEAN, "against dense"] if self.scored else []
         for task in self.likely:
             what = task if task == "perplexity" else f"{task} perplexity"
@@ -229,11 +230,14 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
         tuple(columns.header()),
         tuple(tuple(columns.row(*place)) for place in ordered),
         tasks=range(2, 2 + len(columns.scored)),
-        notes=tuple(_grid_notes(full, bool(columns.scored))),
+        notes=tuple(_grid_notes(full, bool(columns.scored), columns.unsolved)),
     )
 
 
-def _grid_notes(full: bool, is_scored: bool) -> Iterator[str]:
+def _grid_notes(full: bool, is_scored: bool, unsolved: Mapping[str, float]) -> Iterator[str]:
+    if unsolved:
+        told = ", ".join(f"{task} ({100 * value:.1f} %)" for task, value in unsolved.items())
+        yield f"Dense itself solves less than {SOLVED:.0%} of {told}: nothing is compared there, no mean counts it."
     if is_scored:
         yield "Accuracy in %; against dense: points won or lost in the questions that both answered."
     if full:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import testbed
+from sparsekv.evaluation import models
 from sparsekv.evaluation.tasks import Metric, Writer, make_task, score, spread
 
 LENGTHS = (4096,)
@@ -63,7 +63,7 @@ def _rows(task_name: str, writer: Writer, length: int, num_examples: int, seed: 
 def _writer(tokenizer_name: str) -> Writer:
     from transformers import AutoTokenizer
 
-    return Writer(AutoTokenizer.from_pretrained(tokenizer_name))
+    return Writer(models.pretrained(AutoTokenizer, tokenizer_name))
 
 
 def _tokenizer_name(metadata: dict[str, Any]) -> str:
@@ -73,7 +73,7 @@ def _tokenizer_name(metadata: dict[str, Any]) -> str:
             "The tasks are written for a tokenizer: name it with --model_args pretrained=..., or with metadata "
             f"tokenizer=... (it is {name!r})."
         )
-    return str(testbed.path_of(name))
+    return name
 
 
 def _lengths(metadata: dict[str, Any]) -> list[int]:

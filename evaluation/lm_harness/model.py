@@ -23,8 +23,8 @@ from torch import Tensor
 import sparsekv
 from sparsekv import DIGESTS, POLICIES, PagedCache, Patch, SparseConfig
 from sparsekv.errors import ConfigError, SparseKVError, did_you_mean
-from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.asking import prefill, stepper
+from sparsekv.evaluation.models import located
 from sparsekv.evaluation.report import choose_device
 
 from .command import NAME
@@ -44,7 +44,7 @@ class SparseLM(HFLM):
     """HFLM whose model is patched.
 
     Args:
-        pretrained: a name on the hub, a folder, `testbed` (the small model that ships), or a model.
+        pretrained: a name on the hub, a folder, a .gguf file, `testbed` (the small model that ships), or a model.
         tail: tokens of each prompt's end that are decoded one by one. It should cover the question, and what a chat
             template puts behind it. Our own tasks say how long their questions are: then it is at least that.
         device: default: the GPU if there is one.
@@ -64,7 +64,10 @@ class SparseLM(HFLM):
         self.tail = self._least_tail = tail
         try:
             device = device or str(choose_device("auto"))
-            super().__init__(testbed.path_of(pretrained), backend="causal", device=device, **model_args)
+            if isinstance(pretrained, str):
+                pretrained, of_gguf = located(pretrained)
+                model_args = {**of_gguf, **model_args}
+            super().__init__(pretrained, backend="causal", device=device, **model_args)
         except TypeError as error:
             unknown = _UNEXPECTED.search(str(error))
             if unknown is None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from sparsekv import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation.models import pretrained
 
 K, M = 1 << 10, 1 << 20
 
@@ -46,14 +47,16 @@ class Geometry:
         Raises:
             ConfigError: there is no such model, or its config does not tell the heads.
         """
+        others = f"A --geometry ({', '.join(GEOMETRIES)}) will do."
         try:
-            config = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+            config = pretrained(AutoConfig, model).get_text_config(decoder=True)
             heads = int(config.num_attention_heads)
             kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
             head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"--model={model}: {why} A --geometry ({', '.join(GEOMETRIES)}) will do.") from error
+        except ConfigError as error:
+            raise ConfigError(f"{error} {others}") from error
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(f"--model {model}: {error}. {others}") from error
         return cls(model, heads, kv_heads, head_dim)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 from sparsekv import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation.models import pretrained
 from sparsekv.hf.support import context_of
 
 MOST_POSITIONS = 1 << 20
@@ -66,7 +67,7 @@ class Subject:
         self.source, self.name, self.dtype = model, model or geometry, dtype
         if model is None and geometry not in GEOMETRIES:
             raise UnknownNameError("--geometry", geometry, GEOMETRIES)
-        self.config = GEOMETRIES[geometry]() if model is None else self._from_pretrained(AutoConfig)
+        self.config = GEOMETRIES[geometry]() if model is None else pretrained(AutoConfig, model)
         self.model: Any = None
 
     @property
@@ -96,7 +97,7 @@ class Subject:
             with torch.device(device):
                 self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         else:
-            self.model = self._from_pretrained(AutoModelForCausalLM, dtype=self.dtype).to(device)
+            self.model = pretrained(AutoModelForCausalLM, self.source, dtype=self.dtype).to(device)
         self.model.eval()
         self.model.generation_config = GenerationConfig(pad_token_id=0)
 
@@ -136,13 +137,3 @@ class Subject:
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         is_tied = head is not None and head.weight is embedding.weight
         return self.weight_bytes - (0 if is_tied else embedding.weight.nbytes)
-
-    def _from_pretrained(self, factory: Any, **options: Any) -> Any:
-        try:
-            return factory.from_pretrained(self.source, **options)
-        except (OSError, ValueError) as error:
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"--model={self.source}: {why} Give the id of a causal language model on the hub, or a folder with "
-                "its config.json and weights."
-            ) from error

@@ -7,6 +7,7 @@ would be measured.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,11 +42,23 @@ class Turn:
         answers: the strings that a right answer holds, in order (F1: right answers, any of them).
         reference: what a perfect model would say, its leading space included: sizes the answer, and is what is fed
             where the metric is perplexity.
+        opening: the prompt's end, where it begins the answer, as `Answer: the first is`.
     """
 
     prompt: str
     answers: tuple[str, ...]
     reference: str
+    opening: str = ""
+
+    @property
+    def asked(self) -> str:
+        """What a user would say in a chat."""
+        return self.prompt.removesuffix(self.opening).strip()
+
+    @property
+    def begun(self) -> str:
+        """What the model's turn of a chat begins with."""
+        return re.sub(r"^\s*Answer ?:", "", self.opening).strip()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .writer import Writer
 
 FILE_TASKS = ("longbench", "ruler", "perplexity")
 LONGBENCH_F1 = ("2wikimqa", "hotpotqa", "multifieldqa_en", "musique", "narrativeqa", "qasper", "triviaqa")
+_ANSWER = "Answer:"
 _ANSWER_TOKENS = 64  # a free answer may be so long, however short the right ones are
 _SENTENCE = r"(?<=[.!?])\s"
 # What stands before the part that asks, and what is in it.
@@ -27,12 +28,17 @@ _QA = re.compile(r"(?:^|/)qa(?:[/_.-]|$)")
 
 @dataclass(frozen=True)
 class Example:
-    """A row, split in what is read and what is asked."""
+    """A row, split in what is read and what is asked.
+
+    Attributes:
+        opening: the question's end, where it begins the answer.
+    """
 
     where: str
     context: str
     question: str
     answers: tuple[str, ...]
+    opening: str = ""
 
 
 class RowTask(Task):
@@ -57,7 +63,7 @@ class RowTask(Task):
             )
         example = self.examples[seed]
         text, count = self.context(writer, example, num_tokens)
-        turn = Turn(example.question, example.answers, _room(writer, example.answers))
+        turn = Turn(example.question, example.answers, _room(writer, example.answers), example.opening)
         writer.check(turn.prompt)
         return Document(text, (Question((turn,)),), count)
 
@@ -141,19 +147,20 @@ def _longbench(row: Row) -> Example:
     asked = row.text("input").strip()
     if not asked:
         raise ConfigError(f"{row.where}: 'input' is empty, but only questions can be asked.")
-    asked = asked if asked.endswith("Answer:") else f"Question: {asked}\nAnswer:"
+    asked = asked if asked.endswith(_ANSWER) else f"Question: {asked}\n{_ANSWER}"
     how = "Answer the question on the text above with a few words only.\n"
-    return Example(row.where, row.text("context"), f"\n\n{how}{asked}", row.texts("answers"))
+    return Example(row.where, row.text("context"), f"\n\n{how}{asked}", row.texts("answers"), _ANSWER)
 
 
 def _ruler(row: Row) -> Example:
     prefix = row.text("answer_prefix") if "answer_prefix" in row else ""
     prefix = f" {prefix.strip()}" if prefix.strip() else ""
     if "context" in row:  # as others have published it, split already
-        asked = f"\n{row.text('question').strip()}"
-        return Example(row.where, row.text("context"), asked + prefix, row.texts("answer"))
-    context, asked = split_question(row.text("input"), row.where)
-    return Example(row.where, context, asked + prefix, row.texts("outputs"))
+        context, asked, answers = row.text("context"), f"\n{row.text('question').strip()}", row.texts("answer")
+    else:
+        (context, asked), answers = split_question(row.text("input"), row.where), row.texts("outputs")
+    opening = prefix or (asked[asked.rindex(_ANSWER) :] if _ANSWER in asked else "")
+    return Example(row.where, context, asked + prefix, answers, opening)
 
 
 def _ruler_metric(source: str, rows: list[Row]) -> Metric:

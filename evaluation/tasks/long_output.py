@@ -90,12 +90,13 @@ def _copy(writer: Writer, asks: list[Ask]) -> Turn:
     answers = [f"{ask.prompt.partition('Answer : ')[2]} {ask.answer}" for ask in asks]  # KEY CODE , KEY CODE , ...
     rows = [writer.render(row) for answer in answers for row in answer.split(" , ")]
     first, last = (row.rpartition(" ")[0] for row in (rows[0], rows[-1]))
-    prompt = (
+    asked = (
         f"\n\nQuestion: copy the list of secret codes that begins with that of the {first} and ends with that of the "
-        f"{last}. Answer with all {len(rows)} of them, in the same order, one per line.\nAnswer:\n{first}"
+        f"{last}. Answer with all {len(rows)} of them, in the same order, one per line.\n"
     )
+    opening = f"Answer:\n{first}"
     rows[0] = rows[0].removeprefix(f"{first} ")
-    return Turn(prompt, tuple(rows), " " + "\n".join(rows))
+    return Turn(asked + opening, tuple(rows), " " + "\n".join(rows), opening)
 
 
 @register("multi_turn")

@@ -33,7 +33,8 @@ def turn(writer: Writer, ask: Ask, items: str, how: str = "", later: bool = Fals
     """
     prompt, answer = writer.prompt(ask.prompt, how, later), writer.render(ask.answer)
     writer.check(f"{prompt} {answer}")
-    return Turn(prompt, tuple(re.findall(items, answer)), f" {answer}")
+    opening = prompt[prompt.rindex("Answer") :]
+    return Turn(prompt, tuple(re.findall(items, answer)), f" {answer}", opening)
 
 
 def evidence(text: Text, *asks: Ask) -> tuple[tuple[int, int], ...]:

@@ -88,7 +88,7 @@ def read(path: Path) -> str:
         ConfigError: it is missing, or no UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
 

@@ -15,6 +15,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.evaluation.testbed import vocabulary as vocab
 from sparsekv.evaluation.testbed.stories import Sentence, mixed, prose_bank
 from sparsekv.evaluation.testbed.tasks import Fact, Pools
+from sparsekv.evaluation.wording import Wording
 
 _PROBE = "goat."  # a tokenizer that splits at spaces does not know it
 _SAMPLE = 256  # sentences that tell how many tokens a word is
@@ -39,17 +40,21 @@ class Text:
 class Writer:
     """Adapts the grammar to a tokenizer.
 
+    Args:
+        wording: of the chat that documents and questions are a part of; None: of none.
+
     Attributes:
-        prefix: tokens that the tokenizer puts before every text, as a BOS token; what it puts behind one is left out.
+        prefix: tokens that the wording or, without one, the tokenizer puts before every text, as a BOS token; what it
+            puts behind one is left out.
         spaced: whether all words and signs are separated by spaces, as a word-level tokenizer wants them; else text
             is written as people do.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, wording: Wording | None = None) -> None:
+        self.tokenizer, self.wording = tokenizer, wording
         self._unknown = tokenizer.unk_token_id
         self._counts: dict[str, int] = {}
-        self.prefix = self._find_prefix()
+        self.prefix = self.encode(wording.start) if wording else self._find_prefix()
         self.spaced = self._unknown is not None and self._unknown in self.encode(_PROBE)
 
     # -- tokens

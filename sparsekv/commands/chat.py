@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 import sparsekv
-from sparsekv.command_line import EXIT_OK, read_text
+from sparsekv.command_line import BYTE_ORDER_MARK, EXIT_OK, read_text
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError
-from sparsekv.evaluation import testbed
+from sparsekv.evaluation import testbed, wording
 
-from . import model_options, wording
+from . import model_options
 from .conversation import Conversation
 
 PROMPT = "> "
@@ -131,7 +131,7 @@ class Session:
                 import readline  # noqa: F401  (input() then edits lines and remembers them)
         try:
             while True:
-                line = self._input().strip()
+                line = self._input().removeprefix(BYTE_ORDER_MARK).strip()
                 if line:
                     yield line
         except EOFError:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sparsekv import PagedCache, Patch
 from sparsekv.evaluation.accuracy.asking import stop_ids
+from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.prefill import without_single
 
 from . import model_options
 from .streaming import StopWhen, Stream
-from .wording import Wording
 
 CHUNK = 4096  # tokens of a document that are read at once, so that progress can be shown
 
@@ -73,7 +73,7 @@ class Conversation:
     def __init__(self, patch: Patch, tokenizer: Any, wording: Wording, max_new_tokens: int) -> None:
         self.patch, self.wording, self.max_new_tokens = patch, wording, max_new_tokens
         self._model, self._tokenizer = patch.model, tokenizer
-        self._ends = stop_ids(patch.model, tokenizer)
+        self._ends = stop_ids(patch.model, tokenizer, wording)
         self._beginning = State(self._start_ids(), patch.new_cache())
         self.turns: list[Turn] = []
         self.budget: int | float | None = None

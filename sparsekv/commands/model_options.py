@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 import sparsekv
 from sparsekv import SparseConfig
+from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import testbed
-from sparsekv.evaluation.report import choose_device, positive, tokens
+from sparsekv.evaluation import models, testbed
+from sparsekv.evaluation.report import positive, tokens
 from sparsekv.hf.support import context_of
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
@@ -23,12 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
     Args:
         needs_model: whether `--model` must be given; else it is the small model that ships with the package.
     """
-    of_model = "model id on the hub, a folder, or testbed: the small model that ships"
-    if needs_model:
-        parser.add_argument("--model", required=True, metavar="ID_OR_PATH", help=of_model)
-    else:
-        help_text = f"{of_model} (default)"
-        parser.add_argument("--model", default=testbed.NAME, metavar="ID_OR_PATH", help=help_text)
+    which = {"required": True} if needs_model else {"default": testbed.NAME}
+    help_text = models.WHAT if needs_model else f"{models.WHAT} (default)"
+    parser.add_argument("--model", metavar="ID_OR_PATH", help=help_text, **which)
     parser.add_argument(
         "--budget", type=budget, default=SparseConfig.budget, metavar="TOKENS",
         help="tokens read per kv head (4096 or 4k), or a fraction of the context (0.1); default %(default)s",
@@ -39,9 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
     add("--digest", default=SparseConfig.digest, help=f"what they are chosen by: {digests} (default %(default)s)")
     add("--page-size", type=positive, default=SparseConfig.page_size, help="tokens per page (default %(default)s)")
     add("--dense-layers", type=int, default=2, metavar="N", help="the first so many read everything (default 2)")
+    add(
+        "--sinks", type=int, default=SparseConfig.sinks, metavar="TOKENS",
+        help="first tokens that are always read (default %(default)s)",
+    )  # fmt: skip
+    add(
+        "--recent", type=int, default=SparseConfig.recent, metavar="TOKENS",
+        help="last tokens that are always read (default: by the budget, at most 64)",
+    )  # fmt: skip
+    add(
+        "--group-pooling", default=SparseConfig.group_pooling, choices=GROUP_POOLINGS,
+        help="how the scores of a kv head's query heads become one (default %(default)s)",
+    )  # fmt: skip
     add("--max-new-tokens", type=positive, default=256, help="at most so many (default %(default)s)")
-    add("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
-    add("--dtype", default="auto", choices=DTYPES, help="of the weights (default: the model's own)")
+    models.add_arguments(parser)
 
 
 def budget(text: str) -> int | float:
@@ -60,7 +65,7 @@ def config_of(args: argparse.Namespace) -> SparseConfig:
     """
     config = SparseConfig(
         budget=args.budget, policy=args.policy, digest=args.digest, page_size=args.page_size,
-        dense_layers=args.dense_layers,
+        dense_layers=args.dense_layers, sinks=args.sinks, recent=args.recent, group_pooling=args.group_pooling,
     )  # fmt: skip
     sparsekv.DIGESTS.get(config.digest), sparsekv.POLICIES.get(config.policy)
     return config
@@ -72,28 +77,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         ConfigError: there is no such model or device.
     """
-    import transformers
-
-    device = choose_device(args.device)
-    if args.model == testbed.NAME:
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return testbed.load(device, usual if args.dtype == "auto" else getattr(torch, args.dtype))
-    tokenizer = _pretrained(transformers.AutoTokenizer, args.model)
-    model = _pretrained(transformers.AutoModelForCausalLM, args.model, dtype=args.dtype)
-    return model.to(device).eval(), tokenizer
-
-
-def _pretrained(factory: Any, name: str, **options: Any) -> Any:
-    """What a user can have got wrong becomes one line; transformers says it in paragraphs, of several kinds."""
-    try:
-        return factory.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        why = why if len(why) <= 200 else f"{why[:200]}..."
-        raise ConfigError(
-            f"--model {name} cannot be loaded ({why}). Give the id of a causal language model on the hub, or a "
-            "folder with its config, tokenizer and weights."
-        ) from error
+    return models.load(args.model, args.device, args.dtype)
 
 
 def check_room(model: Any, num_tokens: int, what: str) -> None:

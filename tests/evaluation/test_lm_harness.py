@@ -140,7 +140,7 @@ def test_a_policy_that_drops_the_answers_page_does_not_find_it() -> None:
 def make(**model_args: Any) -> Any:
     from sparsekv.evaluation.lm_harness.model import SparseLM
 
-    return SparseLM(MODEL, **{"dtype": "float32", "batch_size": 3, "device": "cpu", **model_args})
+    return SparseLM(**{"pretrained": MODEL, "dtype": "float32", "batch_size": 3, "device": "cpu", **model_args})
 
 
 def ask(lm: Any, prompts: list[str], **arguments: Any) -> list[str]:
@@ -183,6 +183,15 @@ def test_the_end_of_the_prompt_is_decoded_sparsely(num_prompts: int) -> None:
     assert lm.patch.stats.dense_passes == 1
     assert lm.patch.stats.dense_steps == 0
     assert lm.patch.stats.sparse_steps == 24 + 2  # the last answer's token is not decoded
+
+
+@needs_lm_eval
+def test_a_gguf_is_a_model_too(gguf_file: Path) -> None:
+    lm = make(pretrained=str(gguf_file), budget=128)
+    assert lm.patch.model.config.num_hidden_layers == 1
+    assert lm.tokenizer.decode(lm.tokenizer("cab").input_ids) == "cab"
+    with pytest.raises(ConfigError, match=r"there is no folder \./nope"):
+        make(pretrained="./nope")
 
 
 @needs_lm_eval

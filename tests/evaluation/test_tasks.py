@@ -270,6 +270,18 @@ def test_the_spelling_follows_the_tokenizer(writers: dict[str, Writer]) -> None:
     assert writers["spaced"].prompt("Question : who ? Answer :", "Say it.") == " Question : who ? Answer :"
 
 
+@pytest.mark.parametrize("task", SCORED)
+def test_in_a_chat_nobody_says_answer(task: str, writers: dict[str, Writer]) -> None:
+    """A question that ends with the beginning of its answer leaves that to the model."""
+    for made in writers.values():
+        for turn in written(made, task).questions[0].turns:
+            assert turn.asked.startswith(("Question", "</s> Question"))
+            assert "Answer:" not in turn.asked + turn.begun
+            assert "Answer :" not in turn.asked + turn.begun
+            assert turn.prompt.endswith(turn.begun)
+            assert bool(turn.begun) == (not turn.prompt.rstrip().endswith(("Answer:", "Answer :")))
+
+
 def test_counts_are_those_of_the_tokenizer(writer: Writer) -> None:
     texts = [writer.render(text) for text in ("The fox slept .", "Cold rain .", "The fox slept .")]
     assert writer.count(texts) == [len(writer.encode(f" {text}")) for text in texts]

@@ -76,6 +76,15 @@ def test_a_cut_through_a_letter_does_not_make_it_longer(writer: Writer, tmp_path
         assert num_tokens - 8 <= document.num_tokens == len(writer.encode(document.text)) <= num_tokens
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(writer: Writer, tmp_path: Path) -> None:
+    row = json.dumps({"input": "Who?", "context": "x " * 2000, "answers": ["y"]})
+    for kind in ("longbench", "perplexity"):
+        (path := tmp_path / "rows.jsonl").write_text(row, encoding="utf-8-sig")
+        marked = make_task(f"{kind}:{path}").sha256
+        path.write_text(row)
+        assert make_task(f"{kind}:{path}").sha256 == marked
+
+
 @pytest.mark.parametrize("seed", [3, 100, -1])
 def test_more_documents_than_rows_are_refused(seed: int, writer: Writer) -> None:
     with pytest.raises(ConfigError, match=r"has 3 rows.*at most 3 \(--examples\)"):
@@ -144,6 +153,24 @@ def test_questions_about_texts_have_several_right_answers(writer: Writer) -> Non
     (turn,) = written(QA, writer).questions[0].turns
     assert turn.prompt == "\nQuestion: Where does Ina live? Answer:"
     assert turn.answers == ("Brook", "in Brook")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "begun"),
+    [
+        (NIAH, "What is the number ", "The number that goes with "),
+        (VT, "Question: Find every variable", ""),
+        (QA, "Question: Where does Ina live?", ""),
+        (LONGBENCH, "Answer the question on the text above", ""),
+    ],
+)
+def test_in_a_chat_the_answer_is_begun_by_the_model(name: str, asked: str, begun: str, writer: Writer) -> None:
+    """And nobody says `Answer:`."""
+    (turn,) = written(name, writer).questions[0].turns
+    assert turn.asked.startswith(asked)
+    assert turn.begun.startswith(begun)
+    assert "Answer:" not in turn.asked + turn.begun
+    assert turn.prompt.endswith(turn.begun or turn.opening)
 
 
 def test_a_context_that_would_have_to_be_cut_is_refused(writer: Writer) -> None:

@@ -9,10 +9,12 @@ from transformers import LlamaForCausalLM
 import sparsekv
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy import asking
-from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
+from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, stop_ids, turns_of
 from sparsekv.evaluation.tasks import Metric, Question, Turn
+from sparsekv.evaluation.wording import Wording
 
 STOP = 9
+CHAT = Wording("( ", (" # ", " ) "), (" > ( ", " ) "))
 
 
 def run(row: Row, replies: list[int]) -> list[int]:
@@ -50,6 +52,32 @@ def test_turns_follow_each_other() -> None:
     row = Row([PromptTurn([1], [3]), PromptTurn([2, 2], [3])], Metric.RECALL, frozenset({STOP}))
     assert run(row, [5, STOP, 0, 6, STOP]) == [1, 5, 2, 2, 6]
     assert row.said == [[5], [6]]
+
+
+def test_in_a_chat_the_user_asks_and_the_model_answers() -> None:
+    """What begins the answer is the model's, and a whole sentence has room around what is expected."""
+    first = Turn("\n\nQuestion: one?\nAnswer: a fox", ("1",), " 1", opening="Answer: a fox")
+    later = Turn("\n\nQuestion: two?\nAnswer:", ("2",), " 2", opening="Answer:")
+    own = Turn(" Three!", ("3",), " 3")
+    plain = turns_of(Question((first, later, own)), lambda text: [text])  # type: ignore[arg-type]
+    assert [turn.prompt for turn in plain] == [[first.prompt], [later.prompt], [own.prompt]]
+    chat = turns_of(Question((first, later, own)), lambda text: [text], CHAT)  # type: ignore[arg-type]
+    texts = [" # Question: one? ) a fox", " > ( Question: two? ) ", " > ( Three! ) "]
+    assert [turn.prompt for turn in chat] == [[text] for text in texts]
+    assert [turn.reference for turn in chat] == [[" 1"], [" 2"], [" 3"]]
+    row = Row([PromptTurn([1], [3], chat[0].spare)], Metric.RECALL, frozenset({STOP}))
+    run(row, [4] * 50)
+    assert len(row.said[0]) == 1 + 32
+    assert row.longest >= row.num_tokens
+
+
+def test_an_answer_ends_with_what_a_template_puts_behind_it(loaded: Any) -> None:
+    """Whether or not the model's settings name it: the first special token."""
+    model, tokenizer = loaded
+    pad = tokenizer.convert_tokens_to_ids("<pad>")
+    assert stop_ids(model, tokenizer) == stop_ids(model, tokenizer, CHAT) == {tokenizer.eos_token_id}
+    ended = Wording("", ("", ""), ("\n<pad>\nQuestion", "</s>"))
+    assert stop_ids(model, tokenizer, ended) == {tokenizer.eos_token_id, pad}
 
 
 @pytest.mark.parametrize("prompt", [[], [1, 1]])

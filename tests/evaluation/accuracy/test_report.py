@@ -4,7 +4,7 @@ import csv
 import html
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from sparsekv.cli import main
 from sparsekv.evaluation.accuracy.attention_plot import by_head
-from sparsekv.evaluation.accuracy.cells import Cell, cells
+from sparsekv.evaluation.accuracy.cells import Cell, cells, means
 from sparsekv.evaluation.accuracy.heatmaps import save_heatmaps
 from sparsekv.evaluation.accuracy.intervals import Estimate
 from sparsekv.evaluation.accuracy.page import failures, write_report
@@ -261,7 +262,8 @@ def test_a_run_of_errors_only_has_a_report(tmp_path: Path) -> None:
 
 def test_terminal_tables_fit_and_show_every_task(tmp_path: Path) -> None:
     tasks = ("needle", *(f"variable_tracking_{i}" for i in range(12)), "[red]task", "perplexity")
-    run = Run.read(write_run(tmp_path, tasks=tasks, lengths=(4096,), num_documents=1))
+    made = write_run(tmp_path, tasks=tasks, methods=METHODS[1:], lengths=(4096,), num_documents=1)
+    run = Run.read(made)
     console = Console(width=100, record=True, file=io.StringIO())
     for table in terminal_tables(run, 100):
         console.print(table)
@@ -270,6 +272,49 @@ def test_terminal_tables_fit_and_show_every_task(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("variable") == 12
     assert "[red]task" in text
+
+
+def test_nothing_is_compared_in_a_task_that_dense_does_not_solve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of that length: it is marked and named, and counts in no mean. Perplexity is never solved."""
+    folder = write_run(tmp_path, tasks=("needle", "multi_key", "perplexity"))
+    score_dense(folder, lambda task, length: float((task, length) != ("needle", 4096)))
+    write_report(folder)
+    text = (folder / "report" / "tables.md").read_text()
+    of_4k, of_16k = text.split("\n## ")[1:]
+    assert row(of_4k, "| method")[2:4] == ["needle (n=30, unsolved)", "multi_key (n=30)"]
+    told = "Dense itself solves less than 80% of needle (0.0 %): nothing is compared there, no mean counts it."
+    assert told in of_4k
+    assert told in (folder / "report" / "report.html").read_text(encoding="utf-8")
+    for method in ("| dense |", "| quest | 256"):
+        assert row(of_4k, method)[4] == row(of_4k, method)[3]  # the mean is of the task that is left
+    assert "solve" not in of_16k
+    assert row(of_16k, "| dense |")[4].startswith("100.0")
+    assert main(["eval", "report", str(folder), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "Dense itself solves less than 80%" in printed.err
+    assert json.loads(printed.out)["unsolved"] == [{"length": 4096, "task": "needle"}]
+
+
+def test_where_dense_solves_nothing_there_are_no_means(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, lengths=(4096,))
+    score_dense(folder, lambda task, length: 0.7)
+    assert not any(cell.score or cell.change for cell in means(cells(Run.read(folder))))
+    assert [path.name for path in write_report(folder) if path.suffix == ".png"][:2] == [
+        "bytes.png",
+        "accuracy_4096.png",
+    ]
+
+
+def score_dense(folder: Path, score: Callable[[str, int], float]) -> None:
+    """Rewrites what dense has answered."""
+    for path in folder.glob("results*.jsonl"):
+        lines = [json.loads(text) for text in path.read_text().splitlines()]
+        for line in lines:
+            if line["method"] == "dense" and line["score"] is not None:
+                line["score"] = score(line["task"], line["length"])
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_the_front_is_what_nothing_beats() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,7 +270,7 @@ def test_a_document_begins_as_the_tokenizer_begins_one(loaded: Any, tmp_path: Pa
     bos = plain.convert_tokens_to_ids("<pad>")
     options = RunOptions(**SMALL | {"tasks": ("multi_key",), "num_examples": 1, "methods": ("dense",)})
     runner = Runner(model, tokenizer, "testbed", options, tmp_path, "a command", Share())
-    ids = runner.writer.document_ids(runner.document("multi_key", 1024, 0).text)
+    ids = runner.writer("multi_key").document_ids(runner.document("multi_key", 1024, 0).text)
     assert ids[0] == bos
     assert ids[-1] != tokenizer.eos_token_id
     assert 1000 <= len(ids) <= 1024
@@ -284,6 +285,80 @@ def test_a_document_begins_as_the_tokenizer_begins_one(loaded: Any, tmp_path: Pa
     assert json.loads((tmp_path / "manifest.json").read_text())["prefix_ids"] == [bos]
     with pytest.raises(ConfigError, match=rf"prefix_ids was \[{bos}\] and is \[\]"):
         Runner(model, plain, "testbed", options, tmp_path, "a command", Share())
+
+
+SPOKEN = (
+    "{% for m in messages %}{{ 'Question' if m.role == 'user' else 'Answer' }} : {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}Answer : {% endif %}"
+)
+
+
+def templated(loaded: Any) -> tuple[Any, Any]:
+    """The small model, as if it were one that chats."""
+    tokenizer = copy.deepcopy(loaded[1])
+    tokenizer.chat_template = SPOKEN
+    return loaded[0], tokenizer
+
+
+def fed(model: Any, run: Callable[[], object]) -> list[int]:
+    """The tokens that a run of one question feeds."""
+    seen: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.extend(inputs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_a_model_with_a_template_is_asked_with_it(loaded: Any, tmp_path: Path) -> None:
+    """The user's turn opens before the document, which is read once, and all turns are one conversation."""
+    model, tokenizer = templated(loaded)
+    options = RunOptions(**SMALL | {"tasks": ("multi_turn",), "num_examples": 1, "methods": ("dense",)})
+    runner = Runner(model, tokenizer, "testbed", options, tmp_path, "a command", Share())
+    seen = fed(model, lambda: runner.run(QUIET))
+    document = runner.document("multi_turn", 1024, 0)
+    (line,) = read_lines(tmp_path, "results.jsonl")
+    messages = []
+    for turn, said in zip(document.questions[0].turns, line["said"], strict=True):
+        asked = turn.asked if messages else f"{document.text}\n\n{turn.asked}"
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": f"{turn.begun} {said}"}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert seen == tokenizer(whole, add_special_tokens=False).input_ids[: len(seen)]
+    assert len(seen) >= len(tokenizer(whole).input_ids) - 2  # but for what ends the last answer
+    assert len(runner.writer("multi_turn").document_ids(document.text)) <= 1024
+    (note,) = Run.read(tmp_path).notes
+    assert "by the model's chat template" in note
+
+
+def test_perplexity_is_of_plain_text(loaded: Any, tmp_path: Path) -> None:
+    settings = {"tasks": ("perplexity",), "num_examples": 1, "methods": ("dense",)}
+    plain = run(loaded, tmp_path / "plain", **settings)
+    assert run(templated(loaded), tmp_path / "chat", chat="yes", **settings) == plain
+
+
+def test_a_run_is_not_gone_on_with_in_other_words(loaded: Any, tmp_path: Path) -> None:
+    """Runs that are from before there was a choice were asked in the tasks' own."""
+    settings = {"num_examples": 1, "methods": ("dense",), "probe": False}
+    run(loaded, tmp_path, **settings)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["settings"].pop("chat") is None
+    assert manifest["settings"].pop("group_pooling") == "max"
+    path.write_text(json.dumps(manifest))
+    run(templated(loaded), tmp_path, **settings, chat="no")
+    with pytest.raises(ConfigError, match=r"of another run \(chat was None and is {'start'"):
+        run(templated(loaded), tmp_path, **settings)
+    with pytest.raises(ConfigError, match=r"of another run \(group_pooling was 'max' and is 'sum'"):
+        run(loaded, tmp_path, **settings, group_pooling="sum")
+
+
+def test_pages_are_chosen_by_the_pooling_asked_for(loaded: Any, tmp_path: Path) -> None:
+    options = RunOptions(**SMALL, group_pooling="mean_softmax")
+    assert all(found.config(options.base, budget).group_pooling == "mean_softmax" for found, budget in options.cells)
+    assert "sketch" in options.methods
 
 
 def test_perplexity_and_several_turns(loaded: Any, tmp_path: Path) -> None:
@@ -331,6 +406,8 @@ def test_export(tmp_path: Path) -> None:
         ({"probe": "no"}, ConfigError, "probe='no' is not allowed: true or false"),
         ({"model": 3}, ConfigError, "model=3 is not allowed: a text"),
         ({"device": 3}, ConfigError, "device=3 is not allowed: a text"),
+        ({"chat": "maybe"}, ConfigError, "chat='maybe' is not allowed: one of auto, yes, no"),
+        ({"group_pooling": "mean"}, ConfigError, "group_pooling='mean'"),
         ({"dtype": "int8"}, ConfigError, "dtype='int8' is not allowed: one of auto, float32"),
         ({"dense_layers": "x"}, ConfigError, "dense_layers='x'"),
     ],
@@ -381,13 +458,13 @@ def test_a_config_file_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     seen: list[RunOptions] = []
     monkeypatch.setattr(session, "run", lambda options, *rest: seen.append(options) or 0)
     monkeypatch.setattr(eval_command, "_print_tables", lambda *rest: None)
-    text = "tasks: [needle, passkey]\nlengths: 2k\nbudgets: [128, 1k]\nseed: 3\nbatch_tokens: 32k\n"
-    (tmp_path / "run.yaml").write_text(text)
+    text = "tasks: [needle, passkey]\nlengths: 2k\nbudgets: [128, 1k]\nseed: 3\nbatch_tokens: 32k\nchat: no\n"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8-sig")
     arguments = ["eval", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
     assert main([*arguments, "--budgets", "256"]) == 0
     assert seen[0].tasks == ("needle", "passkey")
     assert (seen[0].lengths, seen[0].budgets, seen[0].seed) == ((2048,), (256,), 3)
-    assert seen[0].batch_tokens == 32768
+    assert (seen[0].batch_tokens, seen[0].chat) == (32768, "no")  # which YAML takes for false
 
 
 @pytest.mark.parametrize(

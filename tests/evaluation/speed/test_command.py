@@ -39,5 +39,5 @@ def test_a_models_layers_are_read_from_its_config(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--model=.*nothing.*--geometry \(llama-3.1-8b"):
+    with pytest.raises(ConfigError, match=r"--model .*nothing.*--geometry \(llama-3.1-8b"):
         Geometry.of(str(tmp_path / "nothing"))

@@ -226,7 +226,7 @@ def test_options_that_cannot_be_read_exit_with_2(
         (["--budget", "16"], "budget=16 is below"),
         (["--device", "quantum"], "device='quantum'"),
         (["--device", "cpu", "--split"], "--split profiles a captured step"),
-        (["--model", "no/such/folder"], "--model=no/such/folder"),
+        (["--model", "no/such/folder"], "--model no/such/folder: there is no folder"),
         (["--points", "1x2M"], "tiny takes 1,048,576 tokens, and 2,097,152 are asked for"),
     ],
 )

@@ -1,0 +1,128 @@
+"""Loads a model and its tokenizer, in one way for every command: from the hub, a folder, or a GGUF."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekv.errors import ConfigError
+
+from . import testbed
+from .report import choose_device
+
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
+WHAT = "model id on the hub, a folder, a .gguf file, or testbed: the small model that ships"
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_GGUF = ".gguf"
+_ALLOWED = (
+    "Give the id of a causal language model on the hub, a .gguf file, or a folder with its config, tokenizer and "
+    "weights."
+)
+_MOST_SIGNS = 200  # of what transformers says
+
+
+def add_arguments(parser: argparse.ArgumentParser, default: str | None = AUTO) -> None:
+    """`--device` and `--dtype`.
+
+    Args:
+        default: of both, where they are left out; None: for the caller to fill in.
+    """
+    parser.add_argument("--device", default=default, help="cpu, cuda or auto (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype", default=default, choices=DTYPES,
+        help="of the weights (default: the checkpoint's own; for testbed bfloat16 on a GPU and float32 on a CPU)",
+    )  # fmt: skip
+
+
+def load(name: str, device: str = AUTO, dtype: str = AUTO) -> tuple[Any, Any]:
+    """A model, on its device and ready for inference, and its tokenizer.
+
+    Args:
+        name: `WHAT` it may be.
+        dtype: of the weights; `auto`: the checkpoint's own, and for the small model that ships bfloat16 on a GPU and
+            float32 on a CPU.
+
+    Raises:
+        ConfigError: there is no such model or device.
+    """
+    place = choose_device(device)
+    if name == testbed.NAME:
+        return testbed.load(place, None if dtype == AUTO else getattr(torch, dtype))
+    import transformers
+
+    tokenizer = pretrained(transformers.AutoTokenizer, name)
+    model = pretrained(transformers.AutoModelForCausalLM, name, dtype=dtype)
+    return model.to(place).eval(), tokenizer
+
+
+def pretrained(factory: Any, name: str, **options: Any) -> Any:
+    """`factory.from_pretrained`. What a user can have got wrong becomes one line; transformers says it in paragraphs.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    source, of_gguf = located(name)
+    try:
+        return factory.from_pretrained(source, **of_gguf, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged files, unknown kinds and missing packages raise whatever their readers raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        why = why if len(why) <= _MOST_SIGNS else f"{why[:_MOST_SIGNS]}..."
+        why = why if Path(source).exists() else f"there is no such folder here; {why}"
+        raise ConfigError(f"--model {name} cannot be loaded ({why}). {_ALLOWED}") from error
+
+
+def located(name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` is to be given: a folder or an id on the hub, and of a GGUF the file in the folder.
+
+    Raises:
+        ConfigError: it is neither, a folder has several GGUFs, or the packages are missing that read one.
+    """
+    path = Path(testbed.path_of(name)).expanduser()
+    if path.is_dir():
+        file = _lone_gguf(path)
+    elif path.is_file() or path.suffix.lower() == _GGUF or not _HUB_ID.fullmatch(name):
+        file = _checked(path, name)
+    else:
+        return name, {}
+    if file is None:
+        return str(path), {}
+    _check_packages(file)
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def _lone_gguf(folder: Path) -> Path | None:
+    """The GGUF of a folder that holds no model in transformers' own form."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == _GGUF)
+    if not files or (folder / "config.json").exists():
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ConfigError(f"--model {folder} holds several GGUFs: name one of them, as {files[0]} ({names}).")
+    return files[0]
+
+
+def _checked(path: Path, name: str) -> Path:
+    """A GGUF that is there; `name` is what was typed."""
+    kind = "file" if path.suffix.lower() == _GGUF else "folder"
+    if not path.exists():
+        raise ConfigError(f"--model {name}: there is no {kind} {name}. {_ALLOWED}")
+    if kind == "folder":
+        raise ConfigError(f"--model {name} is a file, and of files only a GGUF holds a whole model. {_ALLOWED}")
+    return path
+
+
+def _check_packages(file: Path) -> None:
+    from transformers.utils import is_accelerate_available, is_gguf_available
+
+    if not (is_gguf_available() and is_accelerate_available()):
+        raise ConfigError(
+            f"--model {file} is a GGUF, which needs more packages (gguf, accelerate): pip install '.[gguf]' in the "
+            "clone"
+        )
