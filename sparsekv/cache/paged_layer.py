@@ -135,7 +135,8 @@ class PagedLayer(DynamicLayer):
         """Stores the tokens of the last `update` in pages: the handshake, and the append of every step.
 
         Args:
-            visible: `[b, n]` bool, which columns are no padding; None: the new ones are not.
+            visible: `[b, n]` bool for the first n columns, False for padding; later ones, or None: no padding. What is
+                stored must be as visible as before, but for the last tokens of a row, which may become padding.
 
         Raises:
             CacheStateError: batch or mask do not continue what is stored, or a paged layer's keys and values differ
@@ -297,4 +298,4 @@ class PagedLayer(DynamicLayer):
         if self.mode is Mode.NEW:
             self.refuse("its keys or values are transformed between the cache and the attention function")
         else:
-            self.commit(None)
+            self.commit(self.store.table.columns())  # nothing is known of a mask
