@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsekv.cache.arena import Arena
+from sparsekv.cache.gradients import untracked_copy, untracked_tensors
 from sparsekv.cache.handshake import Mode
 from sparsekv.cache.model_check import check_settings
 from sparsekv.cache.page_store import PageStore
@@ -31,7 +32,8 @@ class PagedCache(SteppedCache):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
-    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own.
+    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own. Of layers in pages
+    `layers[i].keys`, `.values` and iteration give copies.
 
     >>> from transformers import LlamaConfig
     >>> cache = PagedCache(LlamaConfig(num_hidden_layers=4), budget=512)
@@ -152,16 +154,16 @@ class PagedCache(SteppedCache):
         return twin
 
     def to_dynamic(self) -> DynamicCache:
-        """A plain transformers cache with a copy of the same content, for an unpatched model."""
+        """A plain transformers cache with a copy of the same content, for an unpatched model; gradients do not flow
+        back through it."""
         self._settle()
         plain = DynamicCache(config=self.model_config)
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, PagedLayer) and layer.is_paged:
-                plain.layers[i].update(*self._store.dense(i))
-            elif not isinstance(layer, PagedLayer):
-                plain.layers[i] = copy.deepcopy(layer)
-            elif layer.get_seq_length():
-                plain.layers[i].update(layer.keys, layer.values)
+        with torch.no_grad():
+            for i, layer in enumerate(self.layers):
+                if not isinstance(layer, PagedLayer):
+                    plain.layers[i] = untracked_copy(layer)
+                elif layer.get_seq_length():
+                    plain.layers[i].update(*layer.content())
         return plain
 
     # -- operations on whole sequences: once for the pages, then for every layer that has none
@@ -228,6 +230,13 @@ class PagedCache(SteppedCache):
             f"{len(self._store.layers)} of {len(self.layers)} layers in pages, {self.nbytes / 2**20:.1f} MiB)"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """All on its own but the counters; gradients do not flow back through it."""
+        memo.update(untracked_tensors(self.layers))
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     # -- how
 
     def _paged(self, layer_idx: int) -> PagedLayer:
@@ -250,10 +259,10 @@ class PagedCache(SteppedCache):
 
     def _fork_layer(self, layer: Any) -> Any:
         if not isinstance(layer, PagedLayer):
-            return copy.deepcopy(layer)
+            return untracked_copy(layer)
         twin = self._paged(layer.layer_idx)
         # A dense layer grows by concatenation, so the tensors themselves can be shared.
-        twin.keys, twin.values, twin.mode, twin.length = layer.keys, layer.values, layer.mode, layer.length
+        twin._own, twin.mode, twin.length = list(layer._own), layer.mode, layer.length
         twin.is_initialized, twin._tracked_from = layer.is_initialized, layer._tracked_from
         if layer.is_initialized:
             twin.dtype, twin.device = layer.dtype, layer.device

@@ -148,7 +148,8 @@ class CachePair:
         for i, layer in enumerate(self.paged.layers):
             assert isinstance(layer, PagedLayer)
             assert layer.is_paged
-            for stored, expected in zip(self.paged._store.dense(i), self.held(i), strict=True):
+            for stored, expected in zip((layer.keys, layer.values), self.held(i), strict=True):
+                assert stored is not None
                 assert torch.equal(stored, expected)
 
     def attention(self, layer_idx: int, slots: Tensor | None = None) -> Tensor:
