@@ -30,7 +30,8 @@ class _Barrier(torch.autograd.Function):
 
 def barrier(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors, behind which a backward pass raises CacheStateError."""
-    passed: tuple[Tensor, ...] = _Barrier.apply(torch.empty(0, requires_grad=True), *tensors)
+    asks = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
+    passed: tuple[Tensor, ...] = _Barrier.apply(asks, *tensors)
     return passed
 
 

@@ -87,6 +87,13 @@ class PageStore:
         limits = [self.config.budget_pages(int(length)) for length in self.table.lengths]
         return int(np.minimum(self.table.num_pages, limits).sum())
 
+    def is_covered(self, device: torch.device) -> bool:
+        """Whether a fraction, rounded up to pages, covers every sequence of the length that it has. On a GPU, where a
+        step may be captured, it must not depend on lengths: there only the width of the table counts."""
+        if not self.config.is_fraction or device.type == "cuda":
+            return False
+        return self.pages_to_read() == self.table.total_pages
+
     def accept(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -218,7 +225,7 @@ class PageStore:
     def _positions(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Position in the pages of the first columns `[b, n]`, and which are no padding (None: all)."""
         if self.table.valid is None:
-            columns = torch.arange(num_tokens, dtype=torch.int64, device=device)
+            columns = torch.arange(num_tokens, device=device)
             return columns.expand(self.table.batch_size, -1), None
         real = self.table.columns()[:, :num_tokens]
         return (real.cumsum(1) - 1).clamp_min(0).to(device), real.to(device)

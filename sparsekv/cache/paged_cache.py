@@ -11,19 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from sparsekv.cache.arena import Arena
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
 from sparsekv.cache.handshake import Mode
-from sparsekv.cache.model_check import check_settings
+from sparsekv.cache.model_check import check_digests, check_settings, plain_layers
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import SteppedCache
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
-from sparsekv.policies import POLICIES, Reads
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
 
@@ -82,9 +81,9 @@ class PagedCache(SteppedCache):
         self._updated = None
         self._attention: str | None = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
-        self.layers = [
-            self._paged(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
-        ]
+        plain = plain_layers(self.layers)
+        for i in plain:
+            self.layers[i] = self._paged(i, i in self.config.dense_among(plain))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -117,6 +116,11 @@ class PagedCache(SteppedCache):
         self._observers[:] = observers
 
     @property
+    def dense_layers(self) -> frozenset[int]:
+        """The layers that read everything because the setting of that name asks for it."""
+        return self.config.dense_among([layer.layer_idx for layer in self.paged_layers])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all pages, digests and growth slack (of forks: together)."""
         return sum(pages.nbytes for pages in self._store.layers.values())
@@ -146,11 +150,12 @@ class PagedCache(SteppedCache):
                 raise ConfigError(f"A fork keeps the pages, so {field} must stay {getattr(self.config, field)!r}.")
         check_settings(changed, self.model_config)
         self._settle()
-        self._check_digests(changed)
         twin = copy.copy(self)
         twin.config, twin.stats, twin._observers = changed, DecodeStats(), []
+        dense = twin.dense_layers
+        check_digests(changed, dense, {i: bool(pages.summary) for i, pages in self._store.layers.items()})
         twin._store = self._store.fork(changed)
-        twin.layers = [twin._fork_layer(layer) for layer in self.layers]
+        twin.layers = [twin._fork_layer(layer, dense) for layer in self.layers]
         return twin
 
     def to_dynamic(self) -> DynamicCache:
@@ -206,11 +211,11 @@ class PagedCache(SteppedCache):
         Raises:
             IndexError: there is no such row, or not so many.
         """
-        self._select(torch.as_tensor(indices), "batch_select_indices", indices)
+        self._select(indices, "batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; the repeats share their pages."""
-        rows = torch.arange(self._store.table.batch_size).repeat_interleave(repeats)
+        rows = np.arange(self._store.table.batch_size).repeat(repeats)
         self._select(rows, "batch_repeat_interleave", repeats)
 
     def reset(self) -> None:
@@ -239,8 +244,9 @@ class PagedCache(SteppedCache):
 
     # -- how
 
-    def _paged(self, layer_idx: int) -> PagedLayer:
-        return PagedLayer(self._store, layer_idx, self.config, self.stats, self._observers, self._on_fallback)
+    def _paged(self, layer_idx: int, is_dense: bool) -> PagedLayer:
+        told = self._observers, self._on_fallback
+        return PagedLayer(self._store, layer_idx, self.config, self.stats, *told, is_dense)
 
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens
@@ -257,10 +263,10 @@ class PagedCache(SteppedCache):
                 "them: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
             )
 
-    def _fork_layer(self, layer: Any) -> Any:
+    def _fork_layer(self, layer: Any, dense: frozenset[int]) -> Any:
         if not isinstance(layer, PagedLayer):
             return untracked_copy(layer)
-        twin = self._paged(layer.layer_idx)
+        twin = self._paged(layer.layer_idx, layer.layer_idx in dense)
         # A dense layer grows by concatenation, so the tensors themselves can be shared.
         twin._own, twin.mode, twin.length = list(layer._own), layer.mode, layer.length
         twin.is_initialized, twin._tracked_from = layer.is_initialized, layer._tracked_from
@@ -268,24 +274,15 @@ class PagedCache(SteppedCache):
             twin.dtype, twin.device = layer.dtype, layer.device
         return twin
 
-    def _check_digests(self, config: SparseConfig) -> None:
-        if POLICIES.get(config.policy).reads is not Reads.DIGESTS:
-            return
-        for layer_idx, pages in self._store.layers.items():
-            if not pages.summary and not config.is_dense_layer(layer_idx):
-                raise ConfigError(
-                    f"policy={config.policy!r} needs digests, and layer {layer_idx} kept none. Make the first cache "
-                    f"with policy={config.policy!r} and the fewest dense_layers, then fork the others from it."
-                )
-
     def _dense_layers(self) -> Iterable[Any]:
         return [x for x in self.layers if not isinstance(x, PagedLayer) or x.mode is Mode.DENSE]
 
-    def _select(self, rows: Tensor, method: str, argument: Any) -> None:
+    def _select(self, rows: Any, method: str, argument: Any) -> None:
         self._settle()
         batch_size = self._store.table.batch_size
         if batch_size:
-            self._store.select(np.arange(batch_size)[rows.flatten().cpu().numpy()])  # indexes as torch would
+            wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+            self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would
         for layer in self._dense_layers():
             getattr(layer, method)(argument)
 

@@ -41,6 +41,7 @@ class PagedLayer(ReadableLayer):
         stats: counters to add to.
         observers: called after every decode step of the layer with the step and its slots.
         on_fallback: called with (layer_idx, reason) if the layer turns out to be no plain attention layer.
+        is_dense: whether it reads everything, whatever the policy.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class PagedLayer(ReadableLayer):
         stats: DecodeStats,
         observers: list[Observer],
         on_fallback: FallbackListener | None = None,
+        is_dense: bool = False,
     ) -> None:
         super().__init__(store, layer_idx)
         self.config = config
         self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
         policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
-        self.policy: Policy = POLICIES.get("all")() if config.is_dense_layer(layer_idx) else policy()
+        self.policy: Policy = POLICIES.get("all")() if is_dense else policy()
         self._is_uncounted = False  # the tokens stored last are not in the counters yet
 
     # -- transformers' protocol
@@ -223,6 +225,7 @@ class PagedLayer(ReadableLayer):
             scaling=scaling,
             config=self.config,
             ops=self.store.ops,
+            is_covered=self.store.is_covered(pages.kv.device),
             key=None if new is None else new[0],
             value=None if new is None else new[1],
         )
