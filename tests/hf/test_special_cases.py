@@ -191,6 +191,40 @@ def test_bfloat16(settings, tiny, prompt, naive_sparse) -> None:
     assert patch.stats.sparse_steps + patch.stats.dense_steps == NEW
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_tokens_that_a_prompt_hid_stay_hidden(attention, tiny, prompt) -> None:
+    """Of two documents in one prompt pages hold the last. A step that would see both is an error, not another answer."""
+    model = tiny("llama", attn_implementation=attention)
+    ids = prompt(41)["input_ids"]
+    first = torch.arange(40) < 15
+    packed = (torch.ones(40, 40).tril().bool() & (first[:, None] == first))[None, None]
+    packed = packed if attention == "sdpa" else torch.zeros(packed.shape).masked_fill(~packed, -1e9)
+    last = torch.cat([~first, torch.tensor([True])])[None].long()
+
+    def step(**mask: Tensor) -> Tensor:
+        past = model(ids[:, :40], attention_mask=packed, use_cache=True).past_key_values
+        return model(ids[:, 40:], position_ids=torch.tensor([[40]]), past_key_values=past, **mask).logits
+
+    theirs = step(attention_mask=last)
+    with sparsekv.patch(model, **FULL):
+        assert torch.allclose(step(attention_mask=last), theirs, atol=1e-4)
+        with pytest.raises(CacheStateError, match="has changed"):
+            step()
+
+
+def test_float64(tiny, prompt) -> None:
+    """All of it; transformers' eager attention takes its softmax in float32."""
+    model = tiny("llama").double()
+    ids = prompt(40 + NEW)["input_ids"]
+    theirs = teacher_forced(model, ids)
+    with sparsekv.patch(model, **FULL) as patch:
+        ours = teacher_forced(model, ids)
+    assert float((ours - theirs).abs().max()) < 1e-10
+    with sparsekv.patch(model, **SMALL) as patch:
+        assert teacher_forced(model, ids).dtype == torch.float64
+    assert patch.stats.sparse_steps == NEW
+
+
 @pytest.mark.parametrize("settings", [FULL, SMALL], ids=["full", "small"])
 def test_autocast(settings, tiny, prompt, naive_sparse) -> None:
     """Keys arrive in float32 (rotated) and values in bfloat16: pages hold both as they are, the ops stay float32."""
