@@ -235,7 +235,20 @@ class PageStore:
         pages.ensure(max(pool.num_pages, 1), pool.max_pages, self.reserve_pages)
 
     def _make_room(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
-        """Moves the table on by `num_new` columns, after comparing the mask with what is stored."""
+        """Moves the table on by `num_new` columns."""
+        valid, hidden = self._told_by(batch_size, num_new, visible)
+        if hidden is not None:
+            self._renew(self.table.hide(hidden, num_new, valid))
+        self._advance(batch_size, num_new, valid)
+
+    def check(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
+        """Raises what `accept` of the first layer would (CacheStateError, CacheFullError), and changes nothing."""
+        valid, hidden = self._told_by(batch_size, num_new, visible)
+        self.table.check_room(batch_size, num_new, valid, hidden)
+
+    def _told_by(self, batch_size: int, num_new: int, visible: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What a mask says of new columns, `[b, num_new]` (None: no padding), and how many last tokens of each row it
+        hides, `[b]` (None: none)."""
         self.table.check_batch(batch_size)
         past, valid = self.table.num_tokens, None
         if visible is not None:
@@ -244,10 +257,7 @@ class PageStore:
             visible, valid = visible[:, :past], visible[:, past:]
             valid = None if bool(valid.all()) else valid
         told = past and (visible is not None or self.table.valid is not None)
-        hidden = hidden_last(self.table.columns(), visible) if told else None
-        if hidden is not None:
-            self._renew(self.table.hide(hidden, num_new, valid))
-        self._advance(batch_size, num_new, valid)
+        return valid, hidden_last(self.table.columns(), visible) if told else None
 
     def _advance(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
         copies = self.table.append(batch_size, num_new, valid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from sparsekv.cache.arena import Arena
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
-from sparsekv.cache.handshake import Mode
+from sparsekv.cache.handshake import Mode, warn_fallback
 from sparsekv.cache.model_check import check_digests, check_settings, plain_layers
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
@@ -77,7 +76,7 @@ class PagedCache(SteppedCache):
         self.model_config = model_config
         self.stats = stats if stats is not None else DecodeStats()
         self._observers: list[Observer] = []  # the layers refer to this list
-        self._on_fallback = on_fallback or _warn_fallback
+        self._on_fallback = on_fallback or warn_fallback
         self._updated = None
         self._attention: str | None = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
@@ -125,11 +124,16 @@ class PagedCache(SteppedCache):
         """Bytes of all pages, digests and growth slack (of forks: together)."""
         return sum(pages.nbytes for pages in self._store.layers.values())
 
-    def check_room(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> None:
-        """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, and
-        CacheStateError if the batch does not continue this one. `valid [b, num_new]`: which are no padding."""
+    def check_room(self, batch_size: int, num_new: int, visible: Tensor | None = None) -> None:
+        """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, CacheStateError
+        if batch or mask do not continue what is stored. `visible [b, n]`: which columns are no padding; None: all."""
         if not self._store.step_begun:
-            self._store.table.check_room(batch_size, num_new, valid)
+            self._store.check(batch_size, num_new, visible)
+
+    @property
+    def visible(self) -> Tensor:
+        """`[b, n]` bool on the CPU, False for padding: the mask of what is stored."""
+        return self._store.table.columns()
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -291,11 +295,3 @@ class PagedCache(SteppedCache):
             if layer.is_paged:
                 # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
                 layer.length = min(layer.length, self._store.table.num_tokens)
-
-
-def _warn_fallback(layer_idx: int, reason: str) -> None:
-    warnings.warn(
-        f"Layer {layer_idx} of this PagedCache runs dense: {reason}, or the model is not patched "
-        "(sparsekv.patch(model) first).",
-        stacklevel=4,
-    )

@@ -227,6 +227,7 @@ def test_rows_that_ended_early_give_their_last_tokens_back() -> None:
     two = one.fork()
     with pytest.raises(CacheFullError):  # the page that is cut is the fork's, too
         one.append(numbers(["xxxxx", "xxxxx"], start=100), ended=[0, 3])
+    two.check()
     one.append(numbers(["....", "xxxx"], start=100), ended=[0, 3])
     for each in (one, two):
         each.check()

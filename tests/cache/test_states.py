@@ -81,8 +81,9 @@ def test_a_mask_that_is_left_out_later(t: int, mask: Tensor | None) -> None:
     pair = prefilled(valid=torch.arange(11) >= torch.tensor([[0], [2], [9]]))
     layer = pair.paged.layers[0]
     layer.update(*kv(3, t))
-    with pytest.raises(CacheStateError, match="has changed"):
-        layer.commit(mask)
+    for refuses in (layer.commit, lambda mask: pair.paged.check_room(3, t, mask)):
+        with pytest.raises(CacheStateError, match="has changed"):
+            refuses(mask)
     pair.check()
     pair.select([0])
     pair.forward(t)

@@ -193,7 +193,7 @@ def test_bfloat16(settings, tiny, prompt, naive_sparse) -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_tokens_that_a_prompt_hid_stay_hidden(attention, tiny, prompt) -> None:
-    """Of two documents in one prompt pages hold the last. A step that would see both is an error, not another answer."""
+    """Of two documents in one prompt pages hold the last. A step that would see both is an error."""
     model = tiny("llama", attn_implementation=attention)
     ids = prompt(41)["input_ids"]
     first = torch.arange(40) < 15
@@ -210,6 +210,22 @@ def test_tokens_that_a_prompt_hid_stay_hidden(attention, tiny, prompt) -> None:
         assert torch.allclose(step(attention_mask=last), theirs, atol=1e-4)
         with pytest.raises(CacheStateError, match="has changed"):
             step()
+
+
+def test_a_refused_mask_leaves_no_trace(tiny, prompt) -> None:
+    """Not in the layers either that are transformers' own and come before those in pages."""
+    model, inputs = tiny("gemma3_text"), prompt(40, 33)
+    token, mask = torch.tensor([[5], [6]]), torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], dim=1)
+
+    def prefilled() -> Any:
+        return model(**inputs, use_cache=True).past_key_values
+
+    theirs = model(token, attention_mask=mask, past_key_values=prefilled()).logits
+    with sparsekv.patch(model, **FULL):
+        past = prefilled()
+        with pytest.raises(CacheStateError, match="has changed"):
+            model(token, past_key_values=past)
+        assert torch.allclose(model(token, attention_mask=mask, past_key_values=past).logits, theirs, atol=1e-4)
 
 
 def test_float64(tiny, prompt) -> None:
