@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from sparsekv.errors import ConfigError, UnknownNameError
 
 GROUP_POOLINGS = ("max", "sum", "mean_softmax")
 BACKENDS = ("auto", "reference")
+MOST_RECENT = 64  # tokens, where `recent` follows the budget
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class SparseConfig:
         page_size: tokens per page.
         digest: what is kept per page to score it unread (`sparsekv.digests`).
         policy: which pages a step reads (`sparsekv.policies`).
-        dense_layers: the first so many layers read everything (two, as in Quest), or the indices of such layers.
+        dense_layers: the first so many of the layers that would be sparse read everything (two, as in Quest), or the
+            indices of such layers. Layers that are not in pages, as those with a sliding window, do not count.
         sinks: the first tokens of a sequence, always read (StreamingLLM's attention sinks).
         recent: the last tokens of a sequence, always read; the current page always is. Enough for a question:
-            a model that loses sight of what it was asked answers something else.
+            a model that loses sight of what it was asked answers something else. None: 64, and never more than an
+            eighth of a budget in tokens, so that something is left to choose (`recent_tokens` says how many).
         group_pooling: how the scores of the query heads that share a kv head become one: `max`, `sum`, or
             `mean_softmax` (mean over heads of the softmax over pages).
         backend: what runs the ops: `auto` (kernels where there are any) or `reference` (plain torch on any device).
@@ -52,7 +56,7 @@ class SparseConfig:
     policy: str = "top_k"
     dense_layers: int | tuple[int, ...] = 2
     sinks: int = 4
-    recent: int = 64
+    recent: int | None = None
     group_pooling: str = "max"
     backend: str = "auto"
     capture: bool = True
@@ -62,7 +66,8 @@ class SparseConfig:
     def __post_init__(self) -> None:
         _check_int("page_size", self.page_size, 1, 1024)
         _check_int("sinks", self.sinks, 0)
-        _check_int("recent", self.recent, 0)
+        if self.recent is not None:
+            _check_int("recent", self.recent, 0)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, self.page_size)
         _check_choice("group_pooling", self.group_pooling, GROUP_POOLINGS)
@@ -106,9 +111,14 @@ class SparseConfig:
         return -(-num_tokens // self.page_size)
 
     @property
+    def recent_tokens(self) -> int:
+        """The last tokens that are always read: `recent`, or what follows from the budget."""
+        return self._recent_at(self.budget)
+
+    @property
     def forced_pages(self) -> int:
         """The most pages that sinks, recent tokens and the current page can take."""
-        return self.pages_for(self.sinks) + 1 + self.pages_for(max(self.recent, 1) - 1)
+        return self._forced_at(self.budget)
 
     @property
     def is_fraction(self) -> bool:
@@ -127,11 +137,19 @@ class SparseConfig:
             return self.budget == 1 or num_pages <= self.forced_pages
         return num_pages <= self.budget_pages(0)
 
-    def is_dense_layer(self, layer_idx: int) -> bool:
-        """Whether `dense_layers` asks this layer to read everything."""
-        if isinstance(self.dense_layers, int):
-            return layer_idx < self.dense_layers
-        return layer_idx in self.dense_layers
+    def dense_among(self, layers: Sequence[int]) -> frozenset[int]:
+        """Which layers `dense_layers` asks to read everything, of those that can be sparse: all of a model that are
+        plain full attention, in order."""
+        named = self.dense_layers
+        return frozenset(layers[:named] if isinstance(named, int) else set(layers) & set(named))
+
+    def _recent_at(self, budget: int | float) -> int:
+        if self.recent is not None:
+            return self.recent
+        return MOST_RECENT if isinstance(budget, float) else min(MOST_RECENT, max(budget, 0) // 8)
+
+    def _forced_at(self, budget: int | float) -> int:
+        return self.pages_for(self.sinks) + 1 + self.pages_for(max(self._recent_at(budget), 1) - 1)
 
     def _check_budget(self) -> None:
         budget = self.budget
@@ -144,12 +162,14 @@ class SparseConfig:
                     "for a number of tokens pass an int."
                 )
             return
-        least = self.forced_pages * self.page_size
+        least: int = budget
+        while least < self._forced_at(least) * self.page_size:  # a larger budget can have more recent tokens
+            least = self._forced_at(least) * self.page_size
         if budget < least:
             raise ConfigError(
-                f"budget={budget} is below the {least} tokens ({self.forced_pages} pages of {self.page_size}) that "
-                f"sinks={self.sinks}, recent={self.recent} and the current page can take. Raise budget to at least "
-                f"{least}, or lower sinks, recent or page_size."
+                f"budget={budget} is below the {least} tokens ({self._forced_at(least)} pages of {self.page_size}) "
+                f"that sinks={self.sinks}, recent={self._recent_at(least)} and the current page can take. Raise "
+                f"budget to at least {least}, or lower sinks, recent or page_size."
             )
 
 
@@ -174,7 +194,8 @@ def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_dense_layers(value: object) -> None:
     if not isinstance(value, (int, tuple)):
         raise ConfigError(
-            f"dense_layers={value!r} must be a whole number (the first so many layers) or a tuple of layer indices."
+            f"dense_layers={value!r} must be a whole number (the first so many layers that would be sparse) or a "
+            "tuple of layer indices."
         )
     for layer in value if isinstance(value, tuple) else (value,):
         _check_int("dense_layers", layer, 0)

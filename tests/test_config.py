@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -49,8 +50,9 @@ from sparsekv.errors import ConfigError, UnknownNameError
         ("budget", math.nan, ["budget=nan", "(0, 1]"]),
         ("budget", math.inf, ["budget=inf", "(0, 1]"]),
         ("budget", -0.1, ["budget=-0.1", "(0, 1]"]),
-        ("budget", 0, ["budget=0", "96 tokens (6 pages of 16)", "sinks=4", "recent=64", "at least 96"]),
-        ("budget", 95, ["budget=95", "Raise budget to at least 96"]),
+        ("budget", 0, ["budget=0", "48 tokens (3 pages of 16)", "sinks=4", "recent=6", "at least 48"]),
+        ("budget", -1, ["budget=-1", "at least 48"]),
+        ("budget", 47, ["budget=47", "Raise budget to at least 48"]),
     ],
 )
 def test_what_is_not_allowed(field: str, value: object, parts: list[str]) -> None:
@@ -65,7 +67,9 @@ def test_what_is_not_allowed(field: str, value: object, parts: list[str]) -> Non
     "settings",
     [
         {},
-        {"budget": 96},
+        {"budget": 48},
+        {"budget": 96, "recent": 64},
+        {"recent": None},
         {"budget": 1.0},
         {"budget": 1e-9},
         {"page_size": 1, "budget": 20, "sinks": 4, "recent": 16},
@@ -124,6 +128,37 @@ def test_pages_for(tokens: int, pages: int) -> None:
     assert SparseConfig().pages_for(tokens) == pages
 
 
+@pytest.mark.parametrize(
+    ("budget", "recent"), [(48, 6), (128, 16), (511, 63), (512, 64), (2048, 64), (0.001, 64), (1.0, 64)]
+)
+def test_recent_tokens_follow_the_budget(budget: int | float, recent: int) -> None:
+    """64, and never more than an eighth of it; a number that is given stays."""
+    assert SparseConfig(budget=budget).recent_tokens == recent
+    assert SparseConfig().with_(budget=budget).recent_tokens == recent
+    assert SparseConfig(recent=9).with_(budget=budget).recent_tokens == 9
+
+
+@given(page_size=st.integers(1, 90), sinks=st.integers(0, 90), budget=st.integers(0, 1000))
+def test_the_least_budget_of_an_error_is_the_least(page_size: int, sinks: int, budget: int) -> None:
+    """Although more recent tokens are always read at a larger one."""
+    sizes = {"page_size": page_size, "sinks": sinks}
+    try:
+        SparseConfig(budget=budget, **sizes)
+    except ConfigError as error:
+        least = int(re.search(r"at least (\d+)", str(error))[1])
+        assert least > budget
+        SparseConfig(budget=least, **sizes)
+        with pytest.raises(ConfigError):
+            SparseConfig(budget=least - 1, **sizes)
+
+
+def test_a_budget_too_small_for_the_recent_tokens_that_were_asked_for() -> None:
+    with pytest.raises(
+        ConfigError, match=r"budget=95 is below the 96 tokens \(6 pages of 16\) that sinks=4, recent=64"
+    ):
+        SparseConfig(budget=95, recent=64)
+
+
 @given(page_size=st.integers(1, 40), sinks=st.integers(0, 90), recent=st.integers(0, 90), length=st.integers(1, 400))
 def test_forced_pages_are_enough_and_no_more(page_size: int, sinks: int, recent: int, length: int) -> None:
     """An upper bound for every length, and reached by some: the budget's floor is neither unsafe nor wasteful."""
@@ -176,11 +211,11 @@ def test_a_table_is_covered_if_no_sequence_in_it_is_cut(budget: int | float, pag
 
 
 @pytest.mark.parametrize(
-    ("dense_layers", "dense"), [(0, set()), (2, {0, 1}), (99, set(range(6))), ((), set()), ((0, 4), {0, 4})]
+    ("dense_layers", "dense"), [(0, set()), (2, {1, 3}), (99, {1, 3, 4}), ((), set()), ((0, 4), {4})]
 )
 def test_dense_layers(dense_layers: int | tuple[int, ...], dense: set[int]) -> None:
-    config = SparseConfig(dense_layers=dense_layers)
-    assert {layer for layer in range(6) if config.is_dense_layer(layer)} == dense
+    """A number counts the layers that can be sparse, a tuple names indices."""
+    assert SparseConfig(dense_layers=dense_layers).dense_among([1, 3, 4]) == dense
 
 
 def test_numpy_numbers_are_told_what_is_wanted() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from sparsekv import DecodeStats, PagedCache, SparseConfig
+from sparsekv import DecodeStats, PagedCache
 from sparsekv.hf.support import LayerStatus
 
 from .results import Line
@@ -20,7 +20,7 @@ class Counters:
     """
 
     def __init__(self, cache: PagedCache) -> None:
-        self.config = cache.config
+        self.config, self._never_choosing = cache.config, cache.dense_layers
         self._of_layers: dict[int, DecodeStats] = {}
         for layer in cache.paged_layers:
             if layer.is_paged:
@@ -70,14 +70,14 @@ class Counters:
     @property
     def _choosing(self) -> list[int]:
         """The layers that should choose their pages."""
-        return [] if self._is_dense else [i for i in self._of_layers if not self.config.is_dense_layer(i)]
+        return [] if self._is_dense else [i for i in self._of_layers if i not in self._never_choosing]
 
 
-def layers_not_sparse(layers: Sequence[LayerStatus], config: SparseConfig) -> list[Line]:
+def layers_not_sparse(layers: Sequence[LayerStatus]) -> list[Line]:
     """For the manifest: runs of layers that choose no pages, and why; `is_asked_for` if `dense_layers` says so."""
     dense = [status for status in layers if not status.is_sparse]
     found = []
-    for (reason, asked), group in groupby(dense, key=lambda x: (x.reason, config.is_dense_layer(x.layer_idx))):
+    for (reason, asked), group in groupby(dense, key=lambda x: (x.reason, x.is_asked_for)):
         numbers = [status.layer_idx for status in group]
         found.append({"layers": numbers, "reason": reason, "is_asked_for": asked})
     return found

@@ -42,7 +42,7 @@ class Method:
         digest = self.digest or base.digest
         if budget is None:
             return base.with_(policy=self.policy, digest=digest)
-        recent = min(base.recent, max(budget // 4, 1))
+        recent = min(base.recent_tokens, max(budget // 4, 1))
         return base.with_(policy=self.policy, digest=digest, budget=budget, recent=recent)
 
     def own_code(self) -> str | None:

@@ -226,7 +226,7 @@ class Runner:
 
     def _tell_of_layers(self, patch: Patch) -> None:
         """Which layers choose no pages is known when they were used."""
-        found = layers_not_sparse(patch.layers, patch.config)
+        found = layers_not_sparse(patch.layers)
         if self._manifest.get("layers_not_sparse") != found:
             self._manifest["layers_not_sparse"] = found
             self._save_manifest()

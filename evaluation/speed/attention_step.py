@@ -28,7 +28,7 @@ class DecodeStep:
         self.ops = ops.for_backend("auto")
         config = self.point.config
         self.digest = config.digest
-        self._chosen = (self.point.k, config.sinks, config.recent)
+        self._chosen = (self.point.k, config.sinks, config.recent_tokens)
 
     def append(self, i: int) -> None:
         """The new token into its page, and that page's digest."""
@@ -162,7 +162,7 @@ class Check:
         )
         expected = sparse_decode(
             query, None, None, *lengths, layer.kv_pool, layer.summary, layer.state, None, self.step.digest, "max",
-            point.k, point.config.sinks, point.config.recent, point.scaling, 0.0, self.inputs.sinks,
+            point.k, point.config.sinks, point.config.recent_tokens, point.scaling, 0.0, self.inputs.sinks,
         )[2]  # fmt: skip
         if not same_pages(slots[self.rows], expected, scores, max(NEAR_TIE, TIE[self.step.digest])):
             raise SparseKVError(f"The {name} step reads other pages than the reference chooses: no speed.")

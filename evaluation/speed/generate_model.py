@@ -122,7 +122,7 @@ class Subject:
             return int(pairs)
         fields = DIGESTS.get(config.digest)().fields(config.page_size, head_dim)
         digest = sum(math.prod(f.shape) * (f.dtype or self.model.dtype).itemsize for f in fields)
-        pages = sum(not config.is_dense_layer(i) for i in range(num_layers)) * config.pages_for(num_tokens)
+        pages = (num_layers - len(config.dense_among(range(num_layers)))) * config.pages_for(num_tokens)
         return int(pairs + pages * num_heads * digest)
 
     @property

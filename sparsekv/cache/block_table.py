@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekv.cache.device_table import DeviceTable
-from sparsekv.cache.page_pool import PageIds, PagePool
-from sparsekv.errors import CacheFullError, CacheStateError
+from sparsekv.cache.masks import without_last
+from sparsekv.cache.page_pool import NO_PAGES, PageIds, PagePool
+from sparsekv.errors import CacheStateError
 
 Width = Callable[[int, torch.device], int]
 DeviceTables = dict[tuple[torch.device, int, int], DeviceTable]  # by device, batch size and width
@@ -115,7 +116,7 @@ class BlockTable:
         lengths, new = self._lengths_and_new(batch_size, num_new, valid)
         copies = self._writable(lengths, new)
         self._extend(lengths, lengths + new)
-        self._append_valid(batch_size, num_new, valid)
+        self._append_valid(valid)
         self.num_tokens += num_new
         return copies
 
@@ -127,15 +128,31 @@ class BlockTable:
                 "batch_select_indices / batch_repeat_interleave to fit this one."
             )
 
-    def check_room(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> None:
-        """Raises what `append` would, and changes nothing."""
+    def check_room(
+        self, batch_size: int, num_new: int, valid: Tensor | None = None, hidden: Tensor | None = None
+    ) -> None:
+        """Raises what `append` would, after `hide` if tokens are hidden, and changes nothing."""
         self.check_batch(batch_size)
-        if self.pool.max_pages is None:
-            return
         lengths, new = self._lengths_and_new(batch_size, num_new, valid)
-        page_size = self.pool.page_size
-        grown = -(-(lengths + new) // page_size) - -(-lengths // page_size)
-        self.pool.check_room(int(grown.sum()) + len(self._shared_tails(lengths, new)[0]))
+        self._check_room(lengths, new, np.zeros_like(new) if hidden is None else hidden.numpy())
+
+    def columns(self) -> Tensor:
+        """`[b, num_tokens]` bool on the CPU, False for padding."""
+        columns = torch.ones(self.batch_size, self.num_tokens, dtype=torch.bool, device="cpu")
+        if self.valid is not None:
+            columns[:, : self.valid.shape[1]] = self.valid
+        return columns
+
+    def hide(self, counts: Tensor, num_new: int, valid: Tensor | None = None) -> PageCopies:
+        """Makes padding of the last `counts [b]` tokens of the rows. Pages become this table's own as in `crop`.
+
+        Raises:
+            CacheFullError: there is no room for that, or for the columns appended next; nothing has changed.
+        """
+        _, new = self._lengths_and_new(self.batch_size, num_new, valid)
+        copies = self._shorten(counts.numpy(), new)
+        self.valid = without_last(self.columns(), counts)
+        return copies
 
     def crop(self, num_tokens: int) -> PageCopies:
         """Drops the last `num_tokens` columns. A page that becomes partly filled is made this table's own, since its
@@ -145,16 +162,8 @@ class BlockTable:
             CacheFullError: the pool's limit is reached; nothing has changed.
         """
         keep = self.num_tokens - num_tokens
-        removed = np.full(self.batch_size, num_tokens)
-        if self.valid is not None:
-            removed = removed - (~self.valid[:, keep:]).sum(1).numpy()
-        before, lengths = self.lengths, self.lengths - removed
-        self._replace(lengths, self._pages)
-        try:
-            copies = self._writable(lengths, removed)  # the pages just dropped are room for it
-        except CacheFullError:
-            self._replace(before, self._pages)
-            raise
+        removed = self.columns()[:, keep:].sum(1).numpy()
+        copies = self._shorten(removed, np.zeros_like(removed))
         known = None if self.valid is None else self.valid[:, :keep]
         self.num_tokens, self.valid = keep, None if known is None or bool(known.all()) else known
         return copies
@@ -197,6 +206,28 @@ class BlockTable:
         lengths = self.lengths if self.batch_size else np.zeros(batch_size, np.int64)
         return lengths, np.full(batch_size, num_new) if valid is None else valid.sum(1).cpu().numpy()
 
+    def _check_room(self, lengths: NDArray[np.int64], new: NDArray[np.int64], removed: NDArray[np.int64]) -> None:
+        """Raises CacheFullError if there is no room for new tokens in place of the last so many, and for copies of
+        shared last pages of the rows that are written to."""
+        if self.pool.max_pages is None:
+            return
+        page_size, kept = self.pool.page_size, lengths - removed
+        before, after = -(-lengths // page_size), -(-kept // page_size)
+        column = np.arange(self._pages.shape[1])
+        dropped = self._pages[(column >= after[:, None]) & (column < before[:, None])] if removed.any() else NO_PAGES
+        self.pool.release(dropped)  # they are room, too
+        try:
+            grown = -(-(kept + new) // page_size) - after
+            self.pool.check_room(int(grown.sum()) + len(self._shared_tails(kept, removed + new)[0]))
+        finally:
+            self.pool.share(dropped)
+
+    def _shorten(self, removed: NDArray[np.int64], new: NDArray[np.int64]) -> PageCopies:
+        """Drops the last tokens of each row, if there is then room for so many new ones."""
+        self._check_room(self.lengths, new, removed)
+        self._replace(self.lengths - removed, self._pages)
+        return self._writable(self.lengths, removed)
+
     def _all_pages(self) -> PageIds:
         used = np.arange(self._pages.shape[1]) < self.num_pages[:, None]
         pages: PageIds = self._pages[used]
@@ -212,7 +243,7 @@ class BlockTable:
         page_size = self.pool.page_size
         rows = np.flatnonzero((writes > 0) & (lengths % page_size > 0))
         if not len(rows):
-            return rows, np.zeros(0, np.int32)
+            return rows, NO_PAGES
         tails = self._pages[rows, lengths[rows] // page_size]
         earlier_writers = np.tril(tails[:, None] == tails, k=-1).sum(1)
         must_copy = earlier_writers < self.pool.references(tails) - 1
@@ -262,11 +293,8 @@ class BlockTable:
         for table in self._followers():
             table.forget()
 
-    def _append_valid(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
+    def _append_valid(self, valid: Tensor | None) -> None:
         """Columns after the last padding are valid by convention, so decode steps add nothing."""
         if valid is None or bool(valid.all()):
             return
-        known = torch.ones(batch_size, self.num_tokens, dtype=torch.bool)
-        if self.valid is not None:
-            known[:, : self.valid.shape[1]] = self.valid
-        self.valid = torch.cat([known, valid], dim=1)
+        self.valid = torch.cat([self.columns(), valid], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,5 +30,25 @@ class _Barrier(torch.autograd.Function):
 
 def barrier(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors, behind which a backward pass raises CacheStateError."""
-    passed: tuple[Tensor, ...] = _Barrier.apply(torch.empty(0, requires_grad=True), *tensors)
+    asks = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
+    passed: tuple[Tensor, ...] = _Barrier.apply(asks, *tensors)
     return passed
+
+
+def untracked_copy(layer: Any) -> Any:
+    """A deep copy of a layer, of which no tensor waits for a gradient that has to pass through it."""
+    return copy.deepcopy(layer, untracked_tensors([layer]))
+
+
+def untracked_tensors(layers: Iterable[Any]) -> dict[int, Any]:
+    """What `copy.deepcopy` needs as its memo to copy layers: tensors with a history, which it refuses, without it."""
+    tensors = (tensor for layer in layers for tensor in _tensors(vars(layer)))
+    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

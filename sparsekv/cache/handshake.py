@@ -7,6 +7,7 @@ transforms keys on the way loses them, and the layer stays a plain dynamic one.
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -37,3 +38,12 @@ def tagged_layer(key: Tensor, value: Tensor) -> PagedLayer | None:
     """The layer that handed out both tensors, or None."""
     layer: PagedLayer | None = getattr(key, _TAG, None)
     return layer if layer is not None and getattr(value, _TAG, None) is layer else None
+
+
+def warn_fallback(layer_idx: int, reason: str) -> None:
+    """Warns that a layer stays a plain dynamic one."""
+    warnings.warn(
+        f"Layer {layer_idx} of this PagedCache runs dense: {reason}, or the model is not patched "
+        "(sparsekv.patch(model) first).",
+        stacklevel=4,
+    )

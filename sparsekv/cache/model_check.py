@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -27,11 +28,32 @@ def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None
     digest, policy = DIGESTS.get(config.digest)(), POLICIES.get(config.policy)
     layers, head_dim = DynamicCache(config=model_config).layers, _head_dim(model_config)
     _check_dense_layers(config, len(layers))
-    is_scored = policy.reads is Reads.DIGESTS and any(
-        type(layer) is DynamicLayer and not config.is_dense_layer(i) for i, layer in enumerate(layers)
-    )
+    plain = plain_layers(layers)
+    is_scored = policy.reads is Reads.DIGESTS and len(config.dense_among(plain)) < len(plain)
     if is_scored and head_dim is not None:
         digest.fields(config.page_size, head_dim)
+
+
+def check_digests(config: SparseConfig, dense: Collection[int], kept: Mapping[int, bool]) -> None:
+    """Raises ConfigError if pages would be scored that have no digests.
+
+    Args:
+        dense: the layers that read everything.
+        kept: of each layer that has pages, whether they have digests.
+    """
+    if POLICIES.get(config.policy).reads is not Reads.DIGESTS:
+        return
+    for layer_idx in (layer_idx for layer_idx, has_digests in kept.items() if not has_digests):
+        if layer_idx not in dense:
+            raise ConfigError(
+                f"policy={config.policy!r} needs digests, and layer {layer_idx} kept none. Make the first cache "
+                f"with policy={config.policy!r} and the fewest dense_layers, then fork the others from it."
+            )
+
+
+def plain_layers(layers: Sequence[Any]) -> list[int]:
+    """Which layers of transformers' own cache for a model are plain full attention, and so can live in pages."""
+    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
 def _check_dense_layers(config: SparseConfig, num_layers: int) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sparsekv.errors import CacheFullError
 
 PageIds = NDArray[np.int32]
+NO_PAGES: PageIds = np.zeros(0, np.int32)
 
 
 class PagePool:
@@ -57,7 +58,7 @@ class PagePool:
     def allocate(self, num_pages: int) -> PageIds:
         """`num_pages` pages with one reference each, lowest ids first, so that the pool stays compact."""
         if num_pages == 0:
-            return np.zeros(0, np.int32)
+            return NO_PAGES
         self.check_room(num_pages)
         missing = num_pages - self.num_free
         if missing > 0:

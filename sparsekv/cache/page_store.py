@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from sparsekv.cache.arena import Arena, Loan
 from sparsekv.cache.block_table import BlockTable, PageCopies
 from sparsekv.cache.device_table import width_for
 from sparsekv.cache.layer_pages import LayerPages
+from sparsekv.cache.masks import hidden_last
 from sparsekv.cache.page_pool import PagePool
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
@@ -85,6 +87,13 @@ class PageStore:
         limits = [self.config.budget_pages(int(length)) for length in self.table.lengths]
         return int(np.minimum(self.table.num_pages, limits).sum())
 
+    def is_covered(self, device: torch.device) -> bool:
+        """Whether a fraction, rounded up to pages, covers every sequence of the length that it has. On a GPU, where a
+        step may be captured, it must not depend on lengths: there only the width of the table counts."""
+        if not self.config.is_fraction or device.type == "cuda":
+            return False
+        return self.pages_to_read() == self.table.total_pages
+
     def accept(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -93,7 +102,7 @@ class PageStore:
         Args:
             length: columns this layer holds already.
             key, value: `[b, hkv, t, d]`.
-            visible: `[b, >= length + t]` bool, which columns are no padding; None: the new ones are not.
+            visible: `[b, n]` bool for the first n columns, False for padding; later ones, or None: no padding.
             scored: whether the layer needs digests.
 
         Raises:
@@ -139,7 +148,7 @@ class PageStore:
         Raises:
             CacheFullError: no room. OutOfMemoryError: no memory. In both cases the table is what it was.
         """
-        self._make_room(self.table.batch_size, 1, None)
+        self._advance(self.table.batch_size, 1, None)
         try:
             for pages in self.layers.values():
                 self._ensure(pages)
@@ -166,12 +175,7 @@ class PageStore:
         Raises:
             CacheFullError: no room for copies of pages that are shared; nothing has changed.
         """
-        copies = self.table.crop(num_tokens)
-        with self._whole_or_torn():
-            self._copy(copies)
-            for layer_idx, pages in self.layers.items():
-                no_tokens = pages.kv.new_empty(self.table.batch_size, pages.kv.shape[2], 0, pages.kv.shape[4])
-                self.write(layer_idx, no_tokens, no_tokens, None)
+        self._renew(self.table.crop(num_tokens))
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows (repeats share their pages)."""
@@ -220,13 +224,10 @@ class PageStore:
 
     def _positions(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Position in the pages of the first columns `[b, n]`, and which are no padding (None: all)."""
-        table = self.table
-        columns = torch.arange(num_tokens).expand(table.batch_size, -1)
-        if table.valid is None:
-            return columns.to(device), None
-        real = torch.ones(table.batch_size, num_tokens, dtype=torch.bool)
-        known = table.valid[:, :num_tokens]
-        real[:, : known.shape[1]] = known
+        if self.table.valid is None:
+            columns = torch.arange(num_tokens, device=device)
+            return columns.expand(self.table.batch_size, -1), None
+        real = self.table.columns()[:, :num_tokens]
         return (real.cumsum(1) - 1).clamp_min(0).to(device), real.to(device)
 
     def _ensure(self, pages: LayerPages) -> None:
@@ -234,27 +235,43 @@ class PageStore:
         pages.ensure(max(pool.num_pages, 1), pool.max_pages, self.reserve_pages)
 
     def _make_room(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
-        """Moves the table on by `num_new` columns, after checking the mask against what it said before."""
-        valid = None
-        past = self.table.num_tokens
+        """Moves the table on by `num_new` columns."""
+        valid, hidden = self._told_by(batch_size, num_new, visible)
+        if hidden is not None:
+            self._renew(self.table.hide(hidden, num_new, valid))
+        self._advance(batch_size, num_new, valid)
+
+    def check(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
+        """Raises what `accept` of the first layer would (CacheStateError, CacheFullError), and changes nothing."""
+        valid, hidden = self._told_by(batch_size, num_new, visible)
+        self.table.check_room(batch_size, num_new, valid, hidden)
+
+    def _told_by(self, batch_size: int, num_new: int, visible: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What a mask says of new columns, `[b, num_new]` (None: no padding), and how many last tokens of each row it
+        hides, `[b]` (None: none)."""
+        self.table.check_batch(batch_size)
+        past, valid = self.table.num_tokens, None
         if visible is not None:
-            visible = visible[:, : past + num_new].expand(batch_size, -1).cpu()
-            self._check_past(visible[:, :past])
-            valid = visible[:, past:]
+            visible = visible.expand(batch_size, -1).cpu()
+            visible = F.pad(visible, (0, past + num_new - visible.shape[1]), value=True)  # or cut off
+            visible, valid = visible[:, :past], visible[:, past:]
             valid = None if bool(valid.all()) else valid
+        told = past and (visible is not None or self.table.valid is not None)
+        return valid, hidden_last(self.table.columns(), visible) if told else None
+
+    def _advance(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
         copies = self.table.append(batch_size, num_new, valid)
         self._newest_valid = valid
         with self._whole_or_torn():
             self._copy(copies)
 
-    def _check_past(self, visible: Tensor) -> None:
-        known = self.table.valid
-        head = visible if known is None else visible[:, known.shape[1] :]
-        if not bool(head.all()) or (known is not None and not torch.equal(visible[:, : known.shape[1]], known)):
-            raise CacheStateError(
-                "The attention mask of tokens that are in the cache already has changed; pages hold the tokens that "
-                "were visible when they were appended. Start from a new cache, or unpatch the model for such masks."
-            )
+    def _renew(self, copies: PageCopies) -> None:
+        """Follows a table that was cut: digests of pages that became partly filled are made anew."""
+        with self._whole_or_torn():
+            self._copy(copies)
+            for layer_idx, pages in self.layers.items():
+                no_tokens = pages.kv.new_empty(self.table.batch_size, pages.kv.shape[2], 0, pages.kv.shape[4])
+                self.write(layer_idx, no_tokens, no_tokens, None)
 
     def write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Puts tokens `[b, hkv, t, d]` into the pages that the table has for them; without tokens, only renews the

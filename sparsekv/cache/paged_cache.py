@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from sparsekv.cache.arena import Arena
-from sparsekv.cache.handshake import Mode
-from sparsekv.cache.model_check import check_settings
+from sparsekv.cache.gradients import untracked_copy, untracked_tensors
+from sparsekv.cache.handshake import Mode, warn_fallback
+from sparsekv.cache.model_check import check_digests, check_settings, plain_layers
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import SteppedCache
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
-from sparsekv.policies import POLICIES, Reads
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
 
@@ -31,7 +30,8 @@ class PagedCache(SteppedCache):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
-    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own.
+    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own. Of layers in pages
+    `layers[i].keys`, `.values` and iteration give copies.
 
     >>> from transformers import LlamaConfig
     >>> cache = PagedCache(LlamaConfig(num_hidden_layers=4), budget=512)
@@ -76,13 +76,13 @@ class PagedCache(SteppedCache):
         self.model_config = model_config
         self.stats = stats if stats is not None else DecodeStats()
         self._observers: list[Observer] = []  # the layers refer to this list
-        self._on_fallback = on_fallback or _warn_fallback
+        self._on_fallback = on_fallback or warn_fallback
         self._updated = None
         self._attention: str | None = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
-        self.layers = [
-            self._paged(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
-        ]
+        plain = plain_layers(self.layers)
+        for i in plain:
+            self.layers[i] = self._paged(i, i in self.config.dense_among(plain))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -115,15 +115,25 @@ class PagedCache(SteppedCache):
         self._observers[:] = observers
 
     @property
+    def dense_layers(self) -> frozenset[int]:
+        """The layers that read everything because the setting of that name asks for it."""
+        return self.config.dense_among([layer.layer_idx for layer in self.paged_layers])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all pages, digests and growth slack (of forks: together)."""
         return sum(pages.nbytes for pages in self._store.layers.values())
 
-    def check_room(self, batch_size: int, num_new: int, valid: Tensor | None = None) -> None:
-        """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, and
-        CacheStateError if the batch does not continue this one. `valid [b, num_new]`: which are no padding."""
+    def check_room(self, batch_size: int, num_new: int, visible: Tensor | None = None) -> None:
+        """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, CacheStateError
+        if batch or mask do not continue what is stored. `visible [b, n]`: which columns are no padding; None: all."""
         if not self._store.step_begun:
-            self._store.table.check_room(batch_size, num_new, valid)
+            self._store.check(batch_size, num_new, visible)
+
+    @property
+    def visible(self) -> Tensor:
+        """`[b, n]` bool on the CPU, False for padding: the mask of what is stored."""
+        return self._store.table.columns()
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -144,24 +154,25 @@ class PagedCache(SteppedCache):
                 raise ConfigError(f"A fork keeps the pages, so {field} must stay {getattr(self.config, field)!r}.")
         check_settings(changed, self.model_config)
         self._settle()
-        self._check_digests(changed)
         twin = copy.copy(self)
         twin.config, twin.stats, twin._observers = changed, DecodeStats(), []
+        dense = twin.dense_layers
+        check_digests(changed, dense, {i: bool(pages.summary) for i, pages in self._store.layers.items()})
         twin._store = self._store.fork(changed)
-        twin.layers = [twin._fork_layer(layer) for layer in self.layers]
+        twin.layers = [twin._fork_layer(layer, dense) for layer in self.layers]
         return twin
 
     def to_dynamic(self) -> DynamicCache:
-        """A plain transformers cache with a copy of the same content, for an unpatched model."""
+        """A plain transformers cache with a copy of the same content, for an unpatched model; gradients do not flow
+        back through it."""
         self._settle()
         plain = DynamicCache(config=self.model_config)
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, PagedLayer) and layer.is_paged:
-                plain.layers[i].update(*self._store.dense(i))
-            elif not isinstance(layer, PagedLayer):
-                plain.layers[i] = copy.deepcopy(layer)
-            elif layer.get_seq_length():
-                plain.layers[i].update(layer.keys, layer.values)
+        with torch.no_grad():
+            for i, layer in enumerate(self.layers):
+                if not isinstance(layer, PagedLayer):
+                    plain.layers[i] = untracked_copy(layer)
+                elif layer.get_seq_length():
+                    plain.layers[i].update(*layer.content())
         return plain
 
     # -- operations on whole sequences: once for the pages, then for every layer that has none
@@ -204,11 +215,11 @@ class PagedCache(SteppedCache):
         Raises:
             IndexError: there is no such row, or not so many.
         """
-        self._select(torch.as_tensor(indices), "batch_select_indices", indices)
+        self._select(indices, "batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; the repeats share their pages."""
-        rows = torch.arange(self._store.table.batch_size).repeat_interleave(repeats)
+        rows = np.arange(self._store.table.batch_size).repeat(repeats)
         self._select(rows, "batch_repeat_interleave", repeats)
 
     def reset(self) -> None:
@@ -228,10 +239,18 @@ class PagedCache(SteppedCache):
             f"{len(self._store.layers)} of {len(self.layers)} layers in pages, {self.nbytes / 2**20:.1f} MiB)"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """All on its own but the counters; gradients do not flow back through it."""
+        memo.update(untracked_tensors(self.layers))
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     # -- how
 
-    def _paged(self, layer_idx: int) -> PagedLayer:
-        return PagedLayer(self._store, layer_idx, self.config, self.stats, self._observers, self._on_fallback)
+    def _paged(self, layer_idx: int, is_dense: bool) -> PagedLayer:
+        told = self._observers, self._on_fallback
+        return PagedLayer(self._store, layer_idx, self.config, self.stats, *told, is_dense)
 
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens
@@ -248,35 +267,26 @@ class PagedCache(SteppedCache):
                 "them: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
             )
 
-    def _fork_layer(self, layer: Any) -> Any:
+    def _fork_layer(self, layer: Any, dense: frozenset[int]) -> Any:
         if not isinstance(layer, PagedLayer):
-            return copy.deepcopy(layer)
-        twin = self._paged(layer.layer_idx)
+            return untracked_copy(layer)
+        twin = self._paged(layer.layer_idx, layer.layer_idx in dense)
         # A dense layer grows by concatenation, so the tensors themselves can be shared.
-        twin.keys, twin.values, twin.mode, twin.length = layer.keys, layer.values, layer.mode, layer.length
+        twin._own, twin.mode, twin.length = list(layer._own), layer.mode, layer.length
         twin.is_initialized, twin._tracked_from = layer.is_initialized, layer._tracked_from
         if layer.is_initialized:
             twin.dtype, twin.device = layer.dtype, layer.device
         return twin
 
-    def _check_digests(self, config: SparseConfig) -> None:
-        if POLICIES.get(config.policy).reads is not Reads.DIGESTS:
-            return
-        for layer_idx, pages in self._store.layers.items():
-            if not pages.summary and not config.is_dense_layer(layer_idx):
-                raise ConfigError(
-                    f"policy={config.policy!r} needs digests, and layer {layer_idx} kept none. Make the first cache "
-                    f"with policy={config.policy!r} and the fewest dense_layers, then fork the others from it."
-                )
-
     def _dense_layers(self) -> Iterable[Any]:
         return [x for x in self.layers if not isinstance(x, PagedLayer) or x.mode is Mode.DENSE]
 
-    def _select(self, rows: Tensor, method: str, argument: Any) -> None:
+    def _select(self, rows: Any, method: str, argument: Any) -> None:
         self._settle()
         batch_size = self._store.table.batch_size
         if batch_size:
-            self._store.select(np.arange(batch_size)[rows.flatten().cpu().numpy()])  # indexes as torch would
+            wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+            self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would
         for layer in self._dense_layers():
             getattr(layer, method)(argument)
 
@@ -285,11 +295,3 @@ class PagedCache(SteppedCache):
             if layer.is_paged:
                 # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
                 layer.length = min(layer.length, self._store.table.num_tokens)
-
-
-def _warn_fallback(layer_idx: int, reason: str) -> None:
-    warnings.warn(
-        f"Layer {layer_idx} of this PagedCache runs dense: {reason}, or the model is not patched "
-        "(sparsekv.patch(model) first).",
-        stacklevel=4,
-    )

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from sparsekv.cache.gradients import barrier
+from sparsekv.cache.contents import ReadableLayer
 from sparsekv.cache.handshake import Mode, tagged
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.stats import DecodeStats
@@ -32,7 +31,7 @@ def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     return contextlib.nullcontext()
 
 
-class PagedLayer(DynamicLayer):
+class PagedLayer(ReadableLayer):
     """Full attention over pages: dense for several tokens, by the policy for one.
 
     Args:
@@ -42,6 +41,7 @@ class PagedLayer(DynamicLayer):
         stats: counters to add to.
         observers: called after every decode step of the layer with the step and its slots.
         on_fallback: called with (layer_idx, reason) if the layer turns out to be no plain attention layer.
+        is_dense: whether it reads everything, whatever the policy.
     """
 
     def __init__(
@@ -52,17 +52,14 @@ class PagedLayer(DynamicLayer):
         stats: DecodeStats,
         observers: list[Observer],
         on_fallback: FallbackListener | None = None,
+        is_dense: bool = False,
     ) -> None:
-        super().__init__()
-        self.store, self.layer_idx, self.config = store, layer_idx, config
+        super().__init__(store, layer_idx)
+        self.config = config
         self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
         policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
-        self.policy: Policy = POLICIES.get("all")() if config.is_dense_layer(layer_idx) else policy()
-        self.mode = Mode.NEW
-        self.length = 0  # columns stored, those pending not counted
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self.policy: Policy = POLICIES.get("all")() if is_dense else policy()
         self._is_uncounted = False  # the tokens stored last are not in the counters yet
-        self._tracked_from: float = math.inf  # the first column whose keys or values had a gradient to wait for
 
     # -- transformers' protocol
 
@@ -79,7 +76,7 @@ class PagedLayer(DynamicLayer):
             return keys, values
         if self.length:
             self.store.table.check_batch(key_states.shape[0])
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.lazy_initialization(key_states, value_states)
         self._pending = (key_states, value_states)
         return tagged(key_states, self), tagged(value_states, self)
 
@@ -93,8 +90,7 @@ class PagedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forgets everything; the cache gives the pages back."""
         self.mode, self.length, self._pending, self._tracked_from = Mode.NEW, 0, None, math.inf
-        self.keys = self.values = None
-        self.is_initialized = False
+        self._own, self.is_initialized = [None, None], False
 
     @property
     def is_unanswered(self) -> bool:
@@ -107,11 +103,6 @@ class PagedLayer(DynamicLayer):
 
     # -- what the attention function asks for
 
-    @property
-    def is_paged(self) -> bool:
-        """Whether the handshake has succeeded."""
-        return self.mode is Mode.PAGED
-
     def refuse(self, reason: str) -> None:
         """Makes a layer that is not paged yet a plain dynamic one.
 
@@ -123,10 +114,9 @@ class PagedLayer(DynamicLayer):
             raise CacheStateError(f"Layer {self.layer_idx} cannot go on sparsely: {reason}. Start from a new cache.")
         if self.mode is Mode.DENSE:
             return
-        self.mode = Mode.DENSE
+        self.mode, self.is_initialized = Mode.DENSE, False
         pending, self._pending = self._pending, None
         if pending is not None:
-            self.is_initialized = False
             super().update(*pending)
         if self.on_fallback is not None:
             self.on_fallback(self.layer_idx, reason)
@@ -135,7 +125,8 @@ class PagedLayer(DynamicLayer):
         """Stores the tokens of the last `update` in pages: the handshake, and the append of every step.
 
         Args:
-            visible: `[b, n]` bool, which columns are no padding; None: the new ones are not.
+            visible: `[b, n]` bool for the first n columns, False for padding; later ones, or None: no padding. Of
+                what is stored only the last tokens of a row may have become padding.
 
         Raises:
             CacheStateError: batch or mask do not continue what is stored, or a paged layer's keys and values differ
@@ -182,28 +173,6 @@ class PagedLayer(DynamicLayer):
         (out,) = self._untracked(out, tracked=query.requires_grad)
         return out.unsqueeze(2)
 
-    def with_past(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values `[b, hkv, n, d]` in transformers' order, given the newest, which are stored already."""
-        past = self.length - key.shape[-2]
-        if not past:
-            return key, value
-        past_keys, past_values = self._untracked(*self.store.dense(self.layer_idx, past), before=past)
-        return torch.cat([past_keys, key], dim=-2), torch.cat([past_values, value], dim=-2)
-
-    @property
-    def valid(self) -> Tensor | None:
-        """`[b, n]` bool for the first n columns, False for padding; None: no padding. Later columns are valid."""
-        return self.store.table.valid
-
-    def row_length(self, row: int) -> int:
-        """Tokens of one sequence, padding not counted."""
-        return int(self.store.table.lengths[row])
-
-    def sequence(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
-        keys, values = self._untracked(*self.store.sequence(self.layer_idx, row))
-        return keys, values
-
     def record_pass(self) -> None:
         """Counts a dense forward of several tokens, once for all modules that share the layer."""
         if self._is_uncounted:
@@ -242,12 +211,6 @@ class PagedLayer(DynamicLayer):
         self.length += key.shape[-2]
         self._is_uncounted = True
 
-    def _untracked(self, *tensors: Tensor, tracked: bool = False, before: float = math.inf) -> tuple[Tensor, ...]:
-        """The same tensors, which the pages gave; a gradient that a token before some column waits for cannot reach
-        it, and to ask for it is an error. `tracked`: whether something else waits for one."""
-        is_lost = torch.is_grad_enabled() and (tracked or self._tracked_from < min(self.length, before))
-        return barrier(*tensors) if is_lost else tensors
-
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
         return DecodeStep(
@@ -262,6 +225,7 @@ class PagedLayer(DynamicLayer):
             scaling=scaling,
             config=self.config,
             ops=self.store.ops,
+            is_covered=self.store.is_covered(pages.kv.device),
             key=None if new is None else new[0],
             value=None if new is None else new[1],
         )
@@ -297,4 +261,4 @@ class PagedLayer(DynamicLayer):
         if self.mode is Mode.NEW:
             self.refuse("its keys or values are transformed between the cache and the attention function")
         else:
-            self.commit(None)
+            self.commit(self.store.table.columns())  # nothing is known of a mask

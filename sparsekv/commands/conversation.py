@@ -188,4 +188,4 @@ class Conversation:
         return ids
 
     def _tensor(self, ids: list[int]) -> Tensor:
-        return torch.tensor([ids], device=self._model.device)
+        return torch.tensor([ids], dtype=torch.int64, device=self._model.device)

@@ -190,4 +190,5 @@ def _turns(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _numbers(like: Tensor, *shape: int) -> Tensor:
     """From -1 to 1, in the dtype of a parameter."""
-    return torch.arange(torch.Size(shape).numel(), device=like.device).mul(0.7).sin().view(shape).to(like.dtype)
+    numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device=like.device)
+    return numbers.mul(0.7).sin().view(shape).to(like.dtype)

@@ -16,7 +16,7 @@ from sparsekv.cache import PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.hf import prefill
-from sparsekv.hf.attention import original_implementation
+from sparsekv.hf.attention import original_implementation, visible_columns
 from sparsekv.hf.captured import CapturedDecoder, Run
 
 AHEAD = 8192  # new tokens of a sequence that memory is reserved for before the first: a captured step need not move
@@ -206,11 +206,19 @@ def _inputs(arguments: dict[str, Any]) -> Tensor | None:
 
 
 def _check_input(module: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """Before the first layer writes anything: there must be room, and nobody may expect gradients."""
+    """Before the first layer takes anything: there must be room, and nobody may expect gradients."""
     if module.training:
         raise CacheStateError("A PagedCache carries no gradients: call model.eval(), or train without a cache.")
     inputs, mask = _inputs(arguments), arguments.get("attention_mask")
     if inputs is not None:
-        batch_size, num_new = inputs.shape[:2]
-        valid = mask[:, -num_new:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        arguments["past_key_values"].check_room(batch_size, num_new, valid)
+        cache, (batch_size, num_new) = arguments["past_key_values"], inputs.shape[:2]
+        cache.check_room(batch_size, num_new, _visible(mask, cache, num_new))
+
+
+def _visible(mask: Any, cache: PagedCache, num_new: int) -> Tensor | None:
+    """Which columns a forward's mask shows, `[b, n]` bool; None: all. Where it does not say, as before."""
+    if mask is None:
+        return None
+    visible = visible_columns(mask) if isinstance(mask, Tensor) else None
+    is_whole = visible is not None and visible.shape[1] == cache.get_seq_length() + num_new
+    return visible if is_whole else cache.visible

@@ -8,7 +8,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sparsekv.cache import check_settings
+from sparsekv.cache import check_settings, plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
 from sparsekv.hf import attention
@@ -30,6 +30,7 @@ class LayerStatus:
     is_sparse: bool
     reason: str
     is_paged: bool = True
+    is_asked_for: bool = False  # by `dense_layers`
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -66,7 +67,8 @@ def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
     check_settings(config, model.config)
     layers = DynamicCache(config=text_config(model)).layers
-    return [_status(i, layer, config) for i, layer in enumerate(layers)]
+    dense = config.dense_among(plain_layers(layers))
+    return [_status(i, layer, config, i in dense) for i, layer in enumerate(layers)]
 
 
 def _reason_to_refuse(model: PreTrainedModel) -> str | None:
@@ -102,13 +104,13 @@ def _reason_in_layers(config: Any) -> str | None:
     return f"it has no plain full-attention layer (its cache consists of {', '.join(kinds) or 'nothing'})"
 
 
-def _status(layer_idx: int, layer: Any, config: SparseConfig) -> LayerStatus:
+def _status(layer_idx: int, layer: Any, config: SparseConfig, is_dense: bool) -> LayerStatus:
     if type(layer) is not DynamicLayer:
         window = getattr(layer, "sliding_window", None)
         reason = f"sliding window of {window}" if window else f"transformers' {type(layer).__name__}"
         return LayerStatus(layer_idx, False, reason, is_paged=False)
-    if config.is_dense_layer(layer_idx):
-        return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages")
+    if is_dense:
+        return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages", is_asked_for=True)
     if config.policy == "all":
         return LayerStatus(layer_idx, False, "policy 'all', in pages")
     by_digests = POLICIES.get(config.policy).reads is Reads.DIGESTS

@@ -225,18 +225,19 @@ def attend_pages(
 
     Returns:
         output `[b, hq, d]` in the query's dtype and log-sum-exp `[b, hq]` float32 (natural log; the sink is in it).
+        For float64 queries all is computed, and the log-sum-exp given, in float64.
     """
-    num_kv_heads = kv_pool.shape[2]
+    num_kv_heads, wide = kv_pool.shape[2], torch.promote_types(query.dtype, torch.float32)
     if slots is None:
         every = torch.arange(block_table.shape[1], dtype=torch.int32, device=query.device)
         slots = every.expand(query.shape[0], num_kv_heads, -1)
-    grouped = rearrange(query.float(), "b (h g) d -> b h g d", h=num_kv_heads)
+    grouped = rearrange(query.to(wide), "b (h g) d -> b h g d", h=num_kv_heads)
     chunk = max(1, CHUNK_ELEMENTS // (slots.shape[0] * kv_pool[0, 0].numel()))
     parts = [
-        _attend_chunk(grouped, *_gather_pages(kv_pool, block_table, seq_lens, some), scaling, softcap)
+        _attend_chunk(grouped, *_gather_pages(kv_pool, block_table, seq_lens, some, wide), scaling, softcap)
         for some in slots.split(chunk, dim=-1)
     ]
-    sink = None if sinks is None else rearrange(sinks.float(), "(h g) -> h g", h=num_kv_heads)
+    sink = None if sinks is None else rearrange(sinks.to(wide), "(h g) -> h g", h=num_kv_heads)
     out, lse = _merge(parts, sink)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1)
 
@@ -270,9 +271,9 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None) 
 
 
 def _gather_pages(
-    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor
+    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the listed pages `[b, hkv, k * p, d]` float32 and which tokens of them exist."""
+    """Keys and values of the listed pages `[b, hkv, k * p, d]` in a dtype, and which tokens of them exist."""
     num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
     heads = torch.arange(num_kv_heads, device=slots.device)[None, :, None]
     table = block_table[:, None].expand(-1, num_kv_heads, -1)
@@ -280,8 +281,8 @@ def _gather_pages(
     position = slots[..., None] * page_size + torch.arange(page_size, device=slots.device)
     valid = ((slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])).flatten(2)
     key_rows = pages * (2 * num_kv_heads) + heads  # a row: one head's keys, or values, of one page
-    keys = _take_rows(kv_pool.flatten(0, 2), key_rows).flatten(2, 3).float()
-    values = _take_rows(kv_pool.flatten(0, 2), key_rows + num_kv_heads).flatten(2, 3).float()
+    keys = _take_rows(kv_pool.flatten(0, 2), key_rows).flatten(2, 3).to(dtype)
+    values = _take_rows(kv_pool.flatten(0, 2), key_rows + num_kv_heads).flatten(2, 3).to(dtype)
     if valid.is_cuda or not valid.all():
         # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
         values.masked_fill_(~valid[..., None], 0.0)  # in place: it is the copy just taken

@@ -60,7 +60,8 @@ def _fake_select_pages(scores: Tensor, seq_lens: Tensor, page_size: int, k: int,
 
 
 def _fake_attend_pages(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=wide)
 
 
 def _fake_sparse_decode(

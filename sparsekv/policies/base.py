@@ -46,6 +46,7 @@ class DecodeStep:
         scaling: the attention's factor on dot products.
         config: the settings in force.
         ops: the namespace of the ops.
+        is_covered: whether the budget of every sequence covers all its pages, as far as the host knows lengths.
         key, value: `[b, hkv, 1, d]` of the new token, in the pool's dtype, while it is not in its page; None: it is.
     """
 
@@ -60,13 +61,14 @@ class DecodeStep:
     scaling: float
     config: SparseConfig
     ops: Any
+    is_covered: bool = False
     key: Tensor | None = None
     value: Tensor | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether every page may be read, however long the sequences are within the table: nothing is chosen."""
-        return self.config.covers(self.block_table.shape[1])
+        """Whether every page may be read, and nothing is chosen: of these sequences, or of any within the table."""
+        return self.is_covered or self.config.covers(self.block_table.shape[1])
 
     def append(self) -> None:
         """Puts the new token into its page, if it is not there yet. Before anything else is read."""
@@ -105,7 +107,7 @@ class DecodeStep:
         """
         config = self.config
         slots: Tensor = self.ops.select_pages(
-            scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent, self._limits()
+            scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent_tokens, self._limits()
         )
         return slots
 
@@ -143,9 +145,9 @@ class DecodeStep:
             None if self.fits else self._limits(),
             config.digest,
             config.group_pooling,
-            self.k,
+            self.block_table.shape[1] if self.fits else self.k,
             config.sinks,
-            config.recent,
+            config.recent_tokens,
             self.scaling,
             softcap,
             sinks,

@@ -55,7 +55,7 @@ class CachePair:
         model_config = tiny_config(num_layers, hq, hkv, d)
         self.paged = PagedCache(model_config, **settings)
         self.plain = DynamicCache(config=model_config)
-        self.mask = torch.ones(0, 0, dtype=torch.bool)
+        self.mask = torch.ones(0, 0, dtype=torch.bool, device="cpu")
         self.queries: list[Tensor] = []
 
     # -- what a model does
@@ -69,16 +69,19 @@ class CachePair:
             up_to: the first so many layers only, as if the pass were interrupted.
         """
         b = len(self.mask) or batch
-        past = self.mask if len(self.mask) else torch.ones(b, 0, dtype=torch.bool)
-        mask = torch.cat([past, torch.ones(b, t, dtype=torch.bool) if valid is None else valid], dim=1)
+        past = self.mask if len(self.mask) else self.mask.new_ones(b, 0)
+        mask = torch.cat([past, self.mask.new_ones(b, t) if valid is None else valid], dim=1)
         layers = range(len(self.paged.layers))[:up_to]
-        self.queries = [torch.randn(b, self.hq, t, self.d).to(self.dtype) for _ in layers]
+        self.queries = [self._random(b, self.hq, t, self.d) for _ in layers]
         attended = [self._attend(i, t, mask) for i in layers]
         self.mask = mask
         return [out for out in attended if out is not None]
 
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float32, device="cpu").to(self.dtype)
+
     def _attend(self, layer_idx: int, t: int, mask: Tensor) -> Tensor | None:
-        key, value = torch.randn(2, len(mask), self.hkv, t, self.d).to(self.dtype)
+        key, value = self._random(2, len(mask), self.hkv, t, self.d)
         keys, values = self.paged.update(key, value, layer_idx)
         layer = tagged_layer(keys, values)
         assert layer is self.paged.layers[layer_idx]
@@ -148,7 +151,8 @@ class CachePair:
         for i, layer in enumerate(self.paged.layers):
             assert isinstance(layer, PagedLayer)
             assert layer.is_paged
-            for stored, expected in zip(self.paged._store.dense(i), self.held(i), strict=True):
+            for stored, expected in zip((layer.keys, layer.values), self.held(i), strict=True):
+                assert stored is not None
                 assert torch.equal(stored, expected)
 
     def attention(self, layer_idx: int, slots: Tensor | None = None) -> Tensor:

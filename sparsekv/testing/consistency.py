@@ -38,7 +38,8 @@ def assert_digests_fresh(store: PageStore) -> None:
             pages = torch.from_numpy(store.table.pages_of(row).copy()).long()
             if not len(pages):
                 continue
-            valid = (torch.arange(len(pages) * page_size) < int(store.table.lengths[row])).view(-1, page_size)
+            positions = torch.arange(len(pages) * page_size, device="cpu").view(-1, page_size)
+            valid = positions < int(store.table.lengths[row])
             fresh = store.digest.summarize(layer.kv[pages, 0], valid.to(layer.kv.device), layer.state)
             for stored, computed in zip(layer.summary, fresh, strict=True):
                 expected = computed.to(stored.dtype)

@@ -28,7 +28,7 @@ def page_bounds(query: Tensor, pages: Pages) -> Tensor:
     """The min/max bound of every query head and page, `[b, hq, max_pages]` float64; -inf past a sequence's end."""
     b, hq, d = query.shape
     group = hq // pages.kv_pool.shape[2]
-    bounds = torch.full((b, hq, pages.block_table.shape[1]), -math.inf, dtype=torch.float64)
+    bounds = torch.full((b, hq, pages.block_table.shape[1]), -math.inf, dtype=torch.float64, device="cpu")
     for row, slot, count in pages.used():
         keys = pages.kv_pool[int(pages.block_table[row, slot]), 0, :, :count].double().cpu()  # [hkv, count, d]
         for head in range(hq):
@@ -42,7 +42,7 @@ def best_products(query: Tensor, pages: Pages) -> Tensor:
     """The largest dot product of every query head in every page, `[b, hq, max_pages]` float64."""
     b, hq, _ = query.shape
     group = hq // pages.kv_pool.shape[2]
-    best = torch.full((b, hq, pages.block_table.shape[1]), -math.inf, dtype=torch.float64)
+    best = torch.full((b, hq, pages.block_table.shape[1]), -math.inf, dtype=torch.float64, device="cpu")
     for row, slot, count in pages.used():
         keys = pages.kv_pool[int(pages.block_table[row, slot]), 0].double().cpu()  # [hkv, p, d]
         for head in range(hq):
@@ -55,7 +55,7 @@ def pool_group(scores: Tensor, num_kv_heads: int, group_pooling: str, scaling: f
     """Scores per query head `[b, hq, pages]` -> per kv head `[b, hkv, pages]`; -inf where the page does not exist."""
     b, hq, num_slots = scores.shape
     group = hq // num_kv_heads
-    pooled = torch.full((b, num_kv_heads, num_slots), -math.inf, dtype=torch.float64)
+    pooled = torch.full((b, num_kv_heads, num_slots), -math.inf, dtype=torch.float64, device="cpu")
     for row in range(b):
         for head in range(num_kv_heads):
             heads = scores[row, head * group : (head + 1) * group].double()
@@ -86,7 +86,7 @@ def select_pages(
 ) -> Tensor:
     """The forced pages and then the best, by sorting tuples: `[b, hkv, k]` int32, ascending, padded with -1."""
     b, num_kv_heads, num_slots = scores.shape
-    slots = torch.full((b, num_kv_heads, k), -1, dtype=torch.int32)
+    slots = torch.full((b, num_kv_heads, k), -1, dtype=torch.int32, device="cpu")
     for row in range(b):
         length = int(seq_lens[row])
         exists = range(min(num_slots, -(-length // page_size)))
@@ -98,7 +98,7 @@ def select_pages(
             best_first = sorted(exists, key=rank.__getitem__)
             most = k if limits is None else min(k, int(limits[row]))
             chosen = sorted(best_first[:most])
-            slots[row, head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+            slots[row, head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32, device="cpu")
     return slots
 
 
@@ -113,8 +113,8 @@ def attend_pages(
     """Attention token by token: output `[b, hq, d]` and log-sum-exp `[b, hq]`, both float64."""
     b, hq, d = query.shape
     group = hq // pages.kv_pool.shape[2]
-    out = torch.zeros(b, hq, d, dtype=torch.float64)
-    lse = torch.full((b, hq), -math.inf, dtype=torch.float64)
+    out = torch.zeros(b, hq, d, dtype=torch.float64, device="cpu")
+    lse = torch.full((b, hq), -math.inf, dtype=torch.float64, device="cpu")
     for row in range(b):
         keys, values = (x.double().cpu() for x in pages.tokens(row))
         for head in range(hq):
@@ -123,7 +123,7 @@ def attend_pages(
             logits = [capped(float(q @ keys[i, head // group]) * scaling, softcap) for i in positions]
             sink = [] if sinks is None else [float(sinks[head])]
             if logits or sink:
-                lse[row, head] = torch.tensor(logits + sink, dtype=torch.float64).logsumexp(0)
+                lse[row, head] = torch.tensor(logits + sink, dtype=torch.float64, device="cpu").logsumexp(0)
             for i, logit in zip(positions, logits, strict=True):
                 out[row, head] += math.exp(logit - float(lse[row, head])) * values[i, head // group]
     return out, lse

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,13 +81,15 @@ def random_pages(
     Args:
         spare: pages of the pool, and columns of the table, that no sequence uses.
     """
-    there: Any = {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
+    generator = torch.Generator(device).manual_seed(seed)
     counts = [-(-n // page_size) for n in lengths]
-    ids = torch.randperm(sum(counts) + spare, **there)
+    ids = torch.randperm(sum(counts) + spare, dtype=torch.int64, device=device, generator=generator)
     used = ids[: sum(counts)] if sum(counts) else ids[:1]
-    block_table = used[torch.randint(len(used), (len(lengths), max(counts, default=0) + spare), **there)]
+    places = (len(lengths), max(counts, default=0) + spare)
+    block_table = used[torch.randint(len(used), places, dtype=torch.int64, device=device, generator=generator)]
     kv_pool = torch.full((len(ids), 2, num_kv_heads, page_size, head_dim), NAN, dtype=dtype, device=device)
-    tokens = torch.randn(sum(lengths), 2, num_kv_heads, head_dim, **there).to(dtype)
+    shape = (sum(lengths), 2, num_kv_heads, head_dim)
+    tokens = torch.randn(shape, dtype=torch.float32, device=device, generator=generator).to(dtype)
     for row, new in enumerate(tokens.split(list(lengths))):
         own, position = ids[sum(counts[:row]) :][: counts[row]], torch.arange(len(new), device=device)
         block_table[row, : len(own)] = own

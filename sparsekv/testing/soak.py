@@ -81,11 +81,13 @@ def check_append(case: Case, device: torch.device) -> None:
     columns = case.num_new + (case.num_new // 2 if case.padded else 0)
     valid = None
     if case.padded:
-        places = torch.rand(len(case.lengths), columns, device=device, generator=generator).argsort(1)
+        places = torch.rand(
+            len(case.lengths), columns, dtype=torch.float32, device=device, generator=generator
+        ).argsort(1)
         valid = places < case.num_new
     pages = case.pages([n + case.num_new for n in case.lengths], device)
     shape = (2, len(case.lengths), case.num_kv_heads, columns, case.head_dim)
-    key, value = torch.randn(shape, device=device, generator=generator).to(case.dtype)
+    key, value = _normal(shape, generator).to(case.dtype)
     state, written = _state(case, pages), []
     for op in (OPS.append_kv, reference.append_kv):
         pool, summary = pages.kv_pool.clone(), _summary_before(case.num_new, case, pages, state)
@@ -105,6 +107,10 @@ def _summary_before(num_new: int, case: Case, pages: Pages, state: Sequence[Tens
     return fresh_summary(case.digest, replace(pages, seq_lens=pages.seq_lens - num_new), state)
 
 
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32, device=generator.device, generator=generator)
+
+
 class Inputs:
     """What the ops of a decode step are handed."""
 
@@ -114,9 +120,9 @@ class Inputs:
         self.state = _state(case, self.pages)
         self.summary = fresh_summary(case.digest, self.pages, self.state)
         shape = (len(case.lengths), case.num_kv_heads * case.group, case.head_dim)
-        self.query = torch.randn(shape, device=device, generator=generator).to(case.dtype)
-        self.sinks = torch.randn(shape[1], device=device, generator=generator) if case.with_sinks else None
-        most = torch.randint(case.k + 1, shape[:1], device=device, generator=generator)
+        self.query = _normal(shape, generator).to(case.dtype)
+        self.sinks = _normal(shape[1:2], generator) if case.with_sinks else None
+        most = torch.randint(case.k + 1, shape[:1], dtype=torch.int64, device=device, generator=generator)
         self.limits = most.int() if case.with_limits else None
         self.where = (self.pages.block_table, self.pages.seq_lens)
         self.scaling = case.head_dim**-0.5

@@ -76,10 +76,19 @@ def test_a_short_sequence_reads_a_fraction_of_its_own_pages() -> None:
     assert (cache.stats.sparse_steps, cache.stats.dense_steps) == (1, 0)
 
 
-@pytest.mark.parametrize(("budget", "is_sparse"), [(1.0, False), (0.99, True)])
-def test_all_of_the_context_is_nothing_to_choose(budget: float, is_sparse: bool) -> None:
-    _, _, cache = decoded([0], 512, policy="top_k", budget=budget, page_size=16)
+@pytest.mark.parametrize(("budget", "is_sparse"), [(1.0, False), (0.99, False), (0.89, False), (0.87, True)])
+@pytest.mark.parametrize("width", [None, 512])
+def test_all_of_the_context_is_nothing_to_choose(budget: float, is_sparse: bool, width: int | None) -> None:
+    """Rounded up to pages, 0.88 of 91 tokens are all six: no digest is read."""
+    _, _, cache = decoded([0], width, policy="top_k", budget=budget, page_size=16)
     assert (cache.stats.sparse_steps, cache.stats.dense_steps) == ((1, 0) if is_sparse else (0, 1))
+    assert is_sparse or cache.stats.bytes_read == cache.stats.bytes_total
+
+
+def test_digests_are_read_if_one_row_has_something_to_choose() -> None:
+    _, read, cache = decoded([0, 3], policy="top_k", budget=0.87, page_size=16)
+    assert read == [5, 1]
+    assert cache.stats.sparse_steps == 1
 
 
 def test_pages_that_are_always_read_are_nothing_to_choose() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from sparsekv.cache import PagedCache, PagedLayer
 from sparsekv.errors import CacheStateError
@@ -131,6 +134,35 @@ def test_a_reset_cache_has_forgotten() -> None:
     cache.reset()
     forward(cache, 9, needs_grad=False)
     assert not forward(cache, 1, needs_grad=False).requires_grad
+
+
+def _with_other_layers() -> PagedCache:
+    """Linear, sliding, in pages, and fallen back, each filled outside of `no_grad`."""
+    config = tiny_config(num_layers=4)
+    config.layer_types = ["linear_attention", "sliding_attention", "full_attention", "full_attention"]
+    config.sliding_window = 8
+    cache = PagedCache(config, on_fallback=lambda layer, why: None, **SMALL)
+    cache.update_conv_state(torch.ones(1, 8, 4, requires_grad=True) * 2, 0)
+    for i in (1, 2, 3):
+        cache.update(states(5) * 1, states(5) * 1, i)
+    cache.layers[2].commit(None)
+    cache.layers[3].refuse("a test")
+    return cache
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, PagedCache.fork, PagedCache.to_dynamic])
+def test_copies_of_layers_that_wait_for_gradients(copied: Callable[[PagedCache], DynamicCache]) -> None:
+    """Layers that are transformers' own hold tensors with a history, which cannot be copied as they are."""
+    cache = _with_other_layers()
+    twin = copied(cache)
+    assert torch.equal(twin.layers[0].conv_states[0], cache.layers[0].conv_states[0])
+    assert not twin.layers[0].conv_states[0].requires_grad
+    twin.layers[0].conv_states[0].zero_()
+    assert cache.layers[0].conv_states[0].any()
+    for i in (1, 2, 3):
+        assert torch.equal(twin.layers[i].keys, cache.layers[i].keys)
+    assert cache.layers[1].keys.requires_grad
+    assert not twin.layers[1].keys.requires_grad
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 import sparsekv
 from sparsekv.cache import PagedCache
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.policies.all_pages import AllPages
 from sparsekv.testing.cache_pair import tiny_config
 
 
@@ -21,6 +22,18 @@ def test_dense_layers_that_do_not_exist(dense_layers: tuple[int, ...], missing: 
 @pytest.mark.parametrize("dense_layers", [0, 4, 99, (), (3,), (0, 1, 2, 3)])
 def test_dense_layers_that_exist(dense_layers: int | tuple[int, ...]) -> None:
     PagedCache(tiny_config(num_layers=4), dense_layers=dense_layers)
+
+
+def test_dense_layers_are_counted_among_those_that_can_be_sparse() -> None:
+    """Those that are transformers' own, as first layers with a window often are, do not count."""
+    config = tiny_config(num_layers=5)
+    config.layer_types = ["sliding_attention", "full_attention", "sliding_attention", *["full_attention"] * 2]
+    config.sliding_window = 8
+    cache = PagedCache(config, dense_layers=2)
+    forks = cache.fork(dense_layers=1), cache.fork(dense_layers=(0, 4))
+    for each, dense in zip((cache, *forks), ({1, 3}, {1}, {4}), strict=True):
+        assert each.dense_layers == dense
+        assert {layer.layer_idx for layer in each.paged_layers if isinstance(layer.policy, AllPages)} == dense
 
 
 def test_a_digest_that_cannot_be_kept_of_such_heads() -> None:

@@ -45,9 +45,13 @@ class Modelled:
     def length(self) -> int:
         return len(self.rows[0]) if self.rows else 0
 
-    def append(self, new: Rows) -> None:
-        """Every layer gets the tokens; padding among them is NaN. The rows change only if the store takes them."""
+    def append(self, new: Rows, ended: list[int] | None = None) -> None:
+        """Every layer gets the tokens; padding among them is NaN. The rows change only if the store takes them.
+
+        `ended`: the mask hides so many columns at the end of each row, whatever they are, that it has shown before.
+        """
         past = self.rows or [[] for _ in new]
+        past = [row[: len(row) - n] + [None] * n for row, n in zip(past, ended or [0] * len(past), strict=True)]
         after = [old + added for old, added in zip(past, new, strict=True)]
         visible = torch.tensor([[number is not None for number in row] for row in after])
         length = self.length
@@ -101,14 +105,17 @@ class Forks(RuleBasedStateMachine):
             self.next_number += len(row)
         return rows
 
-    @rule(data=st.data(), t=st.integers(1, 9), padded=st.booleans())
-    def append(self, data: st.DataObject, t: int, padded: bool) -> None:
-        """A prompt, a chunk or one token, with or without padding; a refusal leaves everything as it was."""
+    @rule(data=st.data(), t=st.integers(1, 9), padded=st.booleans(), some_ended=st.booleans())
+    def append(self, data: st.DataObject, t: int, padded: bool, some_ended: bool) -> None:
+        """A prompt, a chunk or one token, with or without padding, also after rows that ended early; a refusal
+        leaves everything as it was."""
         one = self.pick(data)
         b = len(one.rows) or data.draw(st.integers(1, 3), label="batch")
         real = st.booleans() if padded else st.just(True)
         mask = data.draw(st.lists(st.lists(real, min_size=t, max_size=t), min_size=b, max_size=b), label="mask")
-        self.unless_full(lambda: one.append(self.numbered(mask)))
+        counts = st.lists(st.integers(0, one.length), min_size=b, max_size=b)
+        ended = data.draw(counts, label="ended") if some_ended else None
+        self.unless_full(lambda: one.append(self.numbered(mask), ended))
 
     @rule(data=st.data(), count=st.integers(1, 12))
     def crop(self, data: st.DataObject, count: int) -> None:
@@ -212,6 +219,20 @@ def test_a_crop_into_a_shared_page_leaves_the_others_digest_alone() -> None:
     two.check()
     assert_consistent(one.store, two.store)
     assert two.store.table.pages_of(0).tolist() == [0, 2]
+
+
+def test_rows_that_ended_early_give_their_last_tokens_back() -> None:
+    """A fork keeps them, and nothing is lost where there is no room for what comes next."""
+    one = modelled(["xxxxxxxx", ".xxxxxxx"], max_tokens=24)
+    two = one.fork()
+    with pytest.raises(CacheFullError):  # the page that is cut is the fork's, too
+        one.append(numbers(["xxxxx", "xxxxx"], start=100), ended=[0, 3])
+    two.check()
+    one.append(numbers(["....", "xxxx"], start=100), ended=[0, 3])
+    for each in (one, two):
+        each.check()
+    assert one.store.table.lengths.tolist() == [8, 8]
+    assert_consistent(one.store, two.store)
 
 
 def test_dropping_a_fork_frees_its_pages() -> None:

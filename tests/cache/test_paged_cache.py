@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import DynamicCache
 
 from sparsekv.cache import PagedCache
-from sparsekv.errors import ConfigError
+from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.testing.cache_pair import CachePair, tiny_config
 
 SMALL = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}
@@ -203,6 +204,55 @@ def test_to_dynamic(padded: bool) -> None:
     plain.update(*torch.randn(2, 3, 2, 1, 8), 0)
     pair.check()
     assert CachePair(**SMALL).paged.to_dynamic().get_seq_length() == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_in_it_can_be_read(padded: bool) -> None:
+    """By iteration too, as code that shares a prefix does; tokens that no attention has asked for yet included."""
+    pair = prefilled(valid=left_padded(11, 6, 2) if padded else None)
+    assert pair.paged.layers[0].keys.data_ptr() != pair.paged.layers[0].keys.data_ptr()  # copies
+    key, value = torch.randn(2, 3, 2, 1, 8)
+    pair.paged.update(key, value, 0)
+    plain = DynamicCache([(keys, values) for keys, values, *_ in pair.paged])
+    for i, layer in enumerate(plain.layers):
+        for copied, expected, new in zip((layer.keys, layer.values), pair.held(i), (key, value), strict=True):
+            assert torch.equal(copied, torch.cat([expected, new], dim=2) if i == 0 else expected)
+
+
+def test_an_empty_cache_holds_nothing() -> None:
+    pair = CachePair(**SMALL)
+    assert [(keys, values) for keys, values, *_ in pair.paged] == [(None, None)] * 2
+    pair.forward(5)
+    pair.paged.crop(-5)
+    assert pair.paged.layers[1].keys.shape == (1, 2, 0, 8)
+    pair.paged.reset()
+    assert pair.paged.layers[1].keys is None
+
+
+EDITS = {
+    "keys": lambda layer: setattr(layer, "keys", torch.zeros(3, 2, 5, 8)),
+    "values": lambda layer: setattr(layer, "values", None),
+    "offload": lambda layer: layer.offload(),
+    "crop": lambda layer: layer.crop(-1),
+    "reorder_cache": lambda layer: layer.reorder_cache(torch.tensor([0, 0, 0])),
+    "batch_select_indices": lambda layer: layer.batch_select_indices([0]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_layer_in_pages_is_not_edited_by_itself(edit: str) -> None:
+    pair = prefilled()
+    with pytest.raises(CacheStateError, match=r"Layer 1 of this cache keeps its tokens in pages: .*to_dynamic\(\)"):
+        EDITS[edit](pair.paged.layers[1])
+    pair.check()
+
+
+def test_nothing_is_lost_by_an_edit_before_the_first_token() -> None:
+    """It is an error there, too: the layer would not look at it. transformers' early initialization is none."""
+    cache = PagedCache(tiny_config(), **SMALL)
+    cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+    with pytest.raises(CacheStateError, match="Layer 0 of this cache keeps its tokens in pages"):
+        cache.layers[0].keys = torch.zeros(1, 2, 5, 8)
 
 
 def test_layers_report_their_lengths() -> None:

@@ -58,7 +58,7 @@ def test_a_cache_without_rows_takes_none() -> None:
 
 
 @pytest.mark.parametrize("t", [1, 4])
-@pytest.mark.parametrize("edited", [(0, 0), (1, 5), (2, 10)])
+@pytest.mark.parametrize("edited", [(0, 0), (1, 5), (1, 1), (2, 9)])
 def test_an_edited_mask(t: int, edited: tuple[int, int]) -> None:
     """Pages hold what was visible; a mask that changes its mind about it cannot be served, and leaves no trace."""
     valid = torch.arange(11) >= torch.tensor([[0], [2], [9]])
@@ -71,6 +71,22 @@ def test_an_edited_mask(t: int, edited: tuple[int, int]) -> None:
         layer.commit(mask)
     pair.check()
     pair.forward(t)  # goes on as if it had not been asked
+    pair.check()
+
+
+@pytest.mark.parametrize("t", [1, 4])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 11, dtype=torch.bool)])
+def test_a_mask_that_is_left_out_later(t: int, mask: Tensor | None) -> None:
+    """Nothing is hidden then, and pages do not hold what was. After the rows with padding are gone it may be."""
+    pair = prefilled(valid=torch.arange(11) >= torch.tensor([[0], [2], [9]]))
+    layer = pair.paged.layers[0]
+    layer.update(*kv(3, t))
+    for refuses in (layer.commit, lambda mask: pair.paged.check_room(3, t, mask)):
+        with pytest.raises(CacheStateError, match="has changed"):
+            refuses(mask)
+    pair.check()
+    pair.select([0])
+    pair.forward(t)
     pair.check()
 
 

@@ -138,6 +138,20 @@ def padded_second_turn(model, prompt):
     return [first.sequences, second.sequences, *second.logits]
 
 
+@mode(steps=2 * (NEW - 1), passes=2)
+def second_turn_after_a_row_ended_early(model, prompt):
+    """What generate wrote behind a row's end is padding to the next turn."""
+    first = run(model, prompt(40, 33))
+    answered = torch.arange(NEW) < torch.tensor([[NEW], [3]])
+    more = prompt(6, 6)
+    inputs = {
+        "input_ids": torch.cat([first.sequences, more["input_ids"]], dim=1),
+        "attention_mask": torch.cat([prompt(40, 33)["attention_mask"], answered, more["attention_mask"]], dim=1),
+    }
+    second = run(model, inputs, past_key_values=first.past_key_values)
+    return [second.sequences, *second.logits]
+
+
 @mode(steps=3 * (NEW - 1) + 2, passes=1)
 def turns_of_one_token(model, prompt):
     """The last token of an answer and nothing else: the next turn begins with a single-token step."""

@@ -238,11 +238,11 @@ def test_settings_that_are_not_allowed_for_this_model(settings, message, tiny, s
 
 def test_the_report_says_what_each_layer_does(tiny, prompt, decode) -> None:
     model = tiny("gemma3_text", num_hidden_layers=6)
-    patch = sparsekv.patch(model, **SMALL | {"dense_layers": 2})
+    patch = sparsekv.patch(model, **SMALL | {"dense_layers": 1})
     assert str(patch).splitlines() == [
         "sparsekv patch of Gemma3ForCausalLM (budget 16 tokens, page_size 4)",
         "  layer 0: dense (sliding window of 8)",
-        "  layer 1: dense (dense_layers=2, in pages)",
+        "  layer 1: dense (dense_layers=1, in pages)",
         "  layer 2: dense (sliding window of 8)",
         "  layer 3: sparse (top_k over minmax digests)",
         "  layer 4: dense (sliding window of 8)",

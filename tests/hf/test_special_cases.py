@@ -191,6 +191,56 @@ def test_bfloat16(settings, tiny, prompt, naive_sparse) -> None:
     assert patch.stats.sparse_steps + patch.stats.dense_steps == NEW
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_tokens_that_a_prompt_hid_stay_hidden(attention, tiny, prompt) -> None:
+    """Of two documents in one prompt pages hold the last. A step that would see both is an error."""
+    model = tiny("llama", attn_implementation=attention)
+    ids = prompt(41)["input_ids"]
+    first = torch.arange(40) < 15
+    packed = (torch.ones(40, 40).tril().bool() & (first[:, None] == first))[None, None]
+    packed = packed if attention == "sdpa" else torch.zeros(packed.shape).masked_fill(~packed, -1e9)
+    last = torch.cat([~first, torch.tensor([True])])[None].long()
+
+    def step(**mask: Tensor) -> Tensor:
+        past = model(ids[:, :40], attention_mask=packed, use_cache=True).past_key_values
+        return model(ids[:, 40:], position_ids=torch.tensor([[40]]), past_key_values=past, **mask).logits
+
+    theirs = step(attention_mask=last)
+    with sparsekv.patch(model, **FULL):
+        assert torch.allclose(step(attention_mask=last), theirs, atol=1e-4)
+        with pytest.raises(CacheStateError, match="has changed"):
+            step()
+
+
+def test_a_refused_mask_leaves_no_trace(tiny, prompt) -> None:
+    """Not in the layers either that are transformers' own and come before those in pages."""
+    model, inputs = tiny("gemma3_text"), prompt(40, 33)
+    token, mask = torch.tensor([[5], [6]]), torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], dim=1)
+
+    def prefilled() -> Any:
+        return model(**inputs, use_cache=True).past_key_values
+
+    theirs = model(token, attention_mask=mask, past_key_values=prefilled()).logits
+    with sparsekv.patch(model, **FULL):
+        past = prefilled()
+        with pytest.raises(CacheStateError, match="has changed"):
+            model(token, past_key_values=past)
+        assert torch.allclose(model(token, attention_mask=mask, past_key_values=past).logits, theirs, atol=1e-4)
+
+
+def test_float64(tiny, prompt) -> None:
+    """All of it; transformers' eager attention takes its softmax in float32."""
+    model = tiny("llama").double()
+    ids = prompt(40 + NEW)["input_ids"]
+    theirs = teacher_forced(model, ids)
+    with sparsekv.patch(model, **FULL) as patch:
+        ours = teacher_forced(model, ids)
+    assert float((ours - theirs).abs().max()) < 1e-10
+    with sparsekv.patch(model, **SMALL) as patch:
+        assert teacher_forced(model, ids).dtype == torch.float64
+    assert patch.stats.sparse_steps == NEW
+
+
 @pytest.mark.parametrize("settings", [FULL, SMALL], ids=["full", "small"])
 def test_autocast(settings, tiny, prompt, naive_sparse) -> None:
     """Keys arrive in float32 (rotated) and values in bfloat16: pages hold both as they are, the ops stay float32."""

@@ -51,6 +51,15 @@ def test_against_float64(dtype: torch.dtype, hkv: int, group: int, d: int, page_
     check(query, pages, None if k is None else random_slots(pages, k), d**-0.5)
 
 
+@pytest.mark.parametrize("k", [None, 2])
+def test_float64_stays_float64(k: int | None) -> None:
+    pages = random_pages(edge_lengths(8), page_size=8, dtype=torch.float64)
+    query, sinks = torch.randn(len(pages.lengths), 4, 16, dtype=torch.float64), torch.randn(4)
+    options = (None if k is None else random_slots(pages, k), 0.3, 3.0, sinks)
+    for ours, exact in zip(attend(query, pages, *options), naive.attend_pages(query, pages, *options), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
