@@ -8,7 +8,7 @@ transforms keys on the way loses them, and the layer stays a plain dynamic one.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -37,3 +37,9 @@ def tagged_layer(key: Tensor, value: Tensor) -> PagedLayer | None:
     """The layer that handed out both tensors, or None."""
     layer: PagedLayer | None = getattr(key, _TAG, None)
     return layer if layer is not None and getattr(value, _TAG, None) is layer else None
+
+
+def attention_of(config: Any) -> tuple[type, str | None]:
+    """The attention that a config names. A patched model's has the same text as its own, and another type."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return type(name), name

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsekv.cache.arena import Arena
-from sparsekv.cache.handshake import Mode
+from sparsekv.cache.handshake import Mode, attention_of
 from sparsekv.cache.model_check import check_settings
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
@@ -78,7 +78,7 @@ class PagedCache(SteppedCache):
         self._observers: list[Observer] = []  # the layers refer to this list
         self._on_fallback = on_fallback or _warn_fallback
         self._updated = None
-        self._attention: str | None = None  # what the model's config named when the first tokens came
+        self._attention: Any = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
         self.layers = [
             self._paged(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
@@ -236,7 +236,7 @@ class PagedCache(SteppedCache):
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens
         alone. A model may be patched after its cache was made, so the first tokens count."""
-        attention = getattr(self.model_config, "_attn_implementation", None)
+        attention = attention_of(self.model_config)
         if not any(layer.is_paged for layer in self.paged_layers):
             self._attention = attention
         passed_by = [layer for layer in self.paged_layers if layer.is_paged and attention != self._attention]
