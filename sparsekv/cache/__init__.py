@@ -2,9 +2,19 @@
 
 from sparsekv.cache.arena import Arena
 from sparsekv.cache.handshake import tagged_layer
+from sparsekv.cache.layer_kinds import own_layers
 from sparsekv.cache.model_check import check_settings
 from sparsekv.cache.paged_cache import PagedCache
 from sparsekv.cache.paged_layer import Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
 
-__all__ = ["Arena", "DecodeStats", "Observer", "PagedCache", "PagedLayer", "check_settings", "tagged_layer"]
+__all__ = [
+    "Arena",
+    "DecodeStats",
+    "Observer",
+    "PagedCache",
+    "PagedLayer",
+    "check_settings",
+    "own_layers",
+    "tagged_layer",
+]

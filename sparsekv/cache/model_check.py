@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sparsekv.cache.layer_kinds import own_layers
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
@@ -24,11 +25,12 @@ def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None
         ConfigError: `dense_layers` names a layer that the model does not have, or the digest cannot be kept of heads
             of this size.
     """
-    digest, policy = DIGESTS.get(config.digest)(), POLICIES.get(config.policy)
+    digest, policy, own = DIGESTS.get(config.digest)(), POLICIES.get(config.policy), own_layers(model_config)
     layers, head_dim = DynamicCache(config=model_config).layers, _head_dim(model_config)
     _check_dense_layers(config, len(layers))
     is_scored = policy.reads is Reads.DIGESTS and any(
-        type(layer) is DynamicLayer and not config.is_dense_layer(i) for i, layer in enumerate(layers)
+        type(layer) is DynamicLayer and i not in own and not config.is_dense_layer(i)
+        for i, layer in enumerate(layers)
     )
     if is_scored and head_dim is not None:
         digest.fields(config.page_size, head_dim)

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsekv.cache.arena import Arena
 from sparsekv.cache.handshake import Mode, attention_of
+from sparsekv.cache.layer_kinds import own_layers
 from sparsekv.cache.model_check import check_settings
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
@@ -80,8 +81,10 @@ class PagedCache(SteppedCache):
         self._updated = None
         self._attention: Any = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
+        own = own_layers(model_config)
         self.layers = [
-            self._paged(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
+            self._paged(i) if type(layer) is DynamicLayer and i not in own else layer
+            for i, layer in enumerate(self.layers)
         ]
 
     def update(

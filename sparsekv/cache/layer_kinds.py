@@ -1,0 +1,43 @@
+"""Layers that stay transformers' own although their cache is a plain one: what lies there is not what their attention
+gets, so that there is nothing to choose by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+# Families whose config does not tell, and what becomes of their keys and values after the cache.
+_TRANSFORMED = {
+    "diffllama": "differential attention: it halves and repeats its values after the cache",
+    "jetmoe": "it repeats its keys and values for its experts after the cache",
+}
+
+
+def own_layers(model_config: PretrainedConfig) -> dict[int, str]:
+    """The indices of those layers, each with the reason.
+
+    Args:
+        model_config: the model's; of a multimodal model its text part is used.
+    """
+    text: Any = model_config.get_text_config(decoder=True)
+    plain = [i for i, layer in enumerate(DynamicCache(config=text).layers) if type(layer) is DynamicLayer]
+    reason = _reason_for_all(text)
+    if reason is not None:
+        return dict.fromkeys(plain, reason)
+    crossing = getattr(text, "cross_attention_layers", None) or ()
+    return {i: "cross-attention, to what is no token" for i in plain if i in crossing}
+
+
+def _reason_for_all(text: Any) -> str | None:
+    if getattr(text, "kv_lora_rank", None):
+        return "latent attention: what it stores becomes keys and values after the cache"
+    if text.model_type in _TRANSFORMED:
+        return _TRANSFORMED[text.model_type]
+    if getattr(text, "reorder_and_upcast_attn", False) and text._attn_implementation == "eager":
+        return "reorder_and_upcast_attn: it attends without the attention interface"
+    head_dim, value_dim = getattr(text, "head_dim", None), getattr(text, "v_head_dim", None)
+    if head_dim and value_dim and head_dim != value_dim:
+        return f"its keys have {head_dim} channels and its values {value_dim}"
+    return None
