@@ -31,13 +31,21 @@ def own_layers(model_config: PretrainedConfig) -> dict[int, str]:
 
 
 def _reason_for_all(text: Any) -> str | None:
-    if getattr(text, "kv_lora_rank", None):
+    if _setting(text, "kv_lora_rank"):
         return "latent attention: what it stores becomes keys and values after the cache"
     if text.model_type in _TRANSFORMED:
         return _TRANSFORMED[text.model_type]
-    if getattr(text, "reorder_and_upcast_attn", False) and text._attn_implementation == "eager":
+    if _setting(text, "reorder_and_upcast_attn") and text._attn_implementation == "eager":
         return "reorder_and_upcast_attn: it attends without the attention interface"
-    head_dim, value_dim = getattr(text, "head_dim", None), getattr(text, "v_head_dim", None)
+    head_dim, value_dim = _setting(text, "head_dim"), _setting(text, "v_head_dim")
     if head_dim and value_dim and head_dim != value_dim:
         return f"its keys have {head_dim} channels and its values {value_dim}"
     return None
+
+
+def _setting(text: Any, name: str) -> Any:
+    """None where the config does not say, or the layers differ."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # transformers refuses what differs per layer
+        return None

@@ -44,11 +44,15 @@ def generating(model: Any) -> Any:
     (BLIP-2, Kosmos-2, Qwen-Omni)."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return model
-    code = inspect.unwrap(type(model).generate).__code__
-    if "__class__" in code.co_freevars:  # it calls super().generate
-        return model
-    named = [part for name, part in model.named_children() if {name, "generate"} <= set(code.co_names)]
+    used = names_in(type(model).generate)
+    named = [part for name, part in model.named_children() if {name, "generate"} <= used and "super" not in used]
     return next((part for part in named if isinstance(part, PreTrainedModel) and part.can_generate()), model)
+
+
+def names_in(function: Any) -> set[str]:
+    """Attributes and globals that the code of a function, decorated or not, names."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else set(code.co_names)
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -101,8 +105,6 @@ def _reason_to_refuse(model: PreTrainedModel) -> str | None:
         return "it cannot generate, as it has no language-model head (AutoModelForCausalLM loads one)"
     if not getattr(config, "is_causal", True):
         return "its attention is not causal, so it has nothing to decode"
-    if not decoder_of(model)._can_set_attn_implementation():  # what a tower beside it uses stays as it is
-        return "its code does not use transformers' attention interface, so its attention cannot be exchanged"
     if not cast(Any, type(model))._supports_default_dynamic_cache():
         return "it does not use transformers' key/value cache"
     implementation = attention.original_implementation(config)
@@ -111,7 +113,17 @@ def _reason_to_refuse(model: PreTrainedModel) -> str | None:
             f"its attention implementation is {implementation!r}; 'eager', 'sdpa' and flash attention are served, so "
             "after model.set_attn_implementation('sdpa') it can"
         )
-    return _reason_in_layers(config)
+    reason = _reason_in_layers(config)
+    if reason is None and not _uses_interface(decoder_of(model)):
+        return "its code does not use transformers' attention interface, so its attention cannot be exchanged"
+    return reason
+
+
+def _uses_interface(decoder: PreTrainedModel) -> bool:
+    """Whether a decoder's attention can be exchanged: code that updates a cache asks which one it is. A tower beside
+    it, or within, stays as it is."""
+    names = [names_in(type(module).forward) for module in decoder.modules()]
+    return any({"ALL_ATTENTION_FUNCTIONS", "update"} <= used for used in names)
 
 
 def _reason_in_layers(config: Any) -> str | None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, MllamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MllamaForCausalLM,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import sparsekv
 from sparsekv import UnsupportedModelError
 from sparsekv.cache import layer_kinds
+from sparsekv.hf import support
 
 SERVED = """
     llama qwen2 qwen3 qwen3_moe mixtral mistral gemma2 gemma3_text phi3 gpt_oss glm4 olmo2 smollm3 starcoder2 gpt2 opt
@@ -143,6 +151,7 @@ REFUSED = {
     "bloom": "does not use transformers' attention interface",
     "falcon": "does not use transformers' attention interface",
     "gptj": "does not use transformers' attention interface",
+    "git": "does not use transformers' attention interface",
     "mamba": "no plain full-attention layer",
     "bert": "cannot generate",
 }
@@ -178,6 +187,32 @@ def test_a_served_family_may_have_a_config_that_is_refused(family, setting, reas
     with pytest.raises(UnsupportedModelError, match=reason):
         sparsekv.patch(model)
     assert state_of(model) == before
+
+
+@pytest.mark.skipif("deepseek_v32" not in CONFIG_MAPPING, reason="transformers has no DeepSeek-V3.2 yet")
+@pytest.mark.parametrize(("family", "cache"), [("deepseek_v32", "Indexed"), ("deepseek_v4", "DeepseekV4")])
+def test_a_sparse_attention_of_ones_own_is_refused_as_such(family, cache, monkeypatch) -> None:
+    """Of a config alone: DeepSeek-V4's layers look back over windows, too, which is not the reason."""
+    importlib.import_module(f"transformers.models.{family}.modeling_{family}")  # which brings the caches
+    reason = support._reason_in_layers(CONFIG_MAPPING[family]())
+    assert reason.startswith("it has a sparse attention of its own (its cache consists of ")
+    assert cache in reason
+
+
+def test_a_tower_without_the_attention_interface_is_no_obstacle(prompt, decode, assert_same) -> None:
+    """GOT-OCR2's vision tower computes its attention itself, and its language model does not."""
+    text = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "eos_token_id": None}
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 16}
+    tower |= {"image_size": 32, "patch_size": 8, "mlp_dim": 48, "window_size": 2, "global_attn_indexes": [0]}
+    config = CONFIG_MAPPING["got_ocr2"](text_config=text, vision_config=tower, image_token_index=99)
+    torch.manual_seed(0)
+    model, inputs = AutoModelForImageTextToText.from_config(config).eval(), prompt(40, 33)
+    inputs["input_ids"].clamp_max_(98)
+    unpatched = decode(model, inputs, pad_token_id=0)
+    with sparsekv.patch(model, budget=4096, dense_layers=0) as patch:
+        assert_same(decode(model, inputs, pad_token_id=0), unpatched)
+    assert patch.stats.dense_steps == NEW_TOKENS - 1
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "paged|eager", "of_a_user"])
