@@ -194,6 +194,8 @@ class ForwardHook:
             self._warn_of_attentions(module, named)
         elif given is not None and _is_step(named) and not (_is_paged(given) or _wants_attentions(module, named)):
             self.notices.add(reason or reason_in_cache(given))
+        elif named.get("cache") is not None:
+            self.notices.add(Reason("generate_batch has a cache of its own", "Call generate to decode sparsely."))
         return args, kwargs
 
     def _with_cache(

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import sparsekv
 
@@ -73,6 +73,23 @@ def test_a_loop_of_ones_own_says_so_at_its_first_step(tiny, prompt) -> None:
         with pytest.warns(UserWarning, match="a DynamicCache of your own") as warned:
             _ = [model(token, past_key_values=cache) for token in ids[:, -2:].split(1, dim=1)]
     assert len([x for x in warned if x.category is UserWarning]) == 1
+
+
+def test_continuous_batching_keeps_its_own_cache_and_says_so(tiny, prompt) -> None:
+    model, ids = tiny("llama"), prompt(40)["input_ids"].tolist()
+    greedy = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def answers() -> list[list[int]]:
+        outputs = model.generate_batch(ids, generation_config=greedy, progress_bar=False)
+        return [output.generated_tokens for output in outputs.values()]
+
+    theirs = answers()
+    with sparsekv.patch(model, **SMALL) as patch:
+        with pytest.warns(UserWarning, match="generate_batch has a cache of its own: this call decodes densely"):
+            ours = answers()
+        assert ours == theirs
+        assert model.generate(**prompt(40), max_new_tokens=4, pad_token_id=0).shape == (1, 44)
+    assert patch.stats.sparse_steps == 3
 
 
 def test_training_and_scoring_are_silent(tiny, prompt) -> None:
