@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -47,3 +47,9 @@ def warn_fallback(layer_idx: int, reason: str) -> None:
         "(sparsekv.patch(model) first).",
         stacklevel=4,
     )
+
+
+def attention_of(config: Any) -> tuple[type, str | None]:
+    """The attention that a config names. A patched model's has the same text as its own, and another type."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return type(name), name

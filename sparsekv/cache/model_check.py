@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
+from sparsekv.cache.layer_kinds import plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
@@ -25,10 +26,9 @@ def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None
         ConfigError: `dense_layers` names a layer that the model does not have, or the digest cannot be kept of heads
             of this size.
     """
-    digest, policy = DIGESTS.get(config.digest)(), POLICIES.get(config.policy)
-    layers, head_dim = DynamicCache(config=model_config).layers, _head_dim(model_config)
-    _check_dense_layers(config, len(layers))
-    plain = plain_layers(layers)
+    digest, policy, plain = DIGESTS.get(config.digest)(), POLICIES.get(config.policy), plain_layers(model_config)
+    head_dim = _head_dim(model_config)
+    _check_dense_layers(config, len(DynamicCache(config=model_config).layers))
     is_scored = policy.reads is Reads.DIGESTS and len(config.dense_among(plain)) < len(plain)
     if is_scored and head_dim is not None:
         digest.fields(config.page_size, head_dim)
@@ -49,11 +49,6 @@ def check_digests(config: SparseConfig, dense: Collection[int], kept: Mapping[in
                 f"policy={config.policy!r} needs digests, and layer {layer_idx} kept none. Make the first cache "
                 f"with policy={config.policy!r} and the fewest dense_layers, then fork the others from it."
             )
-
-
-def plain_layers(layers: Sequence[Any]) -> list[int]:
-    """Which layers of transformers' own cache for a model are plain full attention, and so can live in pages."""
-    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
 def _check_dense_layers(config: SparseConfig, num_layers: int) -> None:

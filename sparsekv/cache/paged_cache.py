@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicCache
 
 from sparsekv.cache.arena import Arena
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
-from sparsekv.cache.handshake import Mode, warn_fallback
-from sparsekv.cache.model_check import check_digests, check_settings, plain_layers
+from sparsekv.cache.handshake import Mode, attention_of, warn_fallback
+from sparsekv.cache.layer_kinds import plain_layers
+from sparsekv.cache.model_check import check_digests, check_settings
 from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
@@ -78,9 +79,9 @@ class PagedCache(SteppedCache):
         self._observers: list[Observer] = []  # the layers refer to this list
         self._on_fallback = on_fallback or warn_fallback
         self._updated = None
-        self._attention: str | None = None  # what the model's config named when the first tokens came
+        self._attention: Any = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
-        plain = plain_layers(self.layers)
+        plain = plain_layers(model_config)
         for i in plain:
             self.layers[i] = self._paged(i, i in self.config.dense_among(plain))
 
@@ -255,7 +256,7 @@ class PagedCache(SteppedCache):
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens
         alone. A model may be patched after its cache was made, so the first tokens count."""
-        attention = getattr(self.model_config, "_attn_implementation", None)
+        attention = attention_of(self.model_config)
         if not any(layer.is_paged for layer in self.paged_layers):
             self._attention = attention
         passed_by = [layer for layer in self.paged_layers if layer.is_paged and attention != self._attention]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsekv.cache import PagedLayer, tagged_layer
 from sparsekv.hf import prefill
-
-NAME = "sparsekv"
 
 _COLUMNS_ONLY = torch.uint8  # the dtype of a mask of which the rest was not made
 
@@ -27,21 +26,28 @@ _SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indic
 
 
 class AttentionName(str):
-    """The name transformers finds our functions by, which also remembers what the model used before.
+    """The attention that a model names itself, under which the interfaces find our functions.
 
-    Making one registers the functions; models whose config does not name them are not affected. It takes the place
-    of the plain string in the config (which transformers never saves), so no attribute is added that could leak into
-    a `config.json`, and a deep copy of a patched model works.
+    Model code asks which attention it runs with (`==`, `in ("eager", "sdpa")`, `"flash" in`), and does something else
+    for each: so the text is the model's own answer. Only the hash differs, by which the interfaces, which are
+    dictionaries, find our functions, and for plain strings those that were there.
+
+    Making one registers the functions; models whose config holds plain strings are not affected. It takes the place
+    of the string in the config (which transformers never saves), so no attribute is added that could leak into a
+    `config.json`, and a deep copy of a patched model works.
     """
 
     original: str | None
 
     def __new__(cls, original: str | None) -> AttentionName:
-        AttentionInterface.register(NAME, sparsekv_attention)
-        AttentionMaskInterface.register(NAME, sparsekv_mask)
-        name = super().__new__(cls, NAME)
-        name.original = original
+        name = super().__new__(cls, original or "eager")
+        name.original = None if original is None else str(original)
+        AttentionInterface.register(name, sparsekv_attention)
+        AttentionMaskInterface.register(name, sparsekv_mask)
         return name
+
+    def __hash__(self) -> int:
+        return hash(("sparsekv", str(self)))
 
     def __reduce__(self) -> tuple[type[AttentionName], tuple[str | None]]:
         return type(self), (self.original,)
@@ -51,7 +57,7 @@ class AttentionName(str):
 
 
 def is_patched(config: Any) -> bool:
-    """Whether the config names our functions."""
+    """Whether the config leads to our functions."""
     return isinstance(config._attn_implementation, AttentionName)
 
 
@@ -62,10 +68,9 @@ def is_served(implementation: str) -> bool:
 
 
 def original_implementation(config: Any) -> str:
-    """What the model used before the patch, or uses if it is not patched."""
-    name = config._attn_implementation
-    original = name.original if isinstance(name, AttentionName) else name
-    return original or "eager"
+    """What the model used before the patch, or uses if it is not patched: a plain string, which leads to the model's
+    own functions."""
+    return str(config._attn_implementation or "eager")
 
 
 def sparsekv_attention(
@@ -212,7 +217,12 @@ def _dense(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(original_implementation(module.config), eager)
+    name = original_implementation(module.config)
+    if (
+        name in FLASH_ATTN_KERNEL_FALLBACK
+    ):  # where transformers will look for the config's name, which has another hash
+        lazy_import_flash_attention(name)
+    implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     result: tuple[Tensor, Tensor | None] = implementation(module, query, key, value, attention_mask, **kwargs)
     return result
 

@@ -18,6 +18,7 @@ from sparsekv.errors import CacheStateError
 from sparsekv.hf import prefill
 from sparsekv.hf.attention import original_implementation, visible_columns
 from sparsekv.hf.captured import CapturedDecoder, Run
+from sparsekv.hf.notices import Notices, Reason, reason_in_cache, reason_in_model
 
 AHEAD = 8192  # new tokens of a sequence that memory is reserved for before the first: a captured step need not move
 MakeCache = Callable[[int], PagedCache]  # tokens to reserve over all sequences -> cache
@@ -25,6 +26,7 @@ Method = Callable[..., Any]  # what the model had under the name before it was p
 
 # Before, the chunks of a later turn began with what is in the cache already.
 _CHUNKS_LATER_TURNS = Version(transformers.__version__) >= Version("5.21")
+_CACHE = "past_key_values"
 _TEXT = {"attention_mask", "position_ids"}
 _DYNAMIC = (None, "dynamic")
 _STATIC = ("static",)
@@ -34,6 +36,7 @@ def prepare_cache(
     model: PreTrainedModel,
     own: Method,
     make_cache: MakeCache,
+    notices: Notices,
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -44,21 +47,29 @@ def prepare_cache(
 ) -> Any:
     """The model's `_prepare_cache_for_generation`: a PagedCache where generate would make its default or static one.
 
-    A cache given by the user, `use_cache=False`, training mode and other cache implementations go to the model's own
-    method (with a warning for the last). The arguments after `make_cache` are transformers', which are changed in
-    place: `model_kwargs` gets the cache, and both may get what lets a long prompt go through in chunks.
+    A call that cannot have one (`_reason_for_dense`) goes to the model's own method, with a notice. The arguments
+    after `notices` are transformers', which are changed in place: `model_kwargs` gets the cache, and both may get
+    what lets a long prompt go through in chunks.
+
+    Raises:
+        CacheFullError: a draft by early exit may find no room. In its midst, the model would be left cut short.
     """
-    wants_own = _wants_own_cache(model, generation_config, model_kwargs)
-    if not wants_own or isinstance(model_kwargs.get("past_key_values"), PagedCache):
-        # An assistant takes over the chunks of the model that it helps, for all its turns.
-        is_assisted = generation_mode is GenerationMode.ASSISTED_GENERATION
+    is_assisted = generation_mode is GenerationMode.ASSISTED_GENERATION
+    given = model_kwargs.get(_CACHE)
+    is_paged = _is_paged(given)
+    reason = None if is_paged else _reason_for_dense(model, generation_config, model_kwargs, is_assisted)
+    if reason is None:  # an assistant takes over the chunks of the model that it helps, for all its turns
         _chunk_prefill(generation_config, model_kwargs, batch_size, is_assisted)
-    if wants_own:
+        if getattr(generation_config, "assistant_early_exit", None) is not None:
+            make_cache(0).check_room(batch_size, max_cache_length)  # of the draft
+    elif given is None or not _wants_attentions(model, vars(generation_config)):
+        notices.add(reason)
+    if is_paged or reason is not None:
         return own(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
     cache = make_cache(_reserved(model, generation_config, model_kwargs, batch_size, max_cache_length))
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
+    model_kwargs[_CACHE] = cache
     return None
 
 
@@ -132,18 +143,22 @@ def decode_call(own: Method, decoder: CapturedDecoder, compile_config: Any) -> C
     return call
 
 
-def _wants_own_cache(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
-    if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False or model.training:
-        return True
-    wanted = generation_config.cache_implementation
-    if wanted in _DYNAMIC + _STATIC:
-        return False
-    warnings.warn(
-        f"cache_implementation={wanted!r} is transformers' own cache: this call decodes densely. Leave it out "
-        "(or use 'static') to decode sparsely.",
-        stacklevel=4,
-    )
-    return True
+def _reason_for_dense(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], is_assisted: bool
+) -> Reason | None:
+    """Why a call of generate without a PagedCache gets none."""
+    reason = reason_in_model(model, generation_config.use_cache is False)
+    given, wanted = model_kwargs.get(_CACHE), generation_config.cache_implementation
+    if reason is not None or given is not None:
+        return reason or reason_in_cache(given)
+    if wanted not in _DYNAMIC + _STATIC:
+        return Reason(
+            f"cache_implementation={wanted!r} is transformers' own cache",
+            "Leave it out (or use 'static') to decode sparsely.",
+        )
+    if is_assisted and _wants_attentions(model, vars(generation_config)):  # of each verification, also of one token
+        return Reason("output_attentions in assisted decoding", "Leave either out to decode sparsely.")
+    return None
 
 
 class ForwardHook:
@@ -151,11 +166,13 @@ class ForwardHook:
 
     Args:
         make_cache: makes that cache.
+        notices: told of a decode step that is dense for want of one.
         parameters: names of the forward's parameters, in order.
     """
 
-    def __init__(self, make_cache: MakeCache, parameters: tuple[str, ...]) -> None:
-        self.make_cache, self.parameters = make_cache, parameters
+    def __init__(self, make_cache: MakeCache, notices: Notices, parameters: tuple[str, ...]) -> None:
+        self.make_cache, self.notices, self.parameters = make_cache, notices, parameters
+        self._place = parameters.index(_CACHE) if _CACHE in parameters else len(parameters)
         self._has_warned = False
 
     def __call__(
@@ -167,16 +184,31 @@ class ForwardHook:
             CacheFullError, CacheStateError: the cache cannot take these tokens; nothing was written.
         """
         named = dict(zip(self.parameters, args, strict=False)) | kwargs
-        if named.get("past_key_values") is None and not module.training and _uses_cache(module, named):
-            named["past_key_values"] = self.make_cache(0)
-        if isinstance(named.get("past_key_values"), PagedCache):
+        given = named.get(_CACHE)
+        reason = reason_in_model(module, not _uses_cache(module, named))
+        if given is None and reason is None:
+            given = named[_CACHE] = self.make_cache(0)
+            args, kwargs = self._with_cache(given, args, kwargs)
+        if isinstance(given, PagedCache):
             _check_input(module, named)
             self._warn_of_attentions(module, named)
-        return args[len(self.parameters) :], named
+        elif given is not None and _is_step(named) and not (_is_paged(given) or _wants_attentions(module, named)):
+            self.notices.add(reason or reason_in_cache(given))
+        elif named.get("cache") is not None:
+            self.notices.add(Reason("generate_batch has a cache of its own", "Call generate to decode sparsely."))
+        return args, kwargs
+
+    def _with_cache(
+        self, cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the cache where None was, and else as they came: a forward may have been replaced by one
+        that names them otherwise."""
+        if self._place < len(args):
+            return (*args[: self._place], cache, *args[self._place + 1 :]), kwargs
+        return args, kwargs | {_CACHE: cache}
 
     def _warn_of_attentions(self, module: PreTrainedModel, arguments: dict[str, Any]) -> None:
-        inputs = _inputs(arguments)
-        if self._has_warned or inputs is None or inputs.shape[1] > 1 or not _wants_attentions(module, arguments):
+        if self._has_warned or not _is_step(arguments) or not _wants_attentions(module, arguments):
             return
         self._has_warned = True
         warnings.warn(
@@ -185,6 +217,11 @@ class ForwardHook:
             "past_key_values=DynamicCache(config=model.config).",
             stacklevel=2,
         )
+
+
+def _is_paged(cache: Any) -> bool:
+    """Whether a cache is a PagedCache, or has one beside that of a cross-attention."""
+    return isinstance(getattr(cache, "self_attention_cache", cache), PagedCache)
 
 
 def _uses_cache(module: PreTrainedModel, arguments: dict[str, Any]) -> bool:
@@ -197,6 +234,11 @@ def _wants_attentions(module: PreTrainedModel, arguments: dict[str, Any]) -> boo
     wanted = arguments.get("output_attentions")
     wanted = getattr(module.config, "output_attentions", False) if wanted is None else wanted
     return bool(wanted) and original_implementation(module.config) == "eager"
+
+
+def _is_step(arguments: dict[str, Any]) -> bool:
+    inputs = _inputs(arguments)
+    return inputs is not None and inputs.shape[1] == 1
 
 
 def _inputs(arguments: dict[str, Any]) -> Tensor | None:

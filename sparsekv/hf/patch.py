@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -16,6 +17,7 @@ from sparsekv.digests import DIGESTS
 from sparsekv.errors import PatchError
 from sparsekv.hf import attention, generation, support
 from sparsekv.hf.captured import CapturedDecoder
+from sparsekv.hf.notices import Notices, attention_set_since
 from sparsekv.policies import POLICIES
 
 _ATTRIBUTE = "_sparsekv_patch"
@@ -28,17 +30,19 @@ class Patch:
     """A patch in force, as `patch` returns it. Also a context manager, which undoes it at the end.
 
     Attributes:
-        model: the patched model.
+        model: the patched model (the one within it that generates, where that is another).
         config: the settings.
         layers: what each layer does when it decodes; a layer found unfit at its first use turns dense, with a reason.
         stats: what the decode steps of all caches made by this patch have read.
         decoder: the captured decode steps of `generate`, and how often they were captured and replayed.
+        notices: why calls decoded densely, if any did: a cache of another kind was given, say.
     """
 
     def __init__(self, model: PreTrainedModel, config: SparseConfig, layers: list[support.LayerStatus]) -> None:
         self.model, self.config, self.layers = model, config, layers
         self.stats = DecodeStats()
         self.decoder = CapturedDecoder(model, config, layers)
+        self.notices = Notices()
         self.is_active = False
         self._arena = Arena()
         self._before: dict[str, Any] = {}  # what the model itself had under the names of our methods
@@ -52,9 +56,10 @@ class Patch:
                 will hold 1,000 tokens each, 4,000. More than `max_tokens` is not reserved; what is not reserved is
                 allocated when it is needed.
         """
+        text = support.text_config(self.model)
         return PagedCache(
-            support.text_config(self.model),
-            self.config,
+            text,
+            support.settings_for(text, self.config),
             stats=self.stats,
             reserve_tokens=reserve_tokens,
             on_fallback=partial(_turn_dense, self.layers),  # no reference to the model: caches are copied and pickled
@@ -80,11 +85,15 @@ class Patch:
         # Partials of bound methods, not closures: a deep copy of the model gets its own, and they can be pickled.
         model, decoder = self.model, support.decoder_of(self.model)
         own = {name: getattr(model, name) for name in (_PREPARE, _MAY_COMPILE, _COMPILED)}
-        hook = generation.ForwardHook(self.new_cache, tuple(inspect.signature(decoder.forward).parameters))
+        # The class's names, not those of a function that somebody has put in front of it.
+        parameters = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
+        hook = generation.ForwardHook(self.new_cache, self.notices, parameters)
         self._before = {name: vars(model)[name] for name in own if name in vars(model)}
         try:
             self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
-            setattr(model, _PREPARE, partial(generation.prepare_cache, model, own[_PREPARE], self.new_cache))
+            setattr(
+                model, _PREPARE, partial(generation.prepare_cache, model, own[_PREPARE], self.new_cache, self.notices)
+            )
             setattr(model, _MAY_COMPILE, partial(generation.may_capture, own[_MAY_COMPILE], self.config))
             setattr(model, _COMPILED, partial(generation.decode_call, own[_COMPILED], self.decoder))
             setattr(model, _ATTRIBUTE, self)
@@ -122,7 +131,15 @@ class Patch:
         state = "" if self.is_active else ", undone"
         head = f"sparsekv patch of {type(self.model).__name__} (budget {budget}, page_size {config.page_size}{state})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
-        return "\n".join([head, *_layer_lines(self.layers), steps, f"  decode loop of generate: {self._loop}"])
+        dense = [f"  decoded densely: {reason}" for reason in self.notices.reasons]
+        return "\n".join([head, *self._layer_lines, steps, f"  decode loop of generate: {self._loop}", *dense])
+
+    @property
+    def _layer_lines(self) -> list[str]:
+        reason = attention_set_since(self.model) if self.is_active else None
+        if reason is None:
+            return _layer_lines(self.layers)
+        return _layer_lines([support.LayerStatus(status.layer_idx, False, reason) for status in self.layers])
 
     @property
     def _loop(self) -> str:
@@ -152,7 +169,8 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
     ...
 
     Args:
-        model: a decoder-only transformers model whose attention is `eager`, `sdpa` or a flash attention.
+        model: a decoder-only transformers model whose attention is `eager`, `sdpa` or a flash attention. If its
+            `generate` is that of a model within it (BLIP-2's language model), that one is patched.
         config: settings; or give single ones by name: `patch(model, budget=2048)` (tokens per kv head).
 
     Returns:
@@ -166,6 +184,7 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
     """
     settled = SparseConfig.of(config, **settings)
     DIGESTS.get(settled.digest), POLICIES.get(settled.policy)
+    model = support.generating(model)
     if getattr(model, _ATTRIBUTE, None) is not None:
         raise PatchError(
             f"{type(model).__name__} is patched already: undo that first (patch.undo() or sparsekv.unpatch(model)), "
@@ -178,6 +197,12 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
         )
     made = Patch(model, settled, support.examine(model, settled))
     made._apply()
+    reasons = dict.fromkeys(status.reason for status in made.layers)
+    if not any(status.is_paged for status in made.layers):
+        warnings.warn(
+            f"sparsekv: {type(model).__name__} decodes as densely as it does unpatched: {'; '.join(reasons)}.",
+            stacklevel=2,
+        )
     return made
 
 
@@ -187,13 +212,18 @@ def unpatch(model: PreTrainedModel) -> None:
     Raises:
         PatchError: it is not patched.
     """
-    made = getattr(model, _ATTRIBUTE, None)
+    made = getattr(support.generating(model), _ATTRIBUTE, None)
     if made is None:
         raise PatchError(f"{type(model).__name__} is not patched: nothing to undo.")
     made.undo()
 
 
 def _turn_dense(layers: list[support.LayerStatus], layer_idx: int, reason: str) -> None:
+    if all(status.reason != reason for status in layers):
+        warnings.warn(
+            f"sparsekv: layer {layer_idx}, if not others too, decodes densely: {reason}. print(patch) lists them.",
+            stacklevel=4,
+        )
     layers[layer_idx] = support.LayerStatus(layer_idx, False, reason, is_paged=False)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sparsekv.cache import check_settings, plain_layers
+from sparsekv.cache import check_settings, own_layers, plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
 from sparsekv.hf import attention
@@ -39,6 +40,22 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder if isinstance(decoder, PreTrainedModel) else cast(PreTrainedModel, model.base_model)
 
 
+def generating(model: Any) -> Any:
+    """The model whose `generate` runs when this one's is called: a part of it, if it hands its inputs on to one
+    (BLIP-2, Kosmos-2, Qwen-Omni)."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return model
+    used = names_in(type(model).generate)
+    named = [part for name, part in model.named_children() if {name, "generate"} <= used and "super" not in used]
+    return next((part for part in named if isinstance(part, PreTrainedModel) and part.can_generate()), model)
+
+
+def names_in(function: Any) -> set[str]:
+    """Attributes and globals that the code of a function, decorated or not, names."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else set(code.co_names)
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The config of the language model, also within a multimodal one."""
     return model.config.get_text_config(decoder=True)
@@ -48,6 +65,15 @@ def context_of(config: Any) -> int | None:
     """Tokens that a model with this config was made for, if it says."""
     found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return found
+
+
+def settings_for(config: Any, settings: SparseConfig) -> SparseConfig:
+    """A patch's settings for a cache with the layers that the config has now: while a model exits early it has fewer,
+    and those that are not there need no name."""
+    if isinstance(settings.dense_layers, int):
+        return settings
+    num_layers = len(DynamicCache(config=config).layers)
+    return settings.with_(dense_layers=tuple(i for i in settings.dense_layers if i < num_layers))
 
 
 def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
@@ -66,9 +92,9 @@ def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
     check_settings(config, model.config)
-    layers = DynamicCache(config=text_config(model)).layers
-    dense = config.dense_among(plain_layers(layers))
-    return [_status(i, layer, config, i in dense) for i, layer in enumerate(layers)]
+    layers, own = DynamicCache(config=text_config(model)).layers, own_layers(model.config)
+    dense = config.dense_among(plain_layers(model.config))
+    return [_status(i, layer, config, i in dense, own.get(i)) for i, layer in enumerate(layers)]
 
 
 def _reason_to_refuse(model: PreTrainedModel) -> str | None:
@@ -81,8 +107,6 @@ def _reason_to_refuse(model: PreTrainedModel) -> str | None:
         return "it cannot generate, as it has no language-model head (AutoModelForCausalLM loads one)"
     if not getattr(config, "is_causal", True):
         return "its attention is not causal, so it has nothing to decode"
-    if not (model._can_set_attn_implementation() and decoder_of(model)._can_set_attn_implementation()):
-        return "its code does not use transformers' attention interface, so its attention cannot be exchanged"
     if not cast(Any, type(model))._supports_default_dynamic_cache():
         return "it does not use transformers' key/value cache"
     implementation = attention.original_implementation(config)
@@ -91,20 +115,40 @@ def _reason_to_refuse(model: PreTrainedModel) -> str | None:
             f"its attention implementation is {implementation!r}; 'eager', 'sdpa' and flash attention are served, so "
             "after model.set_attn_implementation('sdpa') it can"
         )
-    return _reason_in_layers(config)
+    reason = _reason_in_layers(config)
+    if reason is None and not _uses_interface(decoder_of(model)):
+        return "its code does not use transformers' attention interface, so its attention cannot be exchanged"
+    return reason
+
+
+def _uses_interface(decoder: PreTrainedModel) -> bool:
+    """Whether a decoder's attention can be exchanged: code that updates a cache asks which one it is. A tower beside
+    it, or within, stays as it is."""
+    names = [names_in(type(module).forward) for module in decoder.modules()]
+    return any({"ALL_ATTENTION_FUNCTIONS", "update"} <= used for used in names)
 
 
 def _reason_in_layers(config: Any) -> str | None:
     layers = DynamicCache(config=config).layers
     if any(type(layer) is DynamicLayer for layer in layers):
         return None
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
+    if any(_is_sparse_of_its_own(layer) for layer in layers):
+        return f"it has a sparse attention of its own (its cache consists of {kinds})"
     if layers and all(getattr(layer, "is_sliding", False) for layer in layers):
         return "every layer attends to a sliding window only, so there is nothing to save"
-    kinds = sorted({type(layer).__name__ for layer in layers})
-    return f"it has no plain full-attention layer (its cache consists of {', '.join(kinds) or 'nothing'})"
+    return f"it has no plain full-attention layer (its cache consists of {kinds})"
 
 
-def _status(layer_idx: int, layer: Any, config: SparseConfig, is_dense: bool) -> LayerStatus:
+def _is_sparse_of_its_own(layer: Any) -> bool:
+    """Whether a cache also holds what its model chooses tokens by, or a summary of them."""
+    names = f"{type(layer).__name__} {getattr(layer, '_layer_type', '')}".lower()
+    return any(word in names for word in ("index", "sparse", "compress"))
+
+
+def _status(layer_idx: int, layer: Any, config: SparseConfig, is_dense: bool, own: str | None) -> LayerStatus:
+    if own is not None:
+        return LayerStatus(layer_idx, False, own, is_paged=False)
     if type(layer) is not DynamicLayer:
         window = getattr(layer, "sliding_window", None)
         reason = f"sliding window of {window}" if window else f"transformers' {type(layer).__name__}"

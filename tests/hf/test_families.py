@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MllamaForCausalLM,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import sparsekv
 from sparsekv import UnsupportedModelError
+from sparsekv.cache import layer_kinds
+from sparsekv.hf import support
 
 SERVED = """
     llama qwen2 qwen3 qwen3_moe mixtral mistral gemma2 gemma3_text phi3 gpt_oss glm4 olmo2 smollm3 starcoder2 gpt2 opt
@@ -76,21 +87,61 @@ def test_a_small_budget_reads_the_pages_quest_would(
     assert patch.stats.share < 1
 
 
+TRANSFORMED = {"deepseek_v3": "latent attention", "diffllama": "differential attention"}
+
+
 @pytest.mark.parametrize("lengths", [(40,), PADDED], ids=["single", "padded"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "diffllama"])
+@pytest.mark.parametrize(("family", "reason"), TRANSFORMED.items(), ids=TRANSFORMED)
 def test_layers_that_transform_their_keys_run_dense_and_say_so(
-    family, lengths, tiny, prompt, decode, assert_same
+    family, reason, lengths, tiny, prompt, decode, assert_same
 ) -> None:
-    """Latent or differential attention changes keys or values after the cache: noticed at the first use."""
+    """Latent or differential attention changes keys or values after the cache: known before the first token."""
     model, inputs = tiny(family), prompt(*lengths)
     unpatched = decode(model, inputs)
-    with sparsekv.patch(model, budget=16, page_size=4, sinks=2, recent=4, dense_layers=0) as patch:
-        assert "dense" not in str(patch)
-        assert_same(decode(model, inputs), unpatched)
-        assert_same(decode(model, inputs), unpatched)
+    with pytest.warns(UserWarning, match=f"decodes as densely as it does unpatched: {reason}") as warned:
+        patch = sparsekv.patch(model, budget=16, page_size=4, sinks=2, recent=4, dense_layers=0)
+    assert f"layers 0-3: dense ({reason}: " in str(patch)
     assert not any(status.is_sparse for status in patch.layers)
-    assert "layers 0-3: dense (its keys or values are transformed between the cache and the attention" in str(patch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(decode(model, inputs), unpatched)
+    assert len(warned) == 1
     assert patch.stats.sparse_steps == patch.stats.dense_steps == patch.stats.pages_total == 0
+
+
+def test_layers_that_nobody_knew_to_transform_their_keys_are_noticed_at_their_first_use(
+    tiny, prompt, decode, assert_same, monkeypatch
+) -> None:
+    monkeypatch.setattr(layer_kinds, "_reason_for_all", lambda text: None)
+    model = tiny("deepseek_v3")
+    unpatched = decode(model, prompt(40))
+    with sparsekv.patch(model, budget=16, page_size=4, sinks=2, recent=4, dense_layers=0) as patch:
+        with pytest.warns(
+            UserWarning, match="layer 0, if not others too, decodes densely: its keys or val"
+        ) as warned:
+            both = [decode(model, prompt(40)) for _ in range(2)]
+        assert "layers 0-3: dense (its keys or values are transformed between the cache and the attention" in str(
+            patch
+        )
+    assert len(warned) == 1
+    for patched in both:
+        assert_same(patched, unpatched)
+
+
+@pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
+def test_cross_attention_layers_stay_as_they_are(has_image, prompt, decode, assert_same) -> None:
+    """Mllama's: passed by without an image, and with one they hold nothing else."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 100, "num_key_value_heads": 2, "initializer_range": 0.2, "eos_token_id": None}
+    model = MllamaForCausalLM(MllamaTextConfig(**sizes, cross_attention_layers=[1, 3], pad_token_id=0)).eval()
+    inputs = prompt(40, 33) | ({"cross_attention_states": torch.randn(2, 5, 64)} if has_image else {})
+    unpatched = decode(model, inputs)
+    with sparsekv.patch(model, budget=4096, dense_layers=0) as patch:
+        assert_same(decode(model, inputs), unpatched)
+        assert "layer 1: dense (cross-attention, to what is no token)" in str(patch)
+    assert [status.is_sparse for status in patch.layers] == [True, False] * 2
+    assert patch.stats.dense_steps == NEW_TOKENS - 1
 
 
 REFUSED = {
@@ -100,6 +151,7 @@ REFUSED = {
     "bloom": "does not use transformers' attention interface",
     "falcon": "does not use transformers' attention interface",
     "gptj": "does not use transformers' attention interface",
+    "git": "does not use transformers' attention interface",
     "mamba": "no plain full-attention layer",
     "bert": "cannot generate",
 }
@@ -135,6 +187,32 @@ def test_a_served_family_may_have_a_config_that_is_refused(family, setting, reas
     with pytest.raises(UnsupportedModelError, match=reason):
         sparsekv.patch(model)
     assert state_of(model) == before
+
+
+@pytest.mark.skipif("deepseek_v32" not in CONFIG_MAPPING, reason="transformers has no DeepSeek-V3.2 yet")
+@pytest.mark.parametrize(("family", "cache"), [("deepseek_v32", "Indexed"), ("deepseek_v4", "DeepseekV4")])
+def test_a_sparse_attention_of_ones_own_is_refused_as_such(family, cache, monkeypatch) -> None:
+    """Of a config alone: DeepSeek-V4's layers look back over windows, too, which is not the reason."""
+    importlib.import_module(f"transformers.models.{family}.modeling_{family}")  # which brings the caches
+    reason = support._reason_in_layers(CONFIG_MAPPING[family]())
+    assert reason.startswith("it has a sparse attention of its own (its cache consists of ")
+    assert cache in reason
+
+
+def test_a_tower_without_the_attention_interface_is_no_obstacle(prompt, decode, assert_same) -> None:
+    """GOT-OCR2's vision tower computes its attention itself, and its language model does not."""
+    text = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "eos_token_id": None}
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 16}
+    tower |= {"image_size": 32, "patch_size": 8, "mlp_dim": 48, "window_size": 2, "global_attn_indexes": [0]}
+    config = CONFIG_MAPPING["got_ocr2"](text_config=text, vision_config=tower, image_token_index=99)
+    torch.manual_seed(0)
+    model, inputs = AutoModelForImageTextToText.from_config(config).eval(), prompt(40, 33)
+    inputs["input_ids"].clamp_max_(98)
+    unpatched = decode(model, inputs, pad_token_id=0)
+    with sparsekv.patch(model, budget=4096, dense_layers=0) as patch:
+        assert_same(decode(model, inputs, pad_token_id=0), unpatched)
+    assert patch.stats.dense_steps == NEW_TOKENS - 1
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "paged|eager", "of_a_user"])

@@ -57,7 +57,8 @@ def test_only_the_language_model_is_patched(name, has_image, prompt, decode, ass
     theirs, before = decode(model, inputs), state_of(model)
 
     with sparsekv.patch(model, budget=4096, page_size=4) as patch:
-        changed = [part for part, was in before["attention"].items() if state_of(model)["attention"][part] != was]
+        kinds = state_of(model)["attention_types"]
+        changed = [part for part, was in before["attention_types"].items() if kinds[part] != was]
         assert changed
         assert all("language_model" in part for part in changed)
         assert_same(decode(model, inputs), theirs)

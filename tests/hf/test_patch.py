@@ -289,7 +289,7 @@ def test_a_pickled_model_stays_patched(tiny, prompt, decode, assert_same) -> Non
     sparse = decode(model, prompt(40))
     content = pickle.dumps(model)
     for mapping in (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
-        mapping.pop("sparsekv")
+        del mapping[model.config._attn_implementation]
     loaded = pickle.loads(content)
     assert_same(decode(loaded, prompt(40)), sparse)
     sparsekv.unpatch(loaded)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 
 import sparsekv
 from sparsekv import PagedCache
-from sparsekv.errors import CacheStateError
+from sparsekv.errors import CacheFullError, CacheStateError
 
 NEW = 8  # tokens that `decode` generates
 FULL = {"budget": 4096, "page_size": 4}
@@ -114,6 +114,56 @@ def test_attention_weights_of_every_step_from_a_cache_without_pages(tiny, prompt
         )
     assert_same(ours, theirs)
     torch.testing.assert_close(ours.attentions, theirs.attentions)
+
+
+def test_attention_weights_asked_for_in_the_config(tiny, prompt) -> None:
+    """transformers lets only a model with eager attention set it, and a patched one has that."""
+    model = tiny("llama", attn_implementation="eager")
+    with sparsekv.patch(model, **FULL):
+        model.config.output_attentions = True
+        ours = model(**prompt(40))
+    torch.testing.assert_close(ours.attentions, model(**prompt(40)).attentions)
+
+
+def test_attention_weights_in_assisted_decoding(tiny, prompt, decode, assert_same) -> None:
+    """A verification of one token would have none: the call decodes densely, which it says."""
+    model, assistant = tiny("llama", attn_implementation="eager"), tiny("llama", num_hidden_layers=3)
+    draft_four_tokens(assistant)
+    theirs = decode(model, prompt(40), assistant_model=assistant, output_attentions=True)
+    with (
+        sparsekv.patch(model, **SMALL),
+        pytest.warns(UserWarning, match="output_attentions in assisted decoding: this call decodes densely"),
+    ):
+        ours = decode(model, prompt(40), assistant_model=assistant, output_attentions=True)
+    assert_same(ours, theirs)
+    torch.testing.assert_close(ours.attentions, theirs.attentions)
+
+
+def test_drafts_by_early_exit_with_dense_layers_beyond_it(tiny, prompt, decode, assert_same) -> None:
+    """While they are made, the config names fewer layers than the patch does."""
+    model = tiny("llama")
+    theirs = decode(model, prompt(40), assistant_early_exit=2)
+    with sparsekv.patch(model, **FULL, dense_layers=(0, 3)):
+        assert_same(decode(model, prompt(40), assistant_early_exit=2), theirs)
+    assert model.config.num_hidden_layers == 4
+
+
+def test_drafts_by_early_exit_without_room_are_refused_before_the_model_is_cut_short(tiny, prompt, decode) -> None:
+    model = tiny("llama")
+    with sparsekv.patch(model, **FULL, max_tokens=44), pytest.raises(CacheFullError):
+        decode(model, prompt(40), assistant_early_exit=2)
+    assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("wrap", [lambda f: lambda *a, **k: f(*a, **k), lambda f: lambda ids=None, **k: f(ids, **k)])
+def test_a_forward_that_was_replaced_before_the_patch(wrap, tiny, prompt) -> None:
+    model = tiny("llama")
+    theirs = model(**prompt(40)).logits
+    model.model.forward = wrap(model.model.forward)
+    with sparsekv.patch(model, **FULL) as patch:
+        ours = model.lm_head(model.model(prompt(40)["input_ids"]).last_hidden_state)
+    torch.testing.assert_close(ours, theirs)
+    assert patch.stats.dense_passes == 1
 
 
 def test_no_warning_of_attention_weights_that_there_would_not_be_unpatched(tiny, prompt, decode) -> None:
