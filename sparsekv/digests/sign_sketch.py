@@ -4,7 +4,8 @@ Source: the estimator of Gao and Long, "RaBitQ: Quantizing High-Dimensional Vect
 for Approximate Nearest Neighbor Search" (SIGMOD 2024), section 3, applied to keys. The keys k of a page are centred
 about their own mean, which is kept in whole numbers of eight bits, and rotated at random; a key is then kept as the
 signs s of R(k - mean) and one factor f, and q.k is estimated by q.mean + f <Rq, s>. As there (section 3.3), Rq is
-rounded to whole numbers, so that a kernel can count bits; up to 40, which adds 0.1 % to the error's variance.
+rounded to whole numbers, so that a kernel can count bits; up to 40, which adds 0.1 % to the error's variance. For
+q.mean, too, a query is of whole numbers, up to 16,256.
 
 The mean is the page's, not the prompt's or the head's: what is kept of a page depends on nothing but its keys, and
 rotary embeddings turn what the keys of a head have in common with their place, so that a page's own know it best.
@@ -31,6 +32,7 @@ ROTATION_SEED = 0
 ROUNDS = 2  # of flips and a transform
 QUERY_LIMIT = 40  # the largest whole number of a rotated query: four balanced digits at base 3
 MEAN_LIMIT = 127  # and of a page's mean: eight bits
+QUERY_OF_MEAN = 127 * 128  # and of the query that meets it: two digits of eight bits
 LANES = 4  # threads of a kernel that share a token: each reads its part of the channels of several tokens at once
 LANE_BYTES = 32  # what a lane reads of a page in one go: a sector of the GPU's memory
 
@@ -89,7 +91,9 @@ class SignSketch(Digest):
         factor = rearrange(factor.float(), "b pages h p -> b h 1 (pages p)")
         beyond = (products * of_query * factor).nan_to_num(nan=float("-inf"))
         best = rearrange(beyond, "b h g (pages p) -> b h g pages p", p=summary[1].shape[3]).amax(-1)
-        return best + torch.einsum("bhgd,bnhd->bhgn", query, mean.float() * unit[..., None])
+        query, of_query = _whole(query, QUERY_OF_MEAN)
+        of_mean = torch.einsum("bhgd,bnhd->bhgn", query, mean.float()) * rearrange(unit, "b pages h -> b h 1 pages")
+        return best + of_mean * of_query
 
 
 def _layout(page_size: int, head_dim: int) -> tuple[int, int, int, int]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.digests import sign_sketch
-from sparsekv.digests.sign_sketch import MEAN_LIMIT, QUERY_LIMIT, SignSketch
+from sparsekv.digests.sign_sketch import MEAN_LIMIT, QUERY_LIMIT, QUERY_OF_MEAN, SignSketch
 from sparsekv.errors import ConfigError
 from sparsekv.testing import naive
 from sparsekv.testing.pages import NAN, Pages, fitted_state, fresh_summary, random_pages
@@ -32,22 +32,24 @@ def estimates(query: Tensor, keys: Tensor, turn: Tensor) -> Tensor:
     return torch.stack(found, dim=-1)
 
 
+def in_whole_units(x: Tensor, most: int) -> Tensor:
+    unit = float(x.abs().max()) / most
+    return torch.tensor([unit * round(y / unit) for y in x.tolist()], dtype=torch.float64)
+
+
 def naive_estimates(query: Tensor, keys: Tensor, turn: Tensor) -> Tensor:
     """q.m + f <Rq, s> with m the mean in whole numbers, s = sign(R(k - m)) and f = |k - m|^2 / <s, R(k - m)>, in
-    float64; Rq in whole units."""
+    float64; q and Rq in whole units."""
     query, keys, turn = query.double(), keys.double(), turn.double()
-    exact = keys.mean(0)
-    worth = float(exact.abs().max()) / MEAN_LIMIT
-    mean = torch.tensor([worth * round(float(x) / worth) for x in exact], dtype=torch.float64)
-    unit = float((turn @ query).abs().max()) / QUERY_LIMIT
-    rotated = [unit * round(x / unit) for x in (turn @ query).tolist()]
+    mean, of_mean = in_whole_units(keys.mean(0), MEAN_LIMIT), in_whole_units(query, QUERY_OF_MEAN)
+    rotated = in_whole_units(turn @ query, QUERY_LIMIT).tolist()
     found = []
     for key in keys:
         centred = turn @ (key - mean)
         signs = [1.0 if x > 0 else -1.0 for x in centred.tolist()]
         factor = float(centred @ centred) / sum(s * float(x) for s, x in zip(signs, centred, strict=True))
         beyond = factor * sum(s * x for s, x in zip(signs, rotated, strict=True))
-        found.append(float(query @ mean) + beyond)
+        found.append(float(of_mean @ mean) + beyond)
     return torch.tensor(found)
 
 
