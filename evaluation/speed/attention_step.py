@@ -141,7 +141,7 @@ class Check:
         if not torch.equal(stored, torch.stack([layer.key[:, :, 0], layer.value[:, :, 0]], 1)):
             raise SparseKVError(f"The {name} step did not store the new token: no speed.")
         full = last + (offset + 1 == self._page_size)
-        slots = torch.tensor([*range(min(4, full)), full - 1], dtype=torch.int64, device=table.device)
+        slots = torch.tensor([*range(min(4, full)), *range(full)[-1:]], dtype=torch.int64, device=table.device)
         pages = table[self.rows][:, slots].flatten()
         position = slots[:, None] * self._page_size + torch.arange(self._page_size, device=table.device)
         valid = (position < self.point.context).repeat(self.rows.stop, 1)

@@ -132,9 +132,9 @@ class PagedCache(SteppedCache):
             self._store.check(batch_size, num_new, visible)
 
     @property
-    def visible(self) -> Tensor:
-        """`[b, n]` bool on the CPU, False for padding: the mask of what is stored."""
-        return self._store.table.columns()
+    def visible(self) -> Tensor | None:
+        """`[b, n]` bool on the CPU, False for padding: the mask of what is stored; None if nothing is."""
+        return self._store.table.columns() if self._store.table.batch_size else None
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
