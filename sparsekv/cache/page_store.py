@@ -87,10 +87,11 @@ class PageStore:
         limits = [self.config.budget_pages(int(length)) for length in self.table.lengths]
         return int(np.minimum(self.table.num_pages, limits).sum())
 
-    def is_covered(self, device: torch.device) -> bool:
-        """Whether a fraction, rounded up to pages, covers every sequence of the length that it has. On a GPU, where a
-        step may be captured, it must not depend on lengths: there only the width of the table counts."""
-        if not self.config.is_fraction or device.type == "cuda":
+    @property
+    def is_covered(self) -> bool:
+        """Whether a fraction, rounded up to pages, covers every sequence of the length that it has. A step that may
+        be captured must not depend on lengths: there it is never so, and only the width of the table counts."""
+        if not self.config.is_fraction or self.step_begun:
             return False
         return self.pages_to_read() == self.table.total_pages
 

@@ -225,7 +225,7 @@ class PagedLayer(ReadableLayer):
             scaling=scaling,
             config=self.config,
             ops=self.store.ops,
-            is_covered=self.store.is_covered(pages.kv.device),
+            is_covered=self.store.is_covered,
             key=None if new is None else new[0],
             value=None if new is None else new[1],
         )

@@ -218,9 +218,7 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     name = original_implementation(module.config)
-    if (
-        name in FLASH_ATTN_KERNEL_FALLBACK
-    ):  # where transformers will look for the config's name, which has another hash
+    if name in FLASH_ATTN_KERNEL_FALLBACK:  # there, transformers would look for the config's name, of another hash
         lazy_import_flash_attention(name)
     implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     result: tuple[Tensor, Tensor | None] = implementation(module, query, key, value, attention_mask, **kwargs)
