@@ -19,6 +19,7 @@ from sparsekv.evaluation.tasks import Metric, Question
 from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.captured import Run
 from sparsekv.hf.prefill import CHUNK, WHOLE, without_single
+from sparsekv.hf.support import CACHE
 
 MOST_AT_ONCE = 1 << 20  # of all documents together
 LONG = 64  # steps beyond which it pays to capture them
@@ -174,7 +175,7 @@ def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Ten
         part = slice(start, start + step)
         model(
             input_ids=ids[:, part], attention_mask=mask[:, : start + step], position_ids=positions[:, part],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1, **{CACHE: cache},
         )  # fmt: skip
     return mask
 
@@ -216,7 +217,7 @@ def decode(
         if is_padded:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             inputs["attention_mask"] = mask
-        logits = step(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = step(**inputs, **{CACHE: cache}, use_cache=True).logits[:, -1]
         # A model may rule out tokens with minus infinity; NaN goes through amax.
         is_finite &= logits.amax(-1).isfinite().to(is_finite.device)
         _take(rows, logits, list(banned))

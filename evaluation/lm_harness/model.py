@@ -26,6 +26,7 @@ from sparsekv.errors import ConfigError, SparseKVError, did_you_mean
 from sparsekv.evaluation.accuracy.asking import prefill, stepper
 from sparsekv.evaluation.models import located
 from sparsekv.evaluation.report import choose_device
+from sparsekv.hf.support import CACHE
 
 from .command import NAME
 
@@ -115,7 +116,7 @@ class SparseLM(HFLM):
         copies = max(arguments.get("num_beams") or 1, arguments.get("num_return_sequences") or 1)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        said: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **arguments)
+        said: Tensor = super()._model_generate(context, max_length, stop, **{CACHE: cache}, **arguments)
         self._check_counters(int(mask.sum(1).max()), before)
         return said
 
@@ -131,7 +132,7 @@ class SparseLM(HFLM):
         for column in range(context.shape[1] - num_tail, context.shape[1] - 1):
             step(
                 input_ids=context[:, column : column + 1], attention_mask=mask[:, : column + 1],
-                position_ids=positions[:, column : column + 1], past_key_values=cache, use_cache=True,
+                position_ids=positions[:, column : column + 1], **{CACHE: cache}, use_cache=True,
             )  # fmt: skip
         return cache
 

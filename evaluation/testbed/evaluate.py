@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
+from sparsekv.hf.support import CACHE
+
 from .batches import PAD_ID, WORD_IDS, question_ids
 from .stories import ALL_TASKS, Question, Story, make_story
 
@@ -30,10 +32,10 @@ def answered_right(model: LlamaForCausalLM, story: Story) -> list[bool]:
     device = model.device
     ids = torch.tensor([[WORD_IDS[word] for word in story.words]], device=device)
     cache = DynamicCache(config=model.config)
-    model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model.model(input_ids=ids, **{CACHE: cache}, use_cache=True)
     cache.batch_repeat_interleave(len(story.questions))
     tokens, is_answer = _question_batch(story.questions)
-    logits = model(input_ids=tokens.to(device), past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=tokens.to(device), **{CACHE: cache}, use_cache=True).logits
     right = logits[:, :-1].argmax(-1).cpu() == tokens[:, 1:]
     return (right | ~is_answer[:, 1:]).all(-1).tolist()
 

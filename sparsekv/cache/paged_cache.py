@@ -275,8 +275,7 @@ class PagedCache(SteppedCache):
         # A dense layer grows by concatenation, so the tensors themselves can be shared.
         twin._own, twin.mode, twin.length = list(layer._own), layer.mode, layer.length
         twin.is_initialized, twin._tracked_from = layer.is_initialized, layer._tracked_from
-        if layer.is_initialized:
-            twin.dtype, twin.device = layer.dtype, layer.device
+        twin.__dict__.update({name: x for name, x in vars(layer).items() if name in ("dtype", "device")})
         return twin
 
     def _dense_layers(self) -> Iterable[Any]:

@@ -17,6 +17,7 @@ from sparsekv import PagedCache, Patch
 from sparsekv.evaluation.accuracy.asking import stop_ids
 from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.prefill import without_single
+from sparsekv.hf.support import CACHE
 
 from . import model_options
 from .streaming import StopWhen, Stream
@@ -105,7 +106,7 @@ class Conversation:
         for start in range(0, len(ids), step):
             part = self._tensor(ids[start : start + step])
             with torch.inference_mode():
-                self._model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self._model(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
             progress(part.shape[1])
         self._beginning = State(ids, cache)
         self.turns = []
@@ -165,7 +166,7 @@ class Conversation:
             return is_stopped() or (end is not None and bool(stream.said.strip()) and stream.said.endswith(end))
 
         output = self._model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, streamer=stream,
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache}, streamer=stream,
             max_new_tokens=self.max_new_tokens, stopping_criteria=[StopWhen(is_over)],
             eos_token_id=sorted(self._ends) or None, pad_token_id=self._pad_id,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from sparsekv.cache import PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.hf.fusion import fused
 from sparsekv.hf.graphs import CapturedStep, Site, addresses
-from sparsekv.hf.support import LayerStatus
+from sparsekv.hf.support import CACHE, LayerStatus
 
 MOST_GRAPHS = 8  # batch sizes and widths of tables that are kept ready
 # What is asked for by these would be overwritten by the next replay.
@@ -97,7 +97,7 @@ class CapturedDecoder:
         self.last_obstacle = run.refusal or self.obstacle(inputs)
         if self.last_obstacle is not None:
             return self.model(**inputs)
-        cache = inputs["past_key_values"]
+        cache = inputs[CACHE]
         with cache.step():
             return self._step(run, cache, inputs)
 
@@ -116,7 +116,7 @@ class CapturedDecoder:
 
     def obstacle(self, inputs: dict[str, Any]) -> str | None:
         """Why a forward with these inputs is not captured, or None."""
-        cache, tokens, mask = (inputs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        cache, tokens, mask = (inputs.get(name) for name in (CACHE, "input_ids", "attention_mask"))
         if not isinstance(cache, PagedCache) or not isinstance(tokens, Tensor) or tokens.shape[1] != 1:
             return "it is not a decode step of a PagedCache"
         reason = self.why_eager(tokens.device)
@@ -160,7 +160,7 @@ class CapturedDecoder:
     def _capture(
         self, run: Run, cache: PagedCache, tensors: dict[str, Tensor], rest: dict[str, Any]
     ) -> CapturedStep | None:
-        forward = partial(self.model, **rest, past_key_values=cache)
+        forward = partial(self.model, **rest, **{CACHE: cache})
         try:
             step = CapturedStep(tensors)
             step.weights = addresses(self.model)
@@ -228,11 +228,7 @@ def _split(inputs: dict[str, Any], cache: PagedCache) -> tuple[dict[str, Tensor]
     """The tensors that change with every step, and everything else but the cache. Padding is not in the pages, so a
     decode step needs no mask; positions are given, not derived from a length that would be captured with the rest."""
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and name != "attention_mask"}
-    rest = {
-        name: x
-        for name, x in inputs.items()
-        if name not in tensors and name not in ("attention_mask", "past_key_values")
-    }
+    rest = {name: x for name, x in inputs.items() if name not in tensors and name not in ("attention_mask", CACHE)}
     if "position_ids" not in tensors:
         tensors["position_ids"] = torch.full_like(inputs["input_ids"], cache.get_seq_length())
         rest.pop("position_ids", None)

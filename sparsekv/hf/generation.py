@@ -19,6 +19,7 @@ from sparsekv.hf import prefill
 from sparsekv.hf.attention import original_implementation, visible_columns
 from sparsekv.hf.captured import CapturedDecoder, Run
 from sparsekv.hf.notices import Notices, Reason, reason_in_cache, reason_in_model
+from sparsekv.hf.support import CACHE, CACHE_NAMES
 
 AHEAD = 8192  # new tokens of a sequence that memory is reserved for before the first: a captured step need not move
 MakeCache = Callable[[int], PagedCache]  # tokens to reserve over all sequences -> cache
@@ -26,7 +27,6 @@ Method = Callable[..., Any]  # what the model had under the name before it was p
 
 # Before, the chunks of a later turn began with what is in the cache already.
 _CHUNKS_LATER_TURNS = Version(transformers.__version__) >= Version("5.21")
-_CACHE = "past_key_values"
 _TEXT = {"attention_mask", "position_ids"}
 _DYNAMIC = (None, "dynamic")
 _STATIC = ("static",)
@@ -55,7 +55,7 @@ def prepare_cache(
         CacheFullError: a draft by early exit may find no room. In its midst, the model would be left cut short.
     """
     is_assisted = generation_mode is GenerationMode.ASSISTED_GENERATION
-    given = model_kwargs.get(_CACHE)
+    given = model_kwargs.get(CACHE)
     is_paged = _is_paged(given)
     reason = None if is_paged else _reason_for_dense(model, generation_config, model_kwargs, is_assisted)
     if reason is None:  # an assistant takes over the chunks of the model that it helps, for all its turns
@@ -69,7 +69,7 @@ def prepare_cache(
     cache = make_cache(_reserved(model, generation_config, model_kwargs, batch_size, max_cache_length))
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
-    model_kwargs[_CACHE] = cache
+    model_kwargs[CACHE] = cache
     return None
 
 
@@ -78,7 +78,7 @@ def _chunk_prefill(
 ) -> None:
     """Lets generate prefill a long prompt of nothing but text in chunks, so that what lies between the layers stays
     small. `generation_config` is this call's own."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     past = cache.get_seq_length() if cache is not None else 0
     columns = _columns(model_kwargs)
     only_text = not {name for name, x in model_kwargs.items() if isinstance(x, Tensor)} - _TEXT
@@ -125,7 +125,7 @@ def _reserved(
 
 def may_capture(own: Method, config: SparseConfig, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
     """The model's `_valid_auto_compile_criteria`: whether the decode loop goes to `decode_call`."""
-    if isinstance(model_kwargs.get("past_key_values"), PagedCache):
+    if isinstance(model_kwargs.get(CACHE), PagedCache):
         return config.capture and not generation_config.disable_compile
     compiled: bool = own(model_kwargs, generation_config)
     return compiled
@@ -136,7 +136,7 @@ def decode_call(own: Method, decoder: CapturedDecoder, compile_config: Any) -> C
     run = Run()
 
     def call(**inputs: Any) -> Any:
-        if isinstance(inputs.get("past_key_values"), PagedCache):
+        if isinstance(inputs.get(CACHE), PagedCache):
             return decoder(run, **inputs)
         return own(compile_config)(**inputs)
 
@@ -148,7 +148,7 @@ def _reason_for_dense(
 ) -> Reason | None:
     """Why a call of generate without a PagedCache gets none."""
     reason = reason_in_model(model, generation_config.use_cache is False)
-    given, wanted = model_kwargs.get(_CACHE), generation_config.cache_implementation
+    given, wanted = model_kwargs.get(CACHE), generation_config.cache_implementation
     if reason is not None or given is not None:
         return reason or reason_in_cache(given)
     if wanted not in _DYNAMIC + _STATIC:
@@ -172,7 +172,8 @@ class ForwardHook:
 
     def __init__(self, make_cache: MakeCache, notices: Notices, parameters: tuple[str, ...]) -> None:
         self.make_cache, self.notices, self.parameters = make_cache, notices, parameters
-        self._place = parameters.index(_CACHE) if _CACHE in parameters else len(parameters)
+        self._name = next((name for name in CACHE_NAMES if name in parameters), CACHE)
+        self._place = parameters.index(self._name) if self._name in parameters else len(parameters)
         self._has_warned = False
 
     def __call__(
@@ -184,18 +185,18 @@ class ForwardHook:
             CacheFullError, CacheStateError: the cache cannot take these tokens; nothing was written.
         """
         named = dict(zip(self.parameters, args, strict=False)) | kwargs
-        given = named.get(_CACHE)
+        given = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
         reason = reason_in_model(module, not _uses_cache(module, named))
         if given is None and reason is None:
-            given = named[_CACHE] = self.make_cache(0)
+            given = self.make_cache(0)
             args, kwargs = self._with_cache(given, args, kwargs)
         if isinstance(given, PagedCache):
-            _check_input(module, named)
+            _check_input(module, given, named)
             self._warn_of_attentions(module, named)
+        elif "continuous_batching" in type(given).__module__:
+            self.notices.add(Reason("generate_batch has a cache of its own", "Call generate to decode sparsely."))
         elif given is not None and _is_step(named) and not (_is_paged(given) or _wants_attentions(module, named)):
             self.notices.add(reason or reason_in_cache(given))
-        elif named.get("cache") is not None:
-            self.notices.add(Reason("generate_batch has a cache of its own", "Call generate to decode sparsely."))
         return args, kwargs
 
     def _with_cache(
@@ -205,7 +206,8 @@ class ForwardHook:
         that names them otherwise."""
         if self._place < len(args):
             return (*args[: self._place], cache, *args[self._place + 1 :]), kwargs
-        return args, kwargs | {_CACHE: cache}
+        others = {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}  # which are None
+        return args, others | {self._name: cache}
 
     def _warn_of_attentions(self, module: PreTrainedModel, arguments: dict[str, Any]) -> None:
         if self._has_warned or not _is_step(arguments) or not _wants_attentions(module, arguments):
@@ -214,7 +216,7 @@ class ForwardHook:
         warnings.warn(
             "output_attentions: a decode step that reads pages has no attention weights, so there are none in its "
             "output (prompts have theirs). To get all of them undo the patch, or pass "
-            "past_key_values=DynamicCache(config=model.config).",
+            f"{CACHE}=DynamicCache(config=model.config).",
             stacklevel=2,
         )
 
@@ -247,13 +249,13 @@ def _inputs(arguments: dict[str, Any]) -> Tensor | None:
     return embeds if embeds is not None else arguments.get("input_ids")
 
 
-def _check_input(module: PreTrainedModel, arguments: dict[str, Any]) -> None:
+def _check_input(module: PreTrainedModel, cache: PagedCache, arguments: dict[str, Any]) -> None:
     """Before the first layer takes anything: there must be room, and nobody may expect gradients."""
     if module.training:
         raise CacheStateError("A PagedCache carries no gradients: call model.eval(), or train without a cache.")
     inputs, mask = _inputs(arguments), arguments.get("attention_mask")
     if inputs is not None:
-        cache, (batch_size, num_new) = arguments["past_key_values"], inputs.shape[:2]
+        batch_size, num_new = inputs.shape[:2]
         cache.check_room(batch_size, num_new, _visible(mask, cache, num_new))
 
 

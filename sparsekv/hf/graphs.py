@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache import PagedCache
+from sparsekv.hf.support import CACHE
 
 
 class Site:
@@ -64,14 +65,14 @@ class CapturedStep:
                 raise
             self.graph.capture_end()
         current.wait_stream(site.stream)
-        self.output = type(output)(**{name: x for name, x in output.items() if name != "past_key_values"})
+        self.output = type(output)(**{name: x for name, x in output.items() if name != CACHE})
 
     def replay(self, inputs: dict[str, Tensor], cache: PagedCache) -> Any:
         """Runs the step on other values of its inputs: the same names, shapes and dtypes."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
         self.graph.replay()
-        return type(self.output)(**self.output, past_key_values=cache)
+        return type(self.output)(**self.output, **{CACHE: cache})
 
 
 def addresses(model: torch.nn.Module) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from sparsekv.hf import attention
+from sparsekv.hf.support import CACHE
 
 
 class Reason(NamedTuple):
@@ -54,7 +55,7 @@ def reason_in_cache(cache: Any) -> Reason:
     """Why a call with this cache decodes densely: it is not paged."""
     return Reason(
         f"a {type(cache).__name__} of your own, which has no pages, is given",
-        "Leave past_key_values out, or pass patch.new_cache(): the patched model fills it, with a prefix, too.",
+        f"Leave {CACHE} out, or pass patch.new_cache(): the patched model fills it, with a prefix, too.",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import GenerationMixin
 
 from sparsekv.cache import check_settings, own_layers, plain_layers
 from sparsekv.config import SparseConfig
@@ -15,6 +16,12 @@ from sparsekv.errors import UnsupportedModelError
 from sparsekv.hf import attention
 from sparsekv.ops import why_reference
 from sparsekv.policies import POLICIES, Reads
+
+# What transformers calls a cache among a model's arguments and in its output: from 5.24 on "cache", before, and for a
+# while still understood, the other.
+CACHE_NAMES = ("cache", "past_key_values")
+_PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = next(name for name in CACHE_NAMES if name in _PARAMETERS)
 
 # Families that came out wrong although everything the checks below look at is in order.
 _REFUSED_FAMILIES = {

@@ -210,7 +210,8 @@ def test_to_dynamic(padded: bool) -> None:
 def test_what_is_in_it_can_be_read(padded: bool) -> None:
     """By iteration too, as code that shares a prefix does; tokens that no attention has asked for yet included."""
     pair = prefilled(valid=left_padded(11, 6, 2) if padded else None)
-    assert pair.paged.layers[0].keys.data_ptr() != pair.paged.layers[0].keys.data_ptr()  # copies
+    first, second = pair.paged.layers[0].keys, pair.paged.layers[0].keys
+    assert first.data_ptr() != second.data_ptr()  # copies
     key, value = torch.randn(2, 3, 2, 1, 8)
     pair.paged.update(key, value, 0)
     plain = DynamicCache([(keys, values) for keys, values, *_ in pair.paged])

@@ -28,7 +28,7 @@ VERDICTS = {
     "asks: slices the queries of layers that share keys": "gemma4 gemma4_unified",
     # Such a layer's cache is no DynamicLayer, or its keys are latent: it stays transformers' own.
     "asks: adds the tokens that its indexer has chosen to the mask": "axk2 deepseek_v32 dots3_note glm5_next "
-    "glm_moe_dsa hy_v4 minimax_m3_vl mistral_large4",
+    "glm_moe_dsa hy_v4 hy_v4_vl minimax_m3_vl mistral_large4",
     # gpt2 with reorder_and_upcast_attn, eager: the layer's tags never arrive, and it stays dense.
     "asks: may pass the attention interface by": "decision_transformer gpt2",
     "asks: is refused, as it has no attention interface": "falcon",

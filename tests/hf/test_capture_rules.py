@@ -10,6 +10,7 @@ import torch
 
 import sparsekv
 from sparsekv.hf.captured import CapturedDecoder
+from sparsekv.hf.support import CACHE
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 
 
@@ -24,7 +25,7 @@ class Every(Policy):
     ("change", "reason"),
     [
         ({}, "CUDA graphs need a GPU"),
-        ({"past_key_values": None}, "not a decode step of a PagedCache"),
+        ({CACHE: None}, "not a decode step of a PagedCache"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.long)}, "not a decode step of a PagedCache"),
     ],
 )
@@ -32,8 +33,8 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
     model = tiny("llama")
     with sparsekv.patch(model, budget=64, page_size=4, recent=8) as patch:
         cache = patch.new_cache()
-        model(**prompt(20), past_key_values=cache)
-        inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), "past_key_values": cache} | change
+        model(**prompt(20), **{CACHE: cache})
+        inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), CACHE: cache} | change
         assert reason in str(patch.decoder.obstacle(inputs))
 
 
@@ -60,11 +61,11 @@ def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, pr
     with sparsekv.patch(model, budget=64, page_size=4, recent=8, policy=change.get("policy", "top_k")) as patch:
         cache = patch.new_cache()
         if not change.get("empty"):
-            model(**prompt(20), past_key_values=cache)
+            model(**prompt(20), **{CACHE: cache})
         if change.get("observed"):
             cache.observers.append(lambda step, slots: None)
         tokens = torch.ones(1, 1, dtype=torch.long).as_subclass(OnGpu)
-        found = patch.decoder.obstacle({"input_ids": tokens, "past_key_values": cache} | rest)
+        found = patch.decoder.obstacle({"input_ids": tokens, CACHE: cache} | rest)
     assert found is None if reason is None else re.search(reason, str(found))
 
 

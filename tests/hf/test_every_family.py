@@ -52,9 +52,9 @@ MORE: dict[str, dict[str, Any]] = {
 LEFT_OUT = set(
     """
     blt cohere_compass_text dbrx dots3_note dots3_note_text emu3 falcon_h1 fuyu gemma3 gemma3n gemma3n_text gemma4
-    gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 gpt_neo llama4 mamba2 mllama
-    moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp qwen4_exp_text
-    reformer roc_bert xlstm xmod zamba zamba2
+    gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 gpt_neo inkling2_loop_text inkling2_text
+    llama4 mamba2 mllama moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe
+    qwen4_exp qwen4_exp_text reformer roc_bert xlstm xmod zamba zamba2
     """.split()
 )
 FEWER = (

@@ -150,7 +150,7 @@ REFUSED = {
     "doge": "its attention reads the values again",
     "bloom": "does not use transformers' attention interface",
     "falcon": "does not use transformers' attention interface",
-    "gptj": "does not use transformers' attention interface",
+    "mpt": "does not use transformers' attention interface",
     "git": "does not use transformers' attention interface",
     "mamba": "no plain full-attention layer",
     "bert": "cannot generate",

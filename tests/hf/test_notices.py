@@ -9,11 +9,12 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import sparsekv
+from sparsekv.hf.support import CACHE
 
 SMALL = {"budget": 16, "page_size": 4, "sinks": 2, "recent": 4, "dense_layers": 1}
 CASES = {  # what a call is given -> what it says, and the way out
-    "dynamic": (r"a DynamicCache of your own", r"Leave past_key_values out, or pass patch.new_cache\(\)"),
-    "static": (r"a StaticCache of your own", r"Leave past_key_values out, or pass patch.new_cache\(\)"),
+    "dynamic": (r"a DynamicCache of your own", rf"Leave {CACHE} out, or pass patch.new_cache\(\)"),
+    "static": (r"a StaticCache of your own", rf"Leave {CACHE} out, or pass patch.new_cache\(\)"),
     "no cache": (r"use_cache=False", r"Leave it out"),
     "training": (r"the model is in training mode", r"Call model.eval\(\)"),
     "attention": (r"the attention was set to 'eager'", r"patch the model again"),
@@ -22,9 +23,9 @@ CASES = {  # what a call is given -> what it says, and the way out
 
 def given(case: str, model) -> dict:
     if case == "dynamic":
-        return {"past_key_values": DynamicCache(config=model.config)}
+        return {CACHE: DynamicCache(config=model.config)}
     if case == "static":
-        return {"past_key_values": StaticCache(config=model.config, max_cache_len=64)}
+        return {CACHE: StaticCache(config=model.config, max_cache_len=64)}
     model.train(case == "training")
     if case == "attention":
         model.set_attn_implementation("eager")
@@ -53,7 +54,7 @@ def test_a_cache_that_arrives_after_generate_has_made_one(tiny, prompt, decode) 
 
     def with_a_prefix(*args, **kwargs):
         inputs = prepare(*args, **kwargs)
-        return inputs | {"past_key_values": caches.pop()} if caches else inputs
+        return inputs | {CACHE: caches.pop()} if caches else inputs
 
     with sparsekv.patch(model, **SMALL) as patch:
         model.prepare_inputs_for_generation = with_a_prefix
@@ -69,9 +70,9 @@ def test_a_loop_of_ones_own_says_so_at_its_first_step(tiny, prompt) -> None:
         cache = DynamicCache(config=model.config)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model(ids[:, :-2], past_key_values=cache)
+            model(ids[:, :-2], **{CACHE: cache})
         with pytest.warns(UserWarning, match="a DynamicCache of your own") as warned:
-            _ = [model(token, past_key_values=cache) for token in ids[:, -2:].split(1, dim=1)]
+            _ = [model(token, **{CACHE: cache}) for token in ids[:, -2:].split(1, dim=1)]
     assert len([x for x in warned if x.category is UserWarning]) == 1
 
 
@@ -110,5 +111,5 @@ def test_the_cache_of_a_cross_attention_hides_no_pages(tiny, prompt) -> None:
     with sparsekv.patch(model, **SMALL) as patch, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", UserWarning)
         cache = model(ids[:, :-1], encoder_hidden_states=states).past_key_values
-        model(ids[:, -1:], encoder_hidden_states=states, past_key_values=cache)
+        model(ids[:, -1:], encoder_hidden_states=states, **{CACHE: cache})
     assert patch.stats.sparse_steps == 1

@@ -24,6 +24,7 @@ import sparsekv
 from sparsekv import PagedCache
 from sparsekv.hf import captured
 from sparsekv.hf.captured import CapturedDecoder, CapturedStep, Run
+from sparsekv.hf.support import CACHE
 from sparsekv.testing.consistency import assert_consistent
 
 SMALL: dict[str, Any] = {"budget": 48, "page_size": 16, "sinks": 2, "recent": 4, "dense_layers": 1, "fuse": False}
@@ -39,7 +40,7 @@ class Played(CapturedStep):
         if self.failure is not None:
             forward(**self.inputs)  # some layers have run by then
             raise self.failure
-        model, rest = forward.func, {name: x for name, x in forward.keywords.items() if name != "past_key_values"}
+        model, rest = forward.func, {name: x for name, x in forward.keywords.items() if name != CACHE}
         self.model, self.rest = copy.deepcopy(model), rest
         output = forward(**self.inputs)
         self.output = type(output)(logits=output.logits.clone())
@@ -48,9 +49,9 @@ class Played(CapturedStep):
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
         with cache.capturing():
-            played = self.model(**self.inputs, **self.rest, past_key_values=cache)
+            played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
         self.output.logits.copy_(played.logits)
-        return type(self.output)(**self.output, past_key_values=cache)
+        return type(self.output)(**self.output, **{CACHE: cache})
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def prefilled(prompt) -> Callable[..., PagedCache]:
     @torch.no_grad()
     def make(patch: sparsekv.Patch) -> PagedCache:
         cache: PagedCache = patch.new_cache(reserve_tokens=128)
-        patch.model(**prompt(65), past_key_values=cache)
+        patch.model(**prompt(65), **{CACHE: cache})
         return cache
 
     return make
@@ -81,7 +82,7 @@ def decoded(forward: Callable[..., Any], cache: PagedCache, tokens: range) -> li
     found = []
     for token in tokens:
         inputs = {"input_ids": torch.tensor([[token]]), "position_ids": torch.tensor([[cache.get_seq_length()]])}
-        found.append(forward(**inputs, past_key_values=cache, use_cache=True).logits.clone())
+        found.append(forward(**inputs, **{CACHE: cache}, use_cache=True).logits.clone())
     return found
 
 

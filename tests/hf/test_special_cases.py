@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 import sparsekv
 from sparsekv import PagedCache
 from sparsekv.errors import CacheFullError, CacheStateError
+from sparsekv.hf.support import CACHE
 
 NEW = 8  # tokens that `decode` generates
 FULL = {"budget": 4096, "page_size": 4}
@@ -109,9 +110,8 @@ def test_attention_weights_of_every_step_from_a_cache_without_pages(tiny, prompt
     theirs = decode(model, prompt(40, 33), output_attentions=True)
     with sparsekv.patch(model, **SMALL), warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours = decode(
-            model, prompt(40, 33), output_attentions=True, past_key_values=DynamicCache(config=model.config)
-        )
+        own = {CACHE: DynamicCache(config=model.config)}
+        ours = decode(model, prompt(40, 33), output_attentions=True, **own)
     assert_same(ours, theirs)
     torch.testing.assert_close(ours.attentions, theirs.attentions)
 
@@ -333,8 +333,8 @@ def test_other_cache_implementations_are_transformers_own_and_warn(name, expecte
             sparsekv.patch(model)
         with warns if is_patched else contextlib.nullcontext():
             model._prepare_cache_for_generation(settings, arguments, None, 1, 16)
-        assert type(arguments["past_key_values"]) is expected
-        assert arguments["past_key_values"].offloading
+        assert type(arguments[CACHE]) is expected
+        assert arguments[CACHE].offloading
 
 
 @pytest.mark.parametrize("num_layers", [1, 4])
