@@ -50,6 +50,9 @@ class Digest(Formula):
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
         """Fixed per-head state from the first tokens of a cache (default: none).
 
+        What is learned of the keys ties a row to its batch and to the first chunk of its prompt. A digest that learns
+        nothing keeps of a page what follows from the page alone; those that ship learn nothing.
+
         Args:
             keys: `[b, hkv, t, d]`, in the model's dtype.
             valid: `[b, t]` bool, or None when all are.
