@@ -82,7 +82,6 @@ struct SketchLayout {
 constexpr int MEAN_LIMIT = 127;  // the largest whole number of a mean
 
 // A lane takes 8 channels of a token, so D / 8 lanes take a token.
-// A lane takes 8 channels of a token, so D / 8 lanes take a token.
 template <typename T, int D>
 struct SketchSummary {
     static constexpr bool WHOLE = true, SHARED = true;
@@ -97,8 +96,7 @@ struct SketchSummary {
         for (int i = 0; i < 8; ++i) sums[i] += T::to_float(words[i / 2] >> i % 2 * 16);
     }
 
-    // Every warp makes the mean for itself, and of every `parts`-th token the signs. Lane l holds channels l, l + 32,
-    // ...
+    // Every warp makes the mean, and the signs of every `parts`-th token. Lane l has channels l, l + 32, ...
     __device__ void store(const Page& page, const Digests& digests, int count, int page_size, int part, int parts) {
         float mean[N];
         const float unit = round_mean(count, mean);
