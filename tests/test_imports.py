@@ -23,7 +23,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "config registry command_line",
         "ops",
-        "digests policies doctor",
+        "digests doctor",
+        "policies",
+        "pages",
         "cache",
         "hf",
         "sparsekv",
@@ -37,7 +39,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ONLY_IMPORTED_BY = {"doctor": {"cli"}}
 # What a page is, how it is scored and which ones are read has nothing to do with transformers.
-FREE_OF_TRANSFORMERS = {"errors", "config", "registry", "command_line", "ops", "digests", "policies"}
+FREE_OF_TRANSFORMERS = {"errors", "config", "registry", "command_line", "ops", "digests", "policies", "pages"}
 
 
 def sources() -> list[Path]:
@@ -120,7 +122,10 @@ def test_imports_run_one_way(path: Path) -> None:
         ("sparsekv.cache.paged_cache", "from ..hf import patch", False),
         ("sparsekv.cache.paged_cache", "from sparsekv import ops", True),
         ("sparsekv.cache.paged_cache", "from sparsekv import patch", False),
-        ("sparsekv.cache.paged_cache", "from .page_pool import PagePool", True),
+        ("sparsekv.cache.paged_cache", "from .paged_layer import PagedLayer", True),
+        ("sparsekv.pages.page_store", "from sparsekv.cache import DecodeStats", False),
+        ("sparsekv.pages.page_store", "import transformers", False),
+        ("sparsekv.policies.base", "from sparsekv.pages import PageStore", False),
         ("sparsekv.digests.minmax", "from sparsekv.policies import top_k", False),
         ("sparsekv.ops.reference", "def f():\n    import sparsekv.config", True),
         ("sparsekv.ops.reference", "def f():\n    from sparsekv import digests", False),

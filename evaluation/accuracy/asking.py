@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from sparsekv import Patch
 from sparsekv.evaluation.tasks import Metric, Question
 from sparsekv.evaluation.wording import Wording
-from sparsekv.hf.captured import Run
+from sparsekv.hf.capture.decoder import Run
 from sparsekv.hf.prefill import CHUNK, WHOLE, without_single
 from sparsekv.hf.support import CACHE
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sparsekv import DecodeStats, DecodeStep, SparseConfig
 from sparsekv.cache import PagedLayer
-from sparsekv.cache.page_store import PageStore
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.evaluation.report import new_console, result, save_json
+from sparsekv.pages.page_store import PageStore
 from sparsekv.testing.timing import median_ms
 
 from .plots import step_figure

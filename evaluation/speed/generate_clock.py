@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 from transformers import LogitsProcessor
 
 from sparsekv.errors import SparseKVError
-from sparsekv.hf.captured import CapturedDecoder
+from sparsekv.hf.capture.decoder import CapturedDecoder
 from sparsekv.testing.timing import synchronize
 
 Counts = dict[str, int]

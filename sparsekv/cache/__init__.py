@@ -1,6 +1,5 @@
-"""Storage: pages, tables and the transformers cache over them. What is read of it is the policies' business."""
+"""transformers' cache and its layers, over pages. What is read of them is the policies' business."""
 
-from sparsekv.cache.arena import Arena
 from sparsekv.cache.handshake import tagged_layer
 from sparsekv.cache.layer_kinds import own_layers, plain_layers
 from sparsekv.cache.model_check import check_settings
@@ -9,7 +8,6 @@ from sparsekv.cache.paged_layer import Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
 
 __all__ = [
-    "Arena",
     "DecodeStats",
     "Observer",
     "PagedCache",

@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsekv.cache.gradients import barrier
 from sparsekv.cache.handshake import Mode
-from sparsekv.cache.page_store import PageStore
 from sparsekv.errors import CacheStateError
+from sparsekv.pages.page_store import PageStore
 
 
 class ReadableLayer(DynamicLayer):

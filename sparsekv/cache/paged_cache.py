@@ -12,17 +12,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from sparsekv.cache.arena import Arena
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
 from sparsekv.cache.handshake import Mode, attention_of, warn_fallback
 from sparsekv.cache.layer_kinds import plain_layers
 from sparsekv.cache.model_check import check_digests, check_settings
-from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import SteppedCache
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
+from sparsekv.pages.arena import Arena
+from sparsekv.pages.page_store import PageStore
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparsekv.cache.contents import ReadableLayer
 from sparsekv.cache.handshake import Mode, tagged
-from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
+from sparsekv.pages.page_store import PageStore
 from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
 
 # Called with a layer's decode step and the slots that it has read, `[b, hkv, k]` int32; None: all pages.

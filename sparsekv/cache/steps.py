@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache
 
-from sparsekv.cache.page_store import PageStore
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.config import SparseConfig
+from sparsekv.pages.page_store import PageStore
 
 
 class SteppedCache(DynamicCache):

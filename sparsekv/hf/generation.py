@@ -17,7 +17,7 @@ from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.hf import prefill
 from sparsekv.hf.attention import original_implementation, visible_columns
-from sparsekv.hf.captured import CapturedDecoder, Run
+from sparsekv.hf.capture.decoder import CapturedDecoder, Run
 from sparsekv.hf.notices import Notices, Reason, reason_in_cache, reason_in_model
 from sparsekv.hf.support import CACHE, CACHE_NAMES
 

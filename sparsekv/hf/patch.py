@@ -11,13 +11,14 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparsekv.cache import Arena, DecodeStats, PagedCache
+from sparsekv.cache import DecodeStats, PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import PatchError
 from sparsekv.hf import attention, generation, support
-from sparsekv.hf.captured import CapturedDecoder
+from sparsekv.hf.capture.decoder import CapturedDecoder
 from sparsekv.hf.notices import Notices, attention_set_since
+from sparsekv.pages import Arena
 from sparsekv.policies import POLICIES
 
 _ATTRIBUTE = "_sparsekv_patch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sparsekv.cache.page_store import PageStore
+from sparsekv.pages.page_store import PageStore
 
 
 def assert_consistent(*stores: PageStore) -> None:

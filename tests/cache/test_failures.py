@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekv.cache import PagedCache, layer_pages
-from sparsekv.cache.layer_pages import LayerPages
+from sparsekv.cache import PagedCache
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import CacheStateError
+from sparsekv.pages import layer_pages
+from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.testing.cache_pair import CachePair
 
 SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekv.cache import layer_pages
-from sparsekv.cache.layer_pages import LayerPages
 from sparsekv.digests import DIGESTS
+from sparsekv.pages import layer_pages
+from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.testing.cache_pair import CachePair
 
 HKV, D, P = 2, 32, 16

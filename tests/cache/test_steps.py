@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsekv.cache import Arena, DecodeStats, PagedCache, layer_pages
-from sparsekv.cache.layer_pages import LayerPages
+from sparsekv.cache import DecodeStats, PagedCache
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import CacheFullError, CacheStateError
+from sparsekv.pages import Arena, layer_pages
+from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.policies import POLICIES, DecodeStep, Reads
 from sparsekv.testing.cache_pair import CachePair, tiny_config
 from sparsekv.testing.steps import Unsteady

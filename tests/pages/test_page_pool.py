@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekv.cache.page_pool import PagePool
 from sparsekv.errors import CacheFullError
+from sparsekv.pages.page_pool import PagePool
 
 
 def ids(*pages: int) -> np.ndarray:

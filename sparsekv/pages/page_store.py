@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekv import ops
-from sparsekv.cache.arena import Arena, Loan
-from sparsekv.cache.block_table import BlockTable, PageCopies
-from sparsekv.cache.device_table import width_for
-from sparsekv.cache.layer_pages import LayerPages
-from sparsekv.cache.masks import hidden_last
-from sparsekv.cache.page_pool import PagePool
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
 from sparsekv.errors import CacheStateError
+from sparsekv.pages.arena import Arena, Loan
+from sparsekv.pages.block_table import BlockTable, PageCopies
+from sparsekv.pages.device_table import width_for
+from sparsekv.pages.layer_pages import LayerPages
+from sparsekv.pages.masks import hidden_last
+from sparsekv.pages.page_pool import PagePool
 
 
 class PageStore:

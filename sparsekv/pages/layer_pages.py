@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.cache.block_table import PageCopies
 from sparsekv.digests import Digest
+from sparsekv.pages.block_table import PageCopies
 from sparsekv.policies import Reads
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom

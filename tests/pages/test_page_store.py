@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from sparsekv.cache.page_store import PageStore
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheFullError
+from sparsekv.pages.page_store import PageStore
 from sparsekv.testing.consistency import assert_consistent
 
 HKV, D = 2, 8

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekv.cache import Arena, DecodeStats
+from sparsekv.cache import DecodeStats
 from sparsekv.digests import DIGESTS, register
 from sparsekv.digests.minmax import MinMax
+from sparsekv.pages import Arena
 from sparsekv.testing.cache_pair import CachePair
 
 SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}

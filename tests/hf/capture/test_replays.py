@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 import sparsekv
 from sparsekv import PagedCache
-from sparsekv.hf import captured
-from sparsekv.hf.captured import CapturedDecoder, CapturedStep, Run
+from sparsekv.hf.capture import decoder
+from sparsekv.hf.capture.decoder import CapturedDecoder, CapturedStep, Run
 from sparsekv.hf.support import CACHE
 from sparsekv.testing.consistency import assert_consistent
 
@@ -56,8 +56,8 @@ class Played(CapturedStep):
 
 @pytest.fixture(autouse=True)
 def _played(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "CapturedStep", Played)
-    monkeypatch.setattr(captured, "Site", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(decoder, "CapturedStep", Played)
+    monkeypatch.setattr(decoder, "Site", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(CapturedDecoder, "why_eager", lambda self, device: self.refusal)
     monkeypatch.setattr(Played, "failure", None)
 

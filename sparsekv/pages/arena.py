@@ -10,8 +10,8 @@ import copy
 import weakref
 from typing import Any
 
-from sparsekv.cache.block_table import DeviceTables
-from sparsekv.cache.layer_pages import LayerPages
+from sparsekv.pages.block_table import DeviceTables
+from sparsekv.pages.layer_pages import LayerPages
 
 
 class Arena:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import sparsekv
 from sparsekv.errors import KernelError
-from sparsekv.hf import fusion
+from sparsekv.hf.capture import fusion
 
 
 @pytest.fixture

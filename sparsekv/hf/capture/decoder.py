@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sparsekv.cache import PagedCache
 from sparsekv.config import SparseConfig
-from sparsekv.hf.fusion import fused
-from sparsekv.hf.graphs import CapturedStep, Site, addresses
+from sparsekv.hf.capture.fusion import fused
+from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
 from sparsekv.hf.support import CACHE, LayerStatus
 
 MOST_GRAPHS = 8  # batch sizes and widths of tables that are kept ready

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsekv
-from sparsekv.hf.captured import CapturedDecoder
+from sparsekv.hf.capture.decoder import CapturedDecoder
 from sparsekv.hf.support import CACHE
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor
 
-from sparsekv.cache.block_table import MOST_TABLES, BlockTable, DeviceTables
-from sparsekv.cache.device_table import FEW_CHANGES, WIDTH_STEP, DeviceTable, width_for
-from sparsekv.cache.page_pool import PagePool
-from sparsekv.cache.page_store import PageStore
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheFullError
+from sparsekv.pages.block_table import MOST_TABLES, BlockTable, DeviceTables
+from sparsekv.pages.device_table import FEW_CHANGES, WIDTH_STEP, DeviceTable, width_for
+from sparsekv.pages.page_pool import PagePool
+from sparsekv.pages.page_store import PageStore
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsekv.cache.device_table import DeviceTable
-from sparsekv.cache.masks import without_last
-from sparsekv.cache.page_pool import NO_PAGES, PageIds, PagePool
 from sparsekv.errors import CacheStateError
+from sparsekv.pages.device_table import DeviceTable
+from sparsekv.pages.masks import without_last
+from sparsekv.pages.page_pool import NO_PAGES, PageIds, PagePool
 
 Width = Callable[[int, torch.device], int]
 DeviceTables = dict[tuple[torch.device, int, int], DeviceTable]  # by device, batch size and width
