@@ -181,7 +181,7 @@ def test_bench_prints_the_ratio_and_writes_files(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "attention_cpu.png").stat().st_size > 5_000
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_demo_shows_dense_and_top_k_right_where_recent_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ BUILD_LEFTOVERS = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__
 DEMO = ("demo", "--quick")
 
 # One worker builds the wheel for all of these.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = [pytest.mark.wide, pytest.mark.xdist_group("packaging")]
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -15,7 +15,7 @@ from sparsekv.evaluation import testbed
 
 pexpect = pytest.importorskip("pexpect")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.wide,
     pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal"),
 ]
 

@@ -196,7 +196,7 @@ def last_tokens(kept: int) -> Any:
     return press
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.skipif(PYTHON is None, reason="needs kvpress: KVPRESS_PYTHON=... names a Python that has it")
 def test_kvpress_itself(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results-kvpress.jsonl"

@@ -314,7 +314,7 @@ def test_what_is_saved_knows_nothing_of_the_patch(tiny, prompt, decode, assert_s
     assert list(torch.load(state)) == list(model.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_a_compiled_patched_forward(tiny, prompt) -> None:
     """Not one graph, but the right one: prefill and steps equal the forward that is not compiled."""
     model, ids = tiny("llama", num_hidden_layers=2), prompt(44)["input_ids"]
