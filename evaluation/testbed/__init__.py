@@ -46,7 +46,7 @@ def load(
     if not (MODEL_DIR / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"the testbed's weights are missing from {MODEL_DIR}: restore model.safetensors from the "
-            "repository, or train it anew with `python -m evaluation.testbed.train`"
+            "repository, or train it anew with `python -m tools.testbed.train`"
         )
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype, local_files_only=True)

@@ -10,6 +10,7 @@ The testbed's tokenizer splits at spaces, so a word's index in `Story.text` is i
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from sparsekv.errors import ConfigError, UnknownNameError
 
 from . import vocabulary as vocab
-from .tasks import TASKS, Fact, Plan, Pools, TaskBuilder
+from .tasks import TASKS, Fact, FactPlan, Pools, TaskBuilder
 
 __all__ = ["TASKS", "Question", "Story", "TaskBuilder", "make_story"]
 
@@ -126,15 +127,11 @@ def prose_bank() -> tuple[list[Sentence], dict[int, list[Sentence]]]:
     bank: list[Sentence] = []
     by_length: dict[int, list[Sentence]] = {}
     for i in range(NUM_PROSE_SENTENCES):
-        sentence = _write(rng, vocab.PROSE_TEMPLATES[i % len(vocab.PROSE_TEMPLATES)])
+        template = vocab.PROSE_TEMPLATES[i % len(vocab.PROSE_TEMPLATES)].split()
+        sentence = tuple(rng.choice(vocab.SLOTS[word[1:-1]]) if word.startswith("{") else word for word in template)
         bank.append(sentence)
         by_length.setdefault(len(sentence), []).append(sentence)
     return bank, by_length
-
-
-def _write(rng: random.Random, template: str) -> Sentence:
-    """Fills each slot of a template with a word of its list."""
-    return tuple(rng.choice(vocab.SLOTS[word[1:-1]]) if word.startswith("{") else word for word in template.split())
 
 
 def _words(sentence: Fact | Sentence) -> Sentence:
@@ -154,13 +151,11 @@ def _spans(sentences: list[Fact | Sentence]) -> dict[Fact, tuple[int, int]]:
 
 
 def _questions(
-    plans: dict[str, Plan], spans: dict[Fact, tuple[int, int]], tasks: Sequence[str], num_questions: int
+    plans: dict[str, FactPlan], spans: dict[Fact, tuple[int, int]], tasks: Sequence[str], num_questions: int
 ) -> tuple[Question, ...]:
     """The questions of all plans, taking turns through the tasks."""
     asks = {task: iter(plan.asks) for task, plan in plans.items()}
-    turns = [tasks[i % len(tasks)] for i in range(num_questions)]
-    questions = []
-    for task in turns:
-        ask = next(asks[task])
-        questions.append(Question(task, ask.prompt, ask.answer, tuple(spans[fact] for fact in ask.needs)))
-    return tuple(questions)
+    turns = [(task, next(asks[task])) for task in itertools.islice(itertools.cycle(tasks), num_questions)]
+    return tuple(
+        Question(task, ask.prompt, ask.answer, tuple(spans[fact] for fact in ask.needs)) for task, ask in turns
+    )
