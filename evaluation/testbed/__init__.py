@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,13 +19,18 @@ from sparsekv.evaluation import models
 
 from .stories import TASKS, Question, Story, make_story
 
-__all__ = ["MODEL_DIR", "NAME", "TASKS", "UNLEARNED", "Question", "Story", "load", "make_story"]
+__all__ = ["MODEL_DIR", "NAME", "TASKS", "UNLEARNED", "Question", "Story", "load", "make_story", "path_of"]
 
 NAME = models.TESTBED  # stands for this model wherever one can be named
 MODEL_DIR = models.TESTBED_DIR
 
 # Tasks that the model answers worse than its bar at 16k (the model card has the figures).
 UNLEARNED: frozenset[str] = frozenset()
+
+
+def path_of(model: Any) -> Any:
+    """What transformers loads: this model's folder instead of `NAME`, everything else as it is."""
+    return str(MODEL_DIR) if model == NAME else model
 
 
 def load(

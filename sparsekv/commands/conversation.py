@@ -106,7 +106,7 @@ class Conversation:
 
         def is_over(tokens: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             has_ended = end is not None and bool(answer.said.strip()) and answer.said.endswith(end)
-            return torch.full((len(tokens),), is_stopped() or has_ended, device=tokens.device)
+            return torch.full((len(tokens),), is_stopped() or has_ended, dtype=torch.bool, device=tokens.device)
 
         tokens = self._tensor(ids)
         output = self._model.generate(

@@ -213,6 +213,7 @@ def test_load_gives_a_model_ready_for_inference(loaded: Model) -> None:
     assert model.dtype == torch.float32
     assert model.config.max_position_embeddings >= 32768
     assert testbed.load(dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert (testbed.path_of("testbed"), testbed.path_of("other")) == (str(testbed.MODEL_DIR), "other")
 
 
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
