@@ -111,27 +111,25 @@ TaskBuilder = Callable[[Pools, int], FactPlan]
 
 def needle(pools: Pools, num_questions: int) -> FactPlan:
     """One code per question; no two of its keys share a word."""
-    adjectives = pools.take("adjectives", num_questions)
-    animals = pools.take("animals", num_questions)
-    return _code_plan(pools, [f"{a} {b}" for a, b in zip(adjectives, animals, strict=True)], num_questions)
+    words = pools.take("adjectives", num_questions), pools.take("animals", num_questions)
+    return _asked([_ask_code(pools, " ".join(key)) for key in zip(*words, strict=True)], num_questions)
 
 
 def many_keys(pools: Pools, num_questions: int) -> FactPlan:
     """Codes of look-alike keys, one key for every 64 tokens of story; some of them are asked for."""
     keys = pools.look_alike_keys(max(num_questions, MIN_KEYS, pools.num_tokens // 64))
-    return _code_plan(pools, keys, num_questions)
+    return _asked([_ask_code(pools, key) for key in keys], num_questions)
 
 
-def _code_plan(pools: Pools, keys: list[str], num_questions: int) -> FactPlan:
-    """Hides a code for every key and asks for the first `num_questions` of them."""
-    plan = FactPlan()
-    for key in keys:
-        code = pools.code()
-        fact = pools.fill(vocab.CODE_FACTS, key=key, code=code)
-        plan.threads.append([fact])
-        if len(plan.asks) < num_questions:
-            plan.asks.append(Ask(vocab.CODE_QUESTION.format(key=key), code, (fact,)))
-    return plan
+def _asked(asks: list[Ask], num_questions: int) -> FactPlan:
+    """Hides the facts of all, each one's in a thread; the first `num_questions` are asked."""
+    return FactPlan([list(ask.needs) for ask in asks], asks[:num_questions])
+
+
+def _ask_code(pools: Pools, key: str) -> Ask:
+    code = pools.code()
+    fact = pools.fill(vocab.CODE_FACTS, key=key, code=code)
+    return Ask(vocab.CODE_QUESTION.format(key=key), code, (fact,))
 
 
 def multi_query(pools: Pools, num_questions: int) -> FactPlan:
@@ -161,27 +159,18 @@ def ask_codes(pools: Pools, plan: FactPlan, keys: list[str], templates: tuple[st
 def multi_value(pools: Pools, num_questions: int) -> FactPlan:
     """Travellers with look-alike names and two to four journeys each; all are asked for, in story order."""
     num_travellers = max(num_questions, MIN_KEYS, pools.num_tokens // 512)
-    plan = FactPlan()
+    asks = []
     for traveller in pools.look_alike_keys(num_travellers)[:num_travellers]:
         towns = pools.take("towns", pools.rng.randint(2, 4))
         facts = [pools.fill(vocab.JOURNEY_FACTS, key=traveller, value=town) for town in towns]
-        plan.threads.append(facts)
-        if len(plan.asks) < num_questions:
-            prompt = vocab.JOURNEY_QUESTION.format(key=traveller)
-            plan.asks.append(Ask(prompt, " ".join(towns), tuple(facts)))
-    return plan
+        asks.append(Ask(vocab.JOURNEY_QUESTION.format(key=traveller), " ".join(towns), tuple(facts)))
+    return _asked(asks, num_questions)
 
 
 def variable_tracking(pools: Pools, num_questions: int) -> FactPlan:
     """Chains of two to four hops: one person keeps a number, each next one "the same number as" the last."""
-    num_chains = num_questions + max(1, pools.num_tokens // 1024)
-    plan = FactPlan()
-    for number in pools.take("numbers", num_chains):
-        ask = chain(pools, number, pools.rng.randint(2, 4))
-        plan.threads.append(list(ask.needs))
-        if len(plan.asks) < num_questions:
-            plan.asks.append(ask)
-    return plan
+    numbers = pools.take("numbers", num_questions + max(1, pools.num_tokens // 1024))
+    return _asked([chain(pools, number, pools.rng.randint(2, 4)) for number in numbers], num_questions)
 
 
 def chain(pools: Pools, number: str, hops: int) -> Ask:
