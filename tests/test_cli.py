@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,18 @@ def test_a_table_into_a_pipe_that_is_closed_is_no_error() -> None:
         PipeConsole(file=file).print("a table")
     with contextlib.suppress(BrokenPipeError):
         file.close()
+
+
+@pytest.mark.parametrize("end", [lambda: 3, sys.exit], ids=["a command", "--help"])
+def test_output_into_a_pipe_that_is_closed_is_no_error(
+    end: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        assert run_to_exit_code(lambda: print("said") or end(), "p") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_doctor_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:
