@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import sparsekv
-from sparsekv import Patch
+from sparsekv import POLICIES, Patch
 from sparsekv.evaluation.report import choose_device, file_name, new_console, result, save_json
 from sparsekv.testing.timing import synchronize
 
@@ -145,7 +145,8 @@ class Bench:
             SparseKVError: the mode did not do what it promises.
         """
         decoder, config = patch.decoder, patch.config
-        promised = ["sparse_steps"] if config.policy != "all" and not self.options.fits(where) else []
+        chooses = not (POLICIES.get(config.policy).reads_all or self.options.fits(where))
+        promised = ["sparse_steps"] if chooses else []
         promised += ["replays"] if config.capture and self.device.type == "cuda" else []
         counted = {key: clock.counted[key] for key in promised}
         row: Row = {"note": check_counts(counted, self.options.timed_tokens, _why_eager(patch))}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen3Config
 
-from sparsekv import SparseConfig
+from sparsekv import POLICIES, SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.models import pretrained
@@ -118,7 +118,7 @@ class Subject:
         ):  # transformers refuses what differs per layer; lists do, too
             return None
         pairs = 2 * num_heads * head_dim * self.model.dtype.itemsize * num_layers * num_tokens  # keys and values
-        if config is None or config.policy == "all":
+        if config is None or POLICIES.get(config.policy).reads_all:
             return int(pairs)
         fields = DIGESTS.get(config.digest)().fields(config.page_size, head_dim)
         digest = sum(math.prod(f.shape) * (f.dtype or self.model.dtype).itemsize for f in fields)

@@ -12,7 +12,7 @@ from sparsekv.cache.layer_kinds import plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
-from sparsekv.policies import POLICIES, Reads
+from sparsekv.policies import POLICIES, Reads, check_declared
 
 
 def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None:
@@ -23,14 +23,15 @@ def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None
 
     Raises:
         UnknownNameError: there is no such digest or policy.
-        ConfigError: `dense_layers` names a layer that the model does not have, or the digest cannot be kept of heads
-            of this size.
+        ConfigError: `dense_layers` names a layer that the model does not have, the digest cannot be kept of heads
+            of this size, or the policy declares what cannot be.
     """
     digest, policy, plain = DIGESTS.get(config.digest)(), POLICIES.get(config.policy), plain_layers(model_config)
     head_dim = _head_dim(model_config)
     _check_dense_layers(config, len(DynamicCache(config=model_config).layers))
-    is_scored = policy.reads is Reads.DIGESTS and len(config.dense_among(plain)) < len(plain)
-    if is_scored and head_dim is not None:
+    num_deciding = len(plain) - len(config.dense_among(plain))
+    check_declared(config, policy, num_deciding)
+    if policy.reads is Reads.DIGESTS and num_deciding and head_dim is not None:
         digest.fields(config.page_size, head_dim)
 
 

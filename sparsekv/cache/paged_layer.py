@@ -213,6 +213,7 @@ class PagedLayer(ReadableLayer):
 
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
+        ordinal, memory = self.store.remembered(self.layer_idx)
         return DecodeStep(
             layer_idx=self.layer_idx,
             query=query,
@@ -228,6 +229,9 @@ class PagedLayer(ReadableLayer):
             is_covered=self.store.is_covered,
             key=None if new is None else new[0],
             value=None if new is None else new[1],
+            ordinal=ordinal,
+            phase=self.store.memory.phase,
+            memory=memory,
         )
 
     def _record(self, slots: Tensor | None, new: bool) -> None:
@@ -262,3 +266,4 @@ class PagedLayer(ReadableLayer):
             self.refuse("its keys or values are transformed between the cache and the attention function")
         else:
             self.commit(self.store.table.columns())  # nothing is known of a mask
+            self.store.memory.forget()  # no policy was asked

@@ -162,12 +162,12 @@ def _status(layer_idx: int, layer: Any, config: SparseConfig, is_dense: bool, ow
         return LayerStatus(layer_idx, False, reason, is_paged=False)
     if is_dense:
         return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages", is_asked_for=True)
-    if config.policy == "all":
-        return LayerStatus(layer_idx, False, "policy 'all', in pages")
-    by_digests = POLICIES.get(config.policy).reads is Reads.DIGESTS
-    return LayerStatus(
-        layer_idx, True, f"{config.policy} over {config.digest} digests" if by_digests else config.policy
-    )
+    policy = POLICIES.get(config.policy)
+    if policy.reads_all:
+        return LayerStatus(layer_idx, False, f"policy {config.policy!r}, in pages")
+    by_digests = f" over {config.digest} digests" if policy.reads is Reads.DIGESTS else ""
+    anew = f", anew every {policy.period} steps" if policy.period > 1 else ""
+    return LayerStatus(layer_idx, True, f"{config.policy}{by_digests}{anew}")
 
 
 def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:
