@@ -44,6 +44,7 @@ def _source(name: str, result: dict[str, Any]) -> str:
     where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
     measured = [row["measured"]["command"] for row in result["rows"] if row.get("measured")]
     commands = list(dict.fromkeys(measured)) or [result["command"]]  # rows may be of several
+    commands = [command.replace("python -m evaluation.speed", "sparsekv bench") for command in commands]  # as it was
     how = (
         ", ".join(f"`{command}`" for command in commands)
         + f"; {where}, torch {result['versions']['torch']}, {result['date']}"

@@ -118,8 +118,8 @@ class Shelf:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, point = inputs, inputs.point
-        if point.config.digest != "minmax":
-            raise Unavailable(f"it is Quest's policy, and the digest is {point.config.digest}")
+        if (point.config.policy, point.config.digest) != ("top_k", "minmax"):
+            raise Unavailable(f"it is Quest's policy, not {point.config.policy} over {point.config.digest}")
         if point.fits:
             raise Unavailable("the budget holds the whole context: nothing to choose")
         if point.context % point.config.page_size:

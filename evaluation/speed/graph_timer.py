@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -12,7 +13,7 @@ import torch
 
 # A graph is made this long by repeating its calls, so that starting it costs nothing to speak of, up to a number of
 # calls that is captured quickly.
-LEAST_GRAPH_US, MOST_CALLS = 500.0, 256
+MIN_GRAPH_US, MAX_CALLS = 500.0, 256
 WARMUP_REPLAYS = 3
 
 Step = Callable[[int], object]
@@ -51,8 +52,8 @@ class Timer:
             count: calls with inputs of their own.
             floor_us: the least one call can take, as far as known.
         """
-        wanted = math.ceil(LEAST_GRAPH_US / max(count * floor_us, 1.0))
-        rounds = max(1, min(wanted, MOST_CALLS // count)) if self.device.type == "cuda" else 1
+        wanted = math.ceil(MIN_GRAPH_US / max(count * floor_us, 1.0))
+        rounds = max(1, min(wanted, MAX_CALLS // count)) if self.device.type == "cuda" else 1
 
         def work() -> None:
             for _ in range(rounds):
@@ -95,6 +96,13 @@ class Timer:
             work()
             times.append((time.perf_counter() - start) * 1e6)
         return times
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def read_tb_per_s(device: torch.device, timer: Timer, num_bytes: int = 4 << 30) -> float:

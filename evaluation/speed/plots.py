@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsekv import SparseConfig
 from sparsekv.evaluation.report import BLUE, GREEN, GREY, ORANGE, RED, SKY, new_figure, short
 
 from .generate_points import MODES
 
 Row = dict[str, Any]
 
-# A layer's competitors: name in the rows' keys (sparse_us, on a CPU sparse_ms), label, style.
+# A layer's competitors: name in the rows' keys (sparse_us), label, style.
 _STEP_LINES = (
     ("sparse", "sparsekv", {"marker": "s", "color": BLUE, "linewidth": 2}),
     ("flashinfer", "FlashInfer, dense", {"marker": "o", "color": ORANGE}),
@@ -24,7 +25,6 @@ _STEP_LINES = (
     ("floor", "memory's speed, digests and budget", {"linestyle": "--", "color": BLUE}),
 )
 _PARTS = {"append": GREY, "score": BLUE, "select": ORANGE, "attend": GREEN}
-_FLOOR = ("floor", "memory's speed", {"marker": "_", "color": RED})
 _SPLIT = {"attention": ("attention", BLUE), "gemm": ("matrix products", GREY), "rest": ("norms, rotary ...", ORANGE)}
 
 # mode of the rows, style; in the order of the legend
@@ -45,52 +45,45 @@ def step_figure(rows: Sequence[Row], title: str | None = None) -> Any:
     """Time of a step against the context, and how much faster than dense it is at every batch and context.
 
     Args:
-        rows: of `attention_DEVICE.json`. Shown are the first row's geometry and budget; on the left, its batch. On a
-            CPU there is one geometry and one batch, and so no right-hand side.
+        rows: of `attention_DEVICE.json`. Shown are the first row's geometry and budget; on the left, its batch.
         title: of the figure (default: geometry and budget).
     """
     same = _like_the_first(rows)
-    on_gpu = any("floor_us" in row for row in same)
-    figure, axes = new_figure(figsize=(11.5 if on_gpu else 6.4, 4.6), dpi=120, ncols=2 if on_gpu else 1)
-    left, right = axes if on_gpu else (axes, None)
+    figure, (left, right) = new_figure(figsize=(11.5, 4.6), dpi=120, ncols=2)
     if same:
-        _plot_steps(left, [row for row in same if row.get("batch") == same[0].get("batch")])
+        _plot_steps(left, [row for row in same if row["batch"] == same[0]["batch"]])
         figure.suptitle(title or _title("One layer's decode step", same[0]))
-    if right is not None:
-        _plot_ratios(right, same)
+    _plot_ratios(right, same)
     return figure
 
 
 def _title(what: str, row: Row) -> str:
-    digest = row.get("digest", "minmax")  # of rows before there was a choice
-    which = "" if digest == "minmax" else f", {digest}"
-    return f"{what}: {row.get('geometry') or row['model']}, budget {row['budget']} tokens{which}"
+    usual = SparseConfig()
+    told = [row.get("digest", usual.digest), row.get("policy", usual.policy)]  # older rows do not say the defaults
+    named = [name for name in told if name not in (usual.digest, usual.policy)]
+    return ", ".join([f"{what}: {row.get('geometry') or row['model']}", f"budget {row['budget']} tokens", *named])
 
 
 def _like_the_first(rows: Sequence[Row]) -> list[Row]:
     """Those measured, of the first one's geometry and budget, by batch and context."""
-    timed = [row for row in rows if _unit(row)]
-    same = [row for row in timed if all(row.get(key) == timed[0].get(key) for key in ("geometry", "budget"))]
-    return sorted(same, key=lambda row: (row.get("batch", 1), row["context"]))
-
-
-def _unit(row: Row) -> str | None:
-    return next((unit for unit in ("us", "ms") if row.get(f"sparse_{unit}") is not None), None)
+    timed = [row for row in rows if row.get("sparse_us")]
+    same = [row for row in timed if all(row[key] == timed[0][key] for key in ("geometry", "budget"))]
+    return sorted(same, key=lambda row: (row["batch"], row["context"]))
 
 
 def _plot_steps(axes: Any, rows: Sequence[Row]) -> None:
-    unit = _unit(rows[0])
-    lines = _STEP_LINES if unit == "us" else (("dense", "PyTorch SDPA, dense", _STEP_LINES[2][2]), _STEP_LINES[0])
-    for name, label, style in lines:
-        known = [row for row in rows if row.get(f"{name}_{unit}") is not None]
-        if known:
-            values = [row[f"{name}_{unit}"] for row in known]
-            axes.plot([row["context"] for row in known], values, label=label, **style)
+    for name, label, style in _STEP_LINES:
+        _plot_line(axes, [row for row in rows if row.get(f"{name}_us")], f"{name}_us", label, style)
     axes.set_yscale("log")
     _context_axis(axes, [row["context"] for row in rows])
-    axes.set_ylabel(f"one layer's decode step [{unit}]")
-    axes.set_title(f"batch {rows[0].get('batch', 1)}")
+    axes.set_ylabel("one layer's decode step [us]")
+    axes.set_title(f"batch {rows[0]['batch']}")
     axes.legend(fontsize=8)
+
+
+def _plot_line(axes: Any, rows: Sequence[Row], key: str, label: str, style: Mapping[str, Any]) -> None:
+    if rows:
+        axes.plot([row["context"] for row in rows], [row[key] for row in rows], label=label, **style)
 
 
 def _context_axis(axes: Any, contexts: Sequence[int]) -> None:
@@ -116,31 +109,32 @@ def _plot_ratios(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _point_axis(axes: Any, rows: Sequence[Row]) -> None:
-    labels = [f"{row.get('batch', 1)} x {short(row['context'])}" for row in rows]
+    labels = [f"{row['batch']} x {short(row['context'])}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=45, ha="right")
     axes.set_xlabel("batch x context [tokens]")
 
 
 def parts_figure(rows: Sequence[Row]) -> Any:
     """A step's parts, each timed alone, stacked; beside them the step itself, and the memory's speed."""
-    shown = [row for row in _like_the_first(rows) if all(row.get(f"{part}_{_unit(row)}") for part in _PARTS)]
+    shown = [row for row in _like_the_first(rows) if "attend_us" in row]
     figure, axes = new_figure(figsize=(8, 4.6), dpi=120)
-    unit = _unit(shown[0]) if shown else "us"
-    tops = [0.0] * len(shown)
-    for part, color in _PARTS.items():
-        values = [row[f"{part}_{unit}"] for row in shown]
-        axes.bar(range(len(shown)), values, 0.6, bottom=tops, color=color, label=f"{part}, alone")
-        tops = [top + value for top, value in zip(tops, values, strict=True)]
-    label = "the step, fused" if unit == "us" else "the step"
-    for name, text, style in (("sparse", label, {"marker": "s", "color": "black"}), _FLOOR):
-        known = [(i, row[f"{name}_{unit}"]) for i, row in enumerate(shown) if row.get(f"{name}_{unit}")]
-        if known:
-            axes.plot(*zip(*known, strict=True), **style, linestyle="", markersize=9, label=text)
+    _stack(axes, [([row.get(f"{part}_us", 0) for row in shown], f"{part}, alone", _PARTS[part]) for part in _PARTS])
+    axes.plot([row["sparse_us"] for row in shown], "s", color="black", markersize=9, label="the step")
+    axes.plot([row["floor_us"] for row in shown], "_", color=RED, markersize=9, label="memory's speed")
     _point_axis(axes, shown)
-    axes.set_ylabel(f"one layer's decode step [{unit}]")
+    axes.set_ylabel("one layer's decode step [us]")
     axes.set_title("Where a step's time goes")
     axes.legend(fontsize=8)
     return figure
+
+
+def _stack(axes: Any, parts: Sequence[tuple[Sequence[float], str, str]]) -> None:
+    """Bars on top of each other: values, label, colour."""
+    tops: list[float] = []
+    for values, label, color in parts:
+        tops = tops or [0.0] * len(values)
+        axes.bar(range(len(values)), values, 0.6, bottom=tops, color=color, label=label)
+        tops = [top + value for top, value in zip(tops, values, strict=True)]
 
 
 # -- a token of generate
@@ -169,9 +163,7 @@ def _plot_tokens(axes: Any, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: row["context"])
     for mode, style in _MODE_STYLES.items():
         known = [row for row in rows if row["mode"] == mode]
-        if known:
-            values = [row["ms_per_token"] for row in known]
-            axes.plot([row["context"] for row in known], values, label=MODES[mode].label, **style)
+        _plot_line(axes, known, "ms_per_token", MODES[mode].label, style)
     _context_axis(axes, sorted({row["context"] for row in rows}))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("a token [ms]")
@@ -205,15 +197,9 @@ def split_figure(rows: Sequence[Row]) -> Any:
     """Where a captured step's time goes: attention, matrix products, the rest, and gaps between kernels."""
     shown = [row for row in rows if row.get("split_ms")]
     figure, axes = new_figure(figsize=(8, 4.6), dpi=120)
-    tops = [0.0] * len(shown)
-    for part, (label, color) in _SPLIT.items():
-        values = [row["split_ms"][part] for row in shown]
-        axes.bar(range(len(shown)), values, 0.6, bottom=tops, color=color, label=label)
-        tops = [top + value for top, value in zip(tops, values, strict=True)]
+    _stack(axes, [([row["split_ms"][part] for row in shown], *style) for part, style in _SPLIT.items()])
     marks = [row["ms_per_token"] for row in shown]
-    axes.plot(
-        range(len(shown)), marks, "_", color="black", markersize=24, label="a token, launches and gaps included"
-    )
+    axes.plot(marks, "_", color="black", markersize=24, label="a token, launches and gaps included")
     _point_axis(axes, shown)
     axes.set_ylim(0, 1.4 * max(marks, default=1))  # with room for the legend
     axes.set_ylabel("a token of every sequence [ms]")
@@ -246,15 +232,14 @@ def accuracy_figure(accuracy: Mapping[int, float], rows: Sequence[Row], dense: f
     """
     figure, axes = new_figure(figsize=(7, 4.6), dpi=120)
     shown = sorted((row for row in rows if row["budget"] in accuracy), key=lambda row: row["budget"])
-    unit = _unit(shown[0]) if shown else "us"
-    points = [(row[f"sparse_{unit}"], 100 * accuracy[row["budget"]]) for row in shown]
+    points = [(row["sparse_us"], 100 * accuracy[row["budget"]]) for row in shown]
     axes.plot(*zip(*points, strict=True), "s-", color=BLUE, label="sparsekv, by budget [tokens]")
     for row, point in zip(shown, points, strict=True):
         axes.annotate(short(row["budget"]), point, xytext=(5, -12), textcoords="offset points", fontsize=8)
-    times = [row["best_dense_us"] if unit == "us" else row["dense_ms"] for row in shown]
-    axes.plot(min(times, default=0), 100 * dense, "o", color=ORANGE, label="dense: the faster competitor")
+    fastest = min((row["best_dense_us"] for row in shown), default=0)
+    axes.plot(fastest, 100 * dense, "o", color=ORANGE, label="dense: the faster competitor")
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"one layer's decode step [{unit}]")
+    axes.set_xlabel("one layer's decode step [us]")
     axes.set_ylabel("right answers [%]")
     axes.set_title(title)
     axes.grid(alpha=0.3)

@@ -18,13 +18,14 @@ from sparsekv.cli import main
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.evaluation import readme, speed
 from sparsekv.evaluation.report import circumstances
-from sparsekv.evaluation.speed import generate_bench, generate_file, generate_model
-from sparsekv.evaluation.speed.generate_bench import Bench, compare, sweep
+from sparsekv.evaluation.speed import generate_bench, generate_file
+from sparsekv.evaluation.speed.generate_bench import GenerateBench, compare, sweep
 from sparsekv.evaluation.speed.generate_clock import Clock, check_counts, parts
 from sparsekv.evaluation.speed.generate_model import Subject
 from sparsekv.evaluation.speed.generate_points import MODES, PRESETS, Options, Point, add_arguments, options_of, point
-from sparsekv.evaluation.speed.generate_tables import notes, print_result
+from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry
 from sparsekv.evaluation.speed.plots import memory_figure, split_figure, tokens_figure
+from sparsekv.evaluation.speed.tables import print_tokens
 from sparsekv.evaluation.testbed import MODEL_DIR
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,7 +43,7 @@ def options(*points: Point, **changes: Any) -> Options:
     return Options(SparseConfig(budget=128), points or (Point(1, 200),), new_tokens=12, **changes)
 
 
-def rows_of(bench: Bench) -> list[dict[str, Any]]:
+def rows_of(bench: GenerateBench) -> list[dict[str, Any]]:
     return sweep(bench, lambda rows: None, Console(quiet=True))
 
 
@@ -75,7 +76,7 @@ def test_the_whole_command_prints_and_writes(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_every_mode_leaves_the_model_as_it_was(tiny: Subject) -> None:
-    bench = Bench(tiny, options(modes=list(MODES)), CPU)
+    bench = GenerateBench(tiny, options(modes=list(MODES)), CPU)
     assert [row["mode"] for row in rows_of(bench)] == list(MODES)
     assert not bench.is_warm  # the static mode's leavings were forgotten, and with them what else was compiled
     assert not hasattr(tiny.model, "_sparsekv_patch")
@@ -84,9 +85,9 @@ def test_every_mode_leaves_the_model_as_it_was(tiny: Subject) -> None:
 
 def test_a_model_in_a_folder_is_timed(tmp_path: Path) -> None:
     command = ["generate", "--model", str(MODEL_DIR), *SMALL, "--points", "1x200", "--modes", "sparse"]
-    assert speed.main([*command, "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "generate_cpu.json").read_text())
-    assert result["command"] == shlex.join(["python", "-m", "evaluation.speed", *command, "--out", str(tmp_path)])
+    result = speed.measure(shlex.join([*command, "--out", str(tmp_path)]))
+    assert result == json.loads((tmp_path / "generate_cpu.json").read_text())
+    assert result["command"] == shlex.join(["sparsekv", "bench", *command, "--out", str(tmp_path)])
     assert not result["settings"]["random_weights"]
     assert result["rows"][0]["speedup"] is None  # nothing unpatched was measured
 
@@ -125,7 +126,7 @@ def test_what_ran_otherwise_than_a_reader_would_think_is_noted() -> None:
 
 def test_a_sparse_mode_that_decodes_densely_stops_the_run(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODES, "sparse", MODES["all"])
-    bench = Bench(tiny, options(modes=["sparse"]), CPU)
+    bench = GenerateBench(tiny, options(modes=["sparse"]), CPU)
     assert bench.row(Point(1, 200), "sparse")["ms_per_token"] > 0  # the policy `all` promises nothing
     monkeypatch.undo()
     monkeypatch.setattr(generate_bench, "_count", lambda patch: {"sparse_steps": 0, "replays": 0})
@@ -135,17 +136,17 @@ def test_a_sparse_mode_that_decodes_densely_stops_the_run(tiny: Subject, monkeyp
 
 
 def test_a_mode_without_memory_says_so_and_the_others_go_on(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = Bench._measure
+    measure = GenerateBench._measure
 
-    def short_of_memory(bench: Bench, where: Point, name: str, patch: Any) -> Any:
+    def short_of_memory(bench: GenerateBench, where: Point, name: str, patch: Any) -> Any:
         if (where.batch, name) == (2, "default"):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if name == "static":
             raise RuntimeError("backend='inductor' raised:\nno compiler")
         return measure(bench, where, name, patch)
 
-    monkeypatch.setattr(Bench, "_measure", short_of_memory)
-    bench = Bench(tiny, options(Point(2, 200), Point(1, 200), modes=["sparse", "default", "static"]), CPU)
+    monkeypatch.setattr(GenerateBench, "_measure", short_of_memory)
+    bench = GenerateBench(tiny, options(Point(2, 200), Point(1, 200), modes=["sparse", "default", "static"]), CPU)
     rows = rows_of(bench)
     assert rows[1]["error"] == "out of memory"
     assert rows[1]["ms_per_token"] is None
@@ -159,9 +160,9 @@ def test_an_error_of_a_patched_mode_stops_the_run(tiny: Subject, monkeypatch: py
     def broken(*args: Any) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Bench, "_measure", broken)
+    monkeypatch.setattr(GenerateBench, "_measure", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        Bench(tiny, options(), CPU).row(Point(1, 200), "sparse")
+        GenerateBench(tiny, options(), CPU).row(Point(1, 200), "sparse")
 
 
 def test_limits_leave_modes_out_with_a_note() -> None:
@@ -325,10 +326,10 @@ def test_the_committed_file_can_be_added_to() -> None:
 
 
 def test_learned_positions_must_hold_the_new_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(generate_model.GEOMETRIES, "gpt2", lambda: GPT2Config(n_positions=256))
-    monkeypatch.setitem(generate_model.GEOMETRIES, "rotary", lambda: generate_model._tiny())
+    gpt2 = Geometry("gpt2", 12, 12, 64, model=lambda **sizes: GPT2Config(n_positions=256))
+    monkeypatch.setitem(GEOMETRIES, "gpt2", gpt2)
     Subject(None, "gpt2").check(200, 56)
-    Subject(None, "rotary").check(1 << 20, 64)
+    Subject(None, "tiny").check(1 << 20, 64)  # rotary ones may go on
     with pytest.raises(ConfigError, match="gpt2 takes 256 tokens, and 257"):
         Subject(None, "gpt2").check(200, 57)
 
@@ -388,7 +389,7 @@ def made_rows() -> list[dict[str, Any]]:
 
 def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
     console = Console(width=118, record=True, file=io.StringIO())
-    print_result(console, made_rows())
+    print_tokens(console, made_rows())
     text = console.export_text()
     assert "…" not in text
     assert "out of memory" in text
@@ -397,7 +398,7 @@ def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
     (line,) = [line for line in text.splitlines() if line.split()[-1:] == ["6.00"]]
     assert line.split()[3:] == ["sparse", "0.60", "4.00", "1.00", "0.40", "6.00"]
     assert "static: not measured (--static-up-to 32k) (1 x 128k)" in text
-    assert notes(made_rows())[1] == "sparse: decodes eagerly: a reason (16 x 128k)"
+    assert "sparse: decodes eagerly: a reason (16 x 128k)" in text
 
 
 @pytest.mark.parametrize("rows", [made_rows(), made_rows()[:3], made_rows()[3:], made_rows()[4:], []], ids=len)
