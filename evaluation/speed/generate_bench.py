@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +19,11 @@ from transformers import LogitsProcessorList
 
 import sparsekv
 from sparsekv import Patch
-from sparsekv.evaluation.report import choose_device, file_name, new_console, result, save_json
+from sparsekv.evaluation.report import choose_device, new_console
 from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms
-from .generate_file import measured, rows_to_add_to
+from .generate_file import ResultFile
 from .generate_model import Subject, whole_models
 from .generate_points import CAPTURED, DTYPES, MIN_NEW_TOKENS, MODES, Options, Point, options_of
 from .graph_timer import free
@@ -238,69 +237,12 @@ def run(args: argparse.Namespace, command: str) -> Row:
     subject.check(max(where.context for where in options.points), options.new_tokens)
     if device.index is not None and on_gpu:
         torch.cuda.set_device(device)
-    bench, console = GenerateBench(subject, options, device), new_console()
-    kept = earlier(bench)
+    file, console = ResultFile(subject, options, device, command), new_console()
     subject.load(device)
-    rows = sweep(bench, lambda rows: _save([*kept, *rows], bench, command), console)
+    rows = sweep(GenerateBench(subject, options, device), file.save, console)
     print_tokens(console, rows)
-    path = _save([*kept, *rows], bench, command)
+    path = file.save(rows)
     if path is not None:
-        tokens_figure([*kept, *rows]).savefig(path.with_suffix(".png"))
+        tokens_figure([*file.kept, *rows]).savefig(path.with_suffix(".png"))
         console.print(f"Written: {path} and .png")
-    return _content([*kept, *rows], bench, command)
-
-
-def earlier(bench: GenerateBench) -> list[Row]:
-    """Rows of an earlier run that stay in the file: at points that this run does not measure. The model need not be
-    loaded.
-
-    Raises:
-        ConfigError: what is there was measured otherwise, or is no such file.
-    """
-    path = Path(bench.options.out or "") / f"{_name(bench)}.json"
-    if not bench.options.add or not path.exists():
-        return []
-    points = {(where.batch, where.context) for where in bench.options.points}
-    rows = rows_to_add_to(path, result("", _settings(bench), []))
-    return [row for row in rows if (row["batch"], row["context"]) not in points]
-
-
-def _save(rows: Sequence[Row], bench: GenerateBench, command: str) -> Path | None:
-    if bench.options.out is None:
-        return None
-    return save_json(bench.options.out, _name(bench), _content(rows, bench, command))
-
-
-def _name(bench: GenerateBench) -> str:
-    return file_name("generate", bench.device.type, bench.options.config.digest)
-
-
-def _settings(bench: GenerateBench) -> Row:
-    """What all rows of a file have in common."""
-    options = bench.options
-    return {
-        "model": bench.subject.name,
-        "dtype": str(bench.subject.dtype),
-        "digest": options.config.digest,
-        "budget": options.config.budget,
-        "dense_layers": options.config.dense_layers,
-        "new_tokens": options.new_tokens,
-    }
-
-
-def _content(rows: Sequence[Row], bench: GenerateBench, command: str) -> Row:
-    """What the file holds. Rows that do not say how they were measured were measured by this command."""
-    options = bench.options
-    rows = sorted(rows, key=lambda row: (row["batch"], row["context"]))  # a point's modes stay in their order
-    points = {(row["batch"], row["context"]) for row in rows}
-    settings = {
-        **_settings(bench),
-        "random_weights": bench.subject.source is None,
-        "weight_bytes": bench.subject.weight_bytes,
-        "timed_tokens": options.timed_tokens,
-        "num_points": len(points.union((where.batch, where.context) for where in options.points)),
-        "modes": [name for name in MODES if name in (*options.modes, *(row["mode"] for row in rows))],
-    }
-    content = result(command, settings, [])
-    here = measured(content)
-    return {**content, "rows": [{**row, "measured": row.get("measured", here)} for row in rows]}
+    return file.content(rows)

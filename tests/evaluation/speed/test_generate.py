@@ -240,53 +240,58 @@ def test_bad_options_are_named_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_a_split_needs_the_mode_it_takes_apart() -> None:
+def test_options_that_need_another_one_say_which() -> None:
     with pytest.raises(ConfigError, match="add sparse or sparse-unfused to --modes"):
         options(modes=["default"], split=True)
-
-
-def test_points_of_an_earlier_run_can_stay(tmp_path: Path) -> None:
-    """Those that are measured again are replaced; rows of another model or budget are refused, not mixed."""
-    command = ["bench", "generate", "--device", "cpu", "--geometry", "tiny", "--modes", "sparse", "--budget", "128"]
-    command += ["--new-tokens", "8", "--out", str(tmp_path), "--add"]
-    for points in (["1x256", "2x200"], ["1x200", "2x200"]):
-        assert main([*command, "--points", *points]) == 0
-    rows = json.loads((tmp_path / "generate_cpu.json").read_text())["rows"]
-    assert [(row["batch"], row["context"]) for row in rows] == [(1, 200), (1, 256), (2, 200)]
-    assert main([*command, "--points", "1x256", "--budget", "144"]) == 1
     with pytest.raises(ConfigError, match="--add adds to the result file in --out"):
         options(add=True)
 
 
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded or timed."""
+    times = dict.fromkeys(("ms_per_token", "first_token_s", "first_steps_s", "tokens_per_s"), 1.0)
+    monkeypatch.setattr(Subject, "load", lambda subject, device: None)
+    monkeypatch.setattr(Subject, "weight_bytes", 1)
+    monkeypatch.setattr(GenerateBench, "warm_up", lambda bench: None)
+    monkeypatch.setattr(GenerateBench, "_measure", lambda bench, where, name, patch: dict(times))
+
+
 def added(tmp_path: Path, *arguments: str) -> int:
-    command = ["bench", "generate", "--device", "cpu", "--geometry", "tiny", "--modes", "sparse", "--budget", "128"]
-    given = {"--new-tokens": "8", **dict(zip(arguments[::2], arguments[1::2], strict=True))}
-    options = [word for pair in given.items() for word in pair]
-    return main([*command, *options, "--out", str(tmp_path), "--add"])
+    command = ["bench", "generate", "--device", "cpu", "--geometry", "tiny", "--out", str(tmp_path), "--add"]
+    usual = {"--modes": "default", "--budget": "128", "--new-tokens": "8"}
+    given = usual | dict(zip(arguments[::2], arguments[1::2], strict=True))
+    return main([*command, *(word for option, value in given.items() for word in (option, *value.split()))])
 
 
+@pytest.mark.usefixtures("instant")
 def test_every_row_says_how_it_was_measured(tmp_path: Path) -> None:
-    """Also after another command has added to the file; of earlier files the last command alone is known."""
+    """Points that are measured again are replaced, the others stay. Of earlier files the last command alone is
+    known."""
     path = tmp_path / "generate_cpu.json"
-    assert added(tmp_path, "--points", "1x200") == 0
-    assert added(tmp_path, "--points", "1x256", "--modes", "default") == 0
+    assert added(tmp_path, "--points", "1x256 2x200") == 0
+    assert added(tmp_path, "--points", "1x200 2x200", "--modes", "static") == 0
     result = json.loads(path.read_text())
-    first, second = (row["measured"] for row in result["rows"])
-    assert "1x200" in first["command"]
+    assert [(row["batch"], row["context"], row["mode"]) for row in result["rows"]] == [
+        (1, 200, "static"), (1, 256, "default"), (2, 200, "static")
+    ]  # fmt: skip
+    second, first, _ = (row["measured"] for row in result["rows"])
+    assert "1x256" in first["command"]
     assert second["command"] == result["command"]
     assert first.keys() == {"command", "date", "gpu", "torch"}
-    assert (result["settings"]["num_points"], result["settings"]["modes"]) == (2, ["sparse", "default"])
+    assert (result["settings"]["num_points"], result["settings"]["modes"]) == (3, ["default", "static"])
     for row in result["rows"]:
         del row["measured"]
-    for num_points, command in ((2, result["command"]), (1, None)):
+    for num_points, command in ((3, result["command"]), (2, None)):
         result["settings"]["num_points"] = num_points
         path.write_text(json.dumps(result))
-        assert added(tmp_path, "--points", "1x208") == 0
+        assert added(tmp_path, "--points", "1x200") == 0
         told = [row["measured"] and row["measured"]["command"] for row in json.loads(path.read_text())["rows"]]
-        assert told[0] == told[2] == command
-        assert "1x208" in told[1]
+        assert told[1:] == [command, command]
+        assert "1x200" in told[0]
 
 
+@pytest.mark.usefixtures("instant")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
