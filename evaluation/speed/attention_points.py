@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from sparsekv import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
-from sparsekv.errors import UnknownNameError
 from sparsekv.policies import POLICIES, Reads
 
 from .geometry import GEOMETRIES, Geometry
@@ -146,28 +146,11 @@ def grid(
     Raises:
         ConfigError: a setting is not allowed. UnknownNameError: there is no such digest or policy.
     """
-    points = [
-        LayerPoint(geometry, batch, context, SparseConfig(budget=budget, **settings))
-        for geometry in layers
-        for budget in budgets
-        for batch in batches
-        for context in contexts
-    ]
-    for point in points:
-        POLICIES.get(point.config.policy), DIGESTS.get(point.config.digest)
-    return points
-
-
-def geometries(names: Sequence[str]) -> list[Geometry]:
-    """Those of these names.
-
-    Raises:
-        UnknownNameError: there is none of a name.
-    """
-    for name in names:
-        if name not in GEOMETRIES:
-            raise UnknownNameError("--geometry", name, GEOMETRIES)
-    return [GEOMETRIES[name] for name in names]
+    configs = [SparseConfig(budget=budget, **settings) for budget in budgets]
+    for config in configs:
+        POLICIES.get(config.policy), DIGESTS.get(config.digest)
+    shapes = product(layers, configs, batches, contexts)
+    return [LayerPoint(layer, batch, context, config) for layer, config, batch, context in shapes]
 
 
 # (geometries, pairs of batch and context, budgets)
@@ -189,8 +172,6 @@ def preset_points(name: str, **settings: Any) -> list[LayerPoint]:
     return [
         point
         for names, pairs, budgets in PRESETS[name]
-        for geometry in geometries(names)
-        for budget in budgets
-        for batch, context in pairs
-        for point in grid([geometry], [batch], [context], [budget], **settings)
+        for geometry, budget, (batch, context) in product(names, budgets, pairs)
+        for point in grid([GEOMETRIES[geometry]], [batch], [context], [budget], **settings)
     ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,30 +25,21 @@ from sparsekv.errors import ConfigError
 from sparsekv.evaluation.report import choose_device, positive, tokens
 
 from . import attention_bench, generate_bench, generate_points
-from .attention_points import PRESETS, LayerPoint, geometries, grid, preset_points
+from .attention_points import PRESETS, K, LayerPoint, grid, preset_points
 from .competitors import COMPETITORS
-from .geometry import GEOMETRIES, Geometry
+from .geometry import GEOMETRIES, Geometry, named
 
 _HEADS = ("q_heads", "kv_heads", "head_dim")
 _SET_BY_PRESET = ("geometry", "model", *_HEADS, "contexts", "batches", "budgets")
 _QUICK_REPEATS, _REPEATS = 5, 20
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What is measured where nothing else is asked for."""
-
-    layer: Geometry
-    contexts: list[int]
-    budget: int
-    against: list[str]
-
-    @classmethod
-    def on(cls, device: torch.device) -> Defaults:
-        """Fewer and smaller points on a CPU."""
-        if device.type == "cuda":
-            return cls(GEOMETRIES["llama-3.1-8b"], [8192, 32768, 131072], 2048, list(COMPETITORS))
-        return cls(Geometry.of_heads(8, 2, 64), [4096, 16384, 65536, 262144], 1024, ["sdpa"])
+_ALL = list(COMPETITORS)
+# What is measured where nothing else is asked for; fewer and smaller points on a CPU.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"contexts": [8 * K, 32 * K, 128 * K], "budgets": [2 * K], "against": _ALL, "heads": (32, 8, 128)},
+    "cpu": {"contexts": [4 * K, 16 * K, 64 * K, 256 * K], "budgets": [K], "against": ["sdpa"], "heads": (8, 2, 64)},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=positive, help=f"timed calls, of which the median counts (default {_REPEATS})"
     )
-    parser.add_argument(
-        "--against", nargs="*", choices=list(COMPETITORS), help="competitors (default: all, on a CPU sdpa)"
-    )
+    parser.add_argument("--against", nargs="*", choices=_ALL, help="competitors (default: all, on a CPU sdpa)")
     parser.add_argument(
         "--bandwidth", type=float, metavar="TB/s",
         help="of the memory, for the floors (default: 4.39 on an H200, else measured)",
@@ -102,36 +91,39 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures, prints the tables and writes the files asked for; returns what the JSON file holds."""
     device = choose_device(args.device)
-    against = Defaults.on(device).against if args.against is None else args.against
+    against = _defaults(device)["against"] if args.against is None else args.against
     repeats = args.repeats or (_QUICK_REPEATS if args.preset == "quick" else _REPEATS)
     options = attention_bench.Options(repeats, against, args.bandwidth, args.check_only, args.out)
     return attention_bench.run(points_of(args, device), options, device, command)
 
 
+def _defaults(device: torch.device) -> dict[str, Any]:
+    return _DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
+
+
 def points_of(args: argparse.Namespace, device: torch.device) -> list[LayerPoint]:
-    """What the options ask to be measured, checked before anything is."""
+    """What the options ask to be measured, checked before anything is. On a CPU all is in float32."""
     settings = {"page_size": args.page_size, "digest": args.digest, "policy": args.policy}
+    default, on_gpu = _defaults(device), device.type == "cuda"
     if args.preset:
         _refuse(args, _SET_BY_PRESET, f"is set by --preset {args.preset}: leave one of them out")
-        if device.type != "cuda":
+        if not on_gpu:
             raise ConfigError(f"--preset={args.preset} is for --device cuda; name smaller --contexts here.")
         return preset_points(args.preset, **settings)
-    default = Defaults.on(device)
-    layers = [
-        layer if device.type == "cuda" else replace(layer, dtype=torch.float32) for layer in _layers(args, default)
-    ]
-    budgets, contexts = args.budgets or [default.budget], args.contexts or default.contexts
+    layers = _layers(args, default["heads"], on_gpu)
+    layers = layers if on_gpu else [replace(layer, dtype=torch.float32) for layer in layers]
+    contexts, budgets = args.contexts or default["contexts"], args.budgets or default["budgets"]
     return grid(layers, args.batches or [1], contexts, budgets, **settings)
 
 
-def _layers(args: argparse.Namespace, default: Defaults) -> list[Geometry]:
+def _layers(args: argparse.Namespace, heads: tuple[int, int, int], on_gpu: bool) -> list[Geometry]:
+    given = [getattr(args, name) for name in _HEADS]
     if args.model or args.geometry:
         _refuse(args, _HEADS, "is told by --model or --geometry: leave one of them out")
-        return [Geometry.of(args.model)] if args.model else geometries(args.geometry)
-    if not any(getattr(args, name) for name in _HEADS):
-        return [default.layer]
-    heads = (default.layer.num_q_heads, default.layer.num_kv_heads, default.layer.head_dim)
-    return [Geometry.of_heads(*(getattr(args, name) or usual for name, usual in zip(_HEADS, heads, strict=True)))]
+        return [Geometry.of(args.model)] if args.model else [named(name) for name in args.geometry]
+    if on_gpu and not any(given):
+        return [named("llama-3.1-8b")]
+    return [Geometry.of_heads(*(asked or usual for asked, usual in zip(given, heads, strict=True)))]
 
 
 def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:

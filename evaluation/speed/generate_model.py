@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from sparsekv import SparseConfig
 from sparsekv.cache import heads_of
 from sparsekv.digests import DIGESTS
-from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.errors import ConfigError
 from sparsekv.evaluation.models import pretrained
 from sparsekv.hf.support import context_of
 
-from .geometry import GEOMETRIES
+from .geometry import GEOMETRIES, named
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -39,9 +39,7 @@ class Subject:
 
     def __init__(self, model: str | None, geometry: str, dtype: torch.dtype = torch.float32) -> None:
         self.source, self.name, self.dtype = model, model or geometry, dtype
-        if model is None and geometry not in whole_models():
-            raise UnknownNameError("--geometry", geometry, whole_models())
-        self.config = GEOMETRIES[geometry].config if model is None else pretrained(AutoConfig, model)
+        self.config = named(geometry, whole_models()).config if model is None else pretrained(AutoConfig, model)
         self.model: Any = None
 
     @property

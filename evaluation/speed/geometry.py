@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from sparsekv.cache import heads_of
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.models import pretrained
 
 MAX_POSITIONS = 1 << 20
@@ -99,3 +99,14 @@ GEOMETRIES = {
         Geometry("tiny", 2, 1, 64, model=_model(LlamaConfig, 128, 256, 4, 512, 5e5)),
     )
 }
+
+
+def named(name: str, known: Collection[str] = GEOMETRIES) -> Geometry:
+    """The geometry of this name.
+
+    Raises:
+        UnknownNameError: there is none among the known ones.
+    """
+    if name not in known:
+        raise UnknownNameError("--geometry", name, known)
+    return GEOMETRIES[name]

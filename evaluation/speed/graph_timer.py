@@ -64,7 +64,13 @@ class Timer:
         return Spread.of([us / (rounds * count) for us in times])
 
     def _graph_us(self, work: Callable[[], None]) -> list[float]:
-        graph = self._capture(work)
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()  # what is compiled or allocated at a first call cannot be captured
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            work()
         for _ in range(WARMUP_REPLAYS):
             graph.replay()
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.replays)]
@@ -75,18 +81,6 @@ class Timer:
         torch.cuda.synchronize(self.device)
         graph.reset()
         return [start.elapsed_time(end) * 1e3 for start, end in events]
-
-    @staticmethod
-    def _capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()  # what is compiled or allocated at a first call cannot be captured
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph
 
     def _plain_us(self, work: Callable[[], None]) -> list[float]:
         work()

@@ -74,10 +74,8 @@ def _like_the_first(rows: Sequence[Row]) -> list[Row]:
 def _plot_steps(axes: Any, rows: Sequence[Row]) -> None:
     for name, label, style in _STEP_LINES:
         _plot_line(axes, [row for row in rows if row.get(f"{name}_us")], f"{name}_us", label, style)
-    axes.set_yscale("log")
     _context_axis(axes, [row["context"] for row in rows])
-    axes.set_ylabel("one layer's decode step [us]")
-    axes.set_title(f"batch {rows[0]['batch']}")
+    axes.set(yscale="log", ylabel="one layer's decode step [us]", title=f"batch {rows[0]['batch']}")
     axes.legend(fontsize=8)
 
 
@@ -89,29 +87,27 @@ def _plot_line(axes: Any, rows: Sequence[Row], key: str, label: str, style: Mapp
 def _context_axis(axes: Any, contexts: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [short(context) for context in contexts])
-    axes.set_xlabel("context [tokens]")
+    axes.set(xlabel="context [tokens]")
     axes.grid(alpha=0.3, which="both")
 
 
 def _plot_ratios(axes: Any, rows: Sequence[Row]) -> None:
     """Bars; an open mark where the memory's speed would put them."""
     rows = [row for row in rows if row.get("speedup")]
-    places = range(len(rows))
-    axes.bar(places, [row["speedup"] for row in rows], color=BLUE, label="sparsekv")
+    bars = axes.bar(range(len(rows)), [row["speedup"] for row in rows], color=BLUE, label="sparsekv")
+    axes.bar_label(bars, fmt="%.1f", fontsize=8)
     possible = [row["dense_floor_us"] / row["floor_us"] for row in rows]
-    axes.plot(places, possible, "_", color=GREY, markersize=14, markeredgewidth=2, label="at the memory's speed")
-    for place, row in zip(places, rows, strict=True):
-        axes.annotate(f"{row['speedup']:.1f}", (place, row["speedup"]), ha="center", va="bottom", fontsize=8)
+    axes.plot(possible, "_", color=GREY, markersize=14, markeredgewidth=2, label="at the memory's speed")
     axes.axhline(1, color=GREY, linewidth=0.8)
     _point_axis(axes, rows)
-    axes.set_ylabel("times faster than the faster dense competitor")
+    axes.set(ylabel="times faster than the faster dense competitor")
     axes.legend(fontsize=8)
 
 
 def _point_axis(axes: Any, rows: Sequence[Row]) -> None:
     labels = [f"{row['batch']} x {short(row['context'])}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=45, ha="right")
-    axes.set_xlabel("batch x context [tokens]")
+    axes.set(xlabel="batch x context [tokens]")
 
 
 def parts_figure(rows: Sequence[Row]) -> Any:
@@ -122,8 +118,7 @@ def parts_figure(rows: Sequence[Row]) -> Any:
     axes.plot([row["sparse_us"] for row in shown], "s", color="black", markersize=9, label="the step")
     axes.plot([row["floor_us"] for row in shown], "_", color=RED, markersize=9, label="memory's speed")
     _point_axis(axes, shown)
-    axes.set_ylabel("one layer's decode step [us]")
-    axes.set_title("Where a step's time goes")
+    axes.set(ylabel="one layer's decode step [us]", title="Where a step's time goes")
     axes.legend(fontsize=8)
     return figure
 
@@ -148,12 +143,13 @@ def tokens_figure(rows: Sequence[Row]) -> Any:
     """
     timed = [row for row in rows if row["ms_per_token"] is not None]
     several = [row for row in timed if row["batch"] > 1]
-    figure, axes = new_figure(figsize=(11.5 if several else 6.4, 4.6), dpi=120, ncols=2 if several else 1)
-    left, right = axes if several else (axes, None)
-    _plot_tokens(left, [row for row in timed if row["batch"] == 1])
-    if right is not None:
-        _plot_batches(right, several)
-        right.set_title("larger batches")
+    figure, axes = new_figure(
+        figsize=(11.5 if several else 6.4, 4.6), dpi=120, ncols=2 if several else 1, squeeze=False
+    )
+    _plot_tokens(axes[0, 0], [row for row in timed if row["batch"] == 1])
+    if several:
+        _plot_batches(axes[0, 1], several)
+        axes[0, 1].set_title("larger batches")
     if rows:
         figure.suptitle(_title("A token of generate", rows[0]))
     return figure
@@ -165,9 +161,7 @@ def _plot_tokens(axes: Any, rows: Sequence[Row]) -> None:
         known = [row for row in rows if row["mode"] == mode]
         _plot_line(axes, known, "ms_per_token", MODES[mode].label, style)
     _context_axis(axes, sorted({row["context"] for row in rows}))
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("a token [ms]")
-    axes.set_title("batch 1")
+    axes.set(ylim=(0, None), ylabel="a token [ms]", title="batch 1")
     if rows:
         axes.legend(fontsize=8)
 
@@ -180,16 +174,13 @@ def _plot_batches(axes: Any, rows: Sequence[Row], key: str = "ms_per_token", sca
     for i, mode in enumerate(modes):
         known = [row for row in rows if row["mode"] == mode]
         places = [points.index((row["batch"], row["context"])) + (i - (len(modes) - 1) / 2) * width for row in known]
-        alpha = 0.5 if mode == "sparse-eager" else 1
-        color = _MODE_STYLES[mode]["color"]
-        values = [row[key] / scale for row in known]
-        bars = axes.bar(places, values, width, color=color, alpha=alpha, label=MODES[mode].label)
-        axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=7)
+        look = {"color": _MODE_STYLES[mode]["color"], "alpha": 0.5 if mode == "sparse-eager" else 1}
+        bars = axes.bar(places, [row[key] / scale for row in known], width, **look, label=MODES[mode].label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set_xticks(range(len(points)), [f"{batch} x {short(context)}" for batch, context in points])
-    axes.set_xlim(-0.5, len(points) - 0.5)
-    axes.set_xlabel("batch x context [tokens]")
     axes.margins(y=0.15)
-    axes.set_ylabel("a token of every sequence [ms]")
+    width = max(len(points), 1)
+    axes.set(xlim=(-0.5, width - 0.5), xlabel="batch x context [tokens]", ylabel="a token of every sequence [ms]")
     axes.legend(fontsize=8)
 
 
@@ -202,8 +193,8 @@ def split_figure(rows: Sequence[Row]) -> Any:
     axes.plot(marks, "_", color="black", markersize=24, label="a token, launches and gaps included")
     _point_axis(axes, shown)
     axes.set_ylim(0, 1.4 * max(marks, default=1))  # with room for the legend
-    axes.set_ylabel("a token of every sequence [ms]")
-    axes.set_title(f"Where a token's time goes: {MODES[shown[0]['mode']].label if shown else ''}")
+    of_mode = MODES[shown[0]["mode"]].label if shown else ""
+    axes.set(ylabel="a token of every sequence [ms]", title=f"Where a token's time goes: {of_mode}")
     axes.legend(fontsize=8, loc="upper left")
     return figure
 
@@ -213,8 +204,8 @@ def memory_figure(rows: Sequence[Row]) -> Any:
     known = [row for row in rows if row.get("peak_bytes")]
     figure, axes = new_figure(figsize=(8, 4.6), dpi=120)
     _plot_batches(axes, known, "peak_bytes", 1e9)
-    axes.set_ylabel("most memory beyond the weights [GB]")
-    axes.set_title("Memory of a call of generate, its prefill included")
+    title = "Memory of a call of generate, its prefill included"
+    axes.set(ylabel="most memory beyond the weights [GB]", title=title)
     return figure
 
 
@@ -238,10 +229,7 @@ def accuracy_figure(accuracy: Mapping[int, float], rows: Sequence[Row], dense: f
         axes.annotate(short(row["budget"]), point, xytext=(5, -12), textcoords="offset points", fontsize=8)
     fastest = min((row["best_dense_us"] for row in shown), default=0)
     axes.plot(fastest, 100 * dense, "o", color=ORANGE, label="dense: the faster competitor")
-    axes.set_xlim(left=0)
-    axes.set_xlabel("one layer's decode step [us]")
-    axes.set_ylabel("right answers [%]")
-    axes.set_title(title)
+    axes.set(xlim=(0, None), xlabel="one layer's decode step [us]", ylabel="right answers [%]", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

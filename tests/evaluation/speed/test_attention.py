@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from sparsekv import DecodeStep, SparseConfig
 from sparsekv.cli import main
-from sparsekv.errors import SparseKVError
+from sparsekv.errors import ConfigError, SparseKVError
+from sparsekv.evaluation import speed
 from sparsekv.evaluation.speed import attention_bench
 from sparsekv.evaluation.speed.attention_bench import LayerBench, Machine, Options
 from sparsekv.evaluation.speed.attention_check import Check, same_pages
@@ -28,7 +30,7 @@ from sparsekv.policies.top_k import TopK
 
 CPU = torch.device("cpu")
 MACHINE = Machine(CPU, l2_bytes=4096, tb_per_s=0.01, measured_tb_per_s=0.011)
-Decoded = tuple[Tensor, Tensor | None]
+Decoded = tuple[Tensor, Tensor]
 
 
 def point(context: int = 160, batch: int = 3, budget: int = 64, **changes: Any) -> LayerPoint:
@@ -37,8 +39,8 @@ def point(context: int = 160, batch: int = 3, budget: int = 64, **changes: Any) 
     return LayerPoint(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16, **settings))
 
 
-def check_of(where: LayerPoint, policy: Policy | None = None) -> Check:
-    return Check(Inputs(where, 2, CPU), policy or POLICIES.get(where.config.policy)())
+def check_of(where: LayerPoint) -> Check:
+    return Check(Inputs(where, 2, CPU), POLICIES.get(where.config.policy)())
 
 
 @pytest.mark.parametrize(
@@ -115,45 +117,42 @@ def test_the_check_accepts_every_policy(policy: str, listed: int) -> None:
         assert check_of(point(policy=policy)).all() == listed
 
 
-class WrongOutput(TopK):
-    def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> Decoded:
-        out, slots = super().decode(step, softcap, sinks)
-        return 1.05 * out, slots
+def wrong_output(step: DecodeStep) -> Decoded:
+    out, slots = step.attend_best()
+    return 1.05 * out, slots
 
 
-class OtherPages(TopK):
-    def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> Decoded:
-        step.append()
-        slots = step.select(-step.digest_scores())
-        return step.attend(slots, softcap, sinks), slots
+def other_pages(step: DecodeStep) -> Decoded:
+    step.append()
+    slots = step.select(-step.digest_scores())
+    return step.attend(slots), slots
 
 
-class NoAppend(TopK):
-    def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> Decoded:
-        slots = self.select(step)
-        return step.attend(slots, softcap, sinks), slots
+def no_append(step: DecodeStep) -> Decoded:
+    slots = step.select(step.digest_scores())
+    return step.attend(slots), slots
 
 
-class StaleDigest(TopK):
-    def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> Decoded:
-        before = step.summary[0].clone()
-        out = super().decode(step, softcap, sinks)
-        step.summary[0].copy_(before)
-        return out
+def stale_digest(step: DecodeStep) -> Decoded:
+    before = step.summary[0].clone()
+    out = step.attend_best()
+    step.summary[0].copy_(before)
+    return out
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (WrongOutput, "output of sparse is 5.0e-02 off"),
-        (OtherPages, "sparse step reads other pages"),
-        (NoAppend, "sparse step did not store the new token"),
-        (StaleDigest, "Digests after the sparse step"),
+        (wrong_output, "output of sparse is 5.0e-02 off"),
+        (other_pages, "sparse step reads other pages"),
+        (no_append, "sparse step did not store the new token"),
+        (stale_digest, "Digests after the sparse step"),
     ],
 )
-def test_the_check_refuses_a_wrong_step(broken: type[Policy], message: str) -> None:
+def test_the_check_refuses_a_wrong_step(broken: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TopK, "decode", lambda policy, step, softcap, sinks: broken(step))
     with torch.inference_mode(), pytest.raises(SparseKVError, match=f"{message}.*no speed"):
-        check_of(point(), broken()).all()
+        check_of(point()).all()
 
 
 def test_pages_may_differ_only_where_their_scores_nearly_tie() -> None:
@@ -365,6 +364,30 @@ def test_the_whole_command_prints_and_writes(
     assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 8192), (1, 4000), (2, 8192), (2, 4000)]
     assert {row["dtype"] for row in result["rows"]} == {"float32"}
     assert (tmp_path / "attention_cpu.png").stat().st_size > 5_000
+
+
+def test_a_measurement_from_python_is_what_json_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    found = speed.measure("attention --device cpu --contexts 1k 2k --budget 256 --repeats 1")
+    assert [row["context"] for row in found["rows"]] == [1024, 2048]
+    assert found["rows"][0] | {"batch": 1, "budget": 256} == found["rows"][0]
+    assert found["command"].startswith("sparsekv bench attention --device cpu")
+    assert "1 x 2k" in capsys.readouterr().out
+
+
+def test_an_option_that_is_not_allowed_is_an_error_in_python_too() -> None:
+    with pytest.raises(ConfigError, match="--preset=quick is for --device cuda"):
+        speed.measure("attention --device cpu --preset quick")
+
+
+def test_a_models_layers_are_read_from_its_config(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=2).save_pretrained(tmp_path)
+    found = Geometry.of(str(tmp_path))
+    assert (found.num_q_heads, found.num_kv_heads, found.head_dim, found.group) == (8, 2, 64, 4)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--model .*nothing.*--geometry \(llama-3.1-8b"):
+        Geometry.of(str(tmp_path / "nothing"))
 
 
 @pytest.mark.gpu
