@@ -35,11 +35,10 @@ class Spread:
 
 
 class Timer:
-    """Times `step(0) ... step(count - 1)`, one after the other in one CUDA graph.
+    """Times `step(0) ... step(count - 1)`: on a GPU one after the other in one CUDA graph, on a CPU call by call.
 
     Args:
-        device: on a CPU, the calls are made one by one.
-        replays: of the graph.
+        replays: of the graph; on a CPU, calls that are timed.
     """
 
     def __init__(self, device: torch.device, replays: int) -> None:
@@ -52,16 +51,17 @@ class Timer:
             count: calls with inputs of their own.
             floor_us: the least one call can take, as far as known.
         """
+        if self.device.type != "cuda":
+            return Spread.of(self._plain_us(step, count))
         wanted = math.ceil(MIN_GRAPH_US / max(count * floor_us, 1.0))
-        rounds = max(1, min(wanted, MAX_CALLS // count)) if self.device.type == "cuda" else 1
+        rounds = max(1, min(wanted, MAX_CALLS // count))
 
         def work() -> None:
             for _ in range(rounds):
                 for i in range(count):
                     step(i)
 
-        times = self._graph_us(work) if self.device.type == "cuda" else self._plain_us(work)
-        return Spread.of([us / (rounds * count) for us in times])
+        return Spread.of([us / (rounds * count) for us in self._graph_us(work)])
 
     def _graph_us(self, work: Callable[[], None]) -> list[float]:
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -82,14 +82,13 @@ class Timer:
         graph.reset()
         return [start.elapsed_time(end) * 1e3 for start, end in events]
 
-    def _plain_us(self, work: Callable[[], None]) -> list[float]:
-        work()
+    def _plain_us(self, step: Step, count: int) -> list[float]:
         times = []
-        for _ in range(self.replays):
+        for i in range(-WARMUP_REPLAYS, self.replays):
             start = time.perf_counter()
-            work()
+            step(i % count)
             times.append((time.perf_counter() - start) * 1e6)
-        return times
+        return times[WARMUP_REPLAYS:]
 
 
 def free(device: torch.device) -> None:
