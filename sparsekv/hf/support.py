@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
-from sparsekv.cache import check_settings, own_layers, plain_layers
+from sparsekv.cache import check_settings, heads_of, own_layers, plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
 from sparsekv.hf import attention
@@ -174,18 +174,9 @@ def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:
     """Whether the decode steps run in kernels on the device the model is on now, and if not, why."""
     if config.backend == "reference":
         return "plain torch (backend='reference')"
-    geometry = _geometry(text_config(model))
+    heads = heads_of(model.config)
+    geometry = None if heads is None else (heads.head_dim, heads.num_q_heads // heads.num_kv_heads)
     reason = why_reference(model.device, model.dtype, geometry, config.page_size, config.digest)
     if reason is not None:
         return f"plain torch ({reason})"
     return "CUDA kernels" if geometry else "CUDA kernels, in layers whose head size they serve"
-
-
-def _geometry(text: Any) -> tuple[int, int] | None:
-    """Head size, and query heads of a kv head; None where the config does not say, or the layers differ."""
-    try:
-        num_heads = text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-        return head_dim, num_heads // (getattr(text, "num_key_value_heads", None) or num_heads)
-    except (AttributeError, RuntimeError, TypeError):  # transformers refuses what differs per layer; lists do, too
-        return None

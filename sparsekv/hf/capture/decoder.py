@@ -25,7 +25,7 @@ from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
 from sparsekv.hf.support import CACHE, LayerStatus
 from sparsekv.policies import POLICIES
 
-MOST_GRAPHS = 8  # batch sizes and widths of tables that are kept ready, in every phase of a policy
+MAX_GRAPHS = 8  # batch sizes and widths of tables that are kept ready, in every phase of a policy
 # What is asked for by these would be overwritten by the next replay.
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -186,7 +186,7 @@ class CapturedDecoder:
 
     def _keep(self, key: Any, step: CapturedStep) -> None:
         self._steps[key] = step
-        if len(self._steps) > MOST_GRAPHS * POLICIES.get(self.config.policy).period:
+        if len(self._steps) > MAX_GRAPHS * POLICIES.get(self.config.policy).period:
             self._steps.popitem(last=False)
 
     def _verify(
