@@ -18,14 +18,14 @@ from transformers.cache_utils import Cache
 
 import sparsekv
 from sparsekv import DecodeStats, PagedCache
-from sparsekv.command_line import add_json_option
+from sparsekv.command_line import add_json_option, choose_device, new_console, positive
 from sparsekv.errors import ConfigError
 from sparsekv.testing.timing import synchronize
 
 from . import testbed
 from .accuracy.asking import PromptTurn, Row, decode, prefill
 from .pages_plot import PageTrace, pages_figure
-from .report import choose_device, new_console, positive, result, save_json
+from .report import result, save_json
 from .tasks import Metric
 from .testbed.stories import Question, Story, make_story
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from sparsekv.command_line import choose_device
 from sparsekv.errors import ConfigError
 
 from . import testbed
-from .report import choose_device
 
 AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")

@@ -13,13 +13,12 @@ import pytest
 
 from sparsekv.cache import PagedLayer
 from sparsekv.cli import _spelt_out, main
-from sparsekv.command_line import Parser, read_text, run_to_exit_code
+from sparsekv.command_line import Parser, PipeConsole, read_text, run_to_exit_code
 from sparsekv.commands import chat, generate, model_options
 from sparsekv.config import SparseConfig
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import speed
 from sparsekv.evaluation.accuracy import command as eval_command
-from sparsekv.evaluation.report import PipeConsole
 from sparsekv.evaluation.testbed import MODEL_DIR
 
 COMMANDS = ("demo", "generate", "chat", "eval", "lm-eval", "bench", "doctor")

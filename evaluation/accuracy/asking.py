@@ -141,23 +141,6 @@ def turns_of(question: Question, encode: Encode, wording: Wording | None = None)
     return [PromptTurn(encode(text), ref, _SPARE_IN_CHAT) for text, ref in zip(texts, references, strict=True)]
 
 
-def stop_ids(model: Any, tokenizer: Any, wording: Wording | None = None) -> frozenset[int]:
-    """Tokens that end an answer: the model's and the tokenizer's, and the one that a chat template puts behind it."""
-    found = model.generation_config.eos_token_id
-    ids = [found] if isinstance(found, int) else list(found or [])
-    known = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return frozenset([*ids, *known, *_ends(tokenizer, wording)])
-
-
-def _ends(tokenizer: Any, wording: Wording | None) -> list[int]:
-    """The first special token between an answer and the next question."""
-    if wording is None:
-        return []
-    after = tokenizer(wording.later[0], add_special_tokens=False).input_ids
-    known = getattr(tokenizer, "added_tokens_decoder", {})
-    return [i for i in after if i in known and known[i].special and i != tokenizer.unk_token_id][:1]
-
-
 @torch.inference_mode()
 def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Tensor:
     """Fills a cache with documents in dense passes; returns the mask `[b, n]` of what is no padding (on the left)."""

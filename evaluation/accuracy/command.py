@@ -15,9 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, run_to_exit_code, with_json
+from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, new_console, run_to_exit_code, with_json
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.report import new_console
 
 from .options import add_arguments, add_work_arguments, options_of
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekv.command_line import circumstances
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.report import circumstances
 from sparsekv.evaluation.tasks import Task
 from sparsekv.hf.support import text_config
 

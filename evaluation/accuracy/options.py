@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv import SparseConfig
+from sparsekv.command_line import positive, tokens
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import models, testbed
 from sparsekv.evaluation.models import AUTO, DTYPES
-from sparsekv.evaluation.report import positive, tokens
 from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
 from sparsekv.evaluation.wording import CHATS
 

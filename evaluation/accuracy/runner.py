@@ -20,9 +20,10 @@ from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.tasks import Document, Metric, Question, Task, Writer, make_task, score
 from sparsekv.evaluation.wording import of_run
+from sparsekv.hf.stops import stop_ids
 from sparsekv.hf.support import context_of
 
-from .asking import PromptTurn, Row, decode, prefill, stepper, stop_ids, turns_of
+from .asking import PromptTurn, Row, decode, prefill, stepper, turns_of
 from .counters import Counters, layers_not_sparse
 from .manifest import check_manifest, describe, save_manifest
 from .options import RunOptions

@@ -20,8 +20,9 @@ from torch import Tensor
 from sparsekv import DecodeStats, DecodeStep, SparseConfig
 from sparsekv.cache import PagedLayer
 from sparsekv.cache.page_store import PageStore
+from sparsekv.command_line import new_console
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation.report import new_console, result, save_json
+from sparsekv.evaluation.report import result, save_json
 from sparsekv.testing.timing import median_ms
 
 from .plots import step_figure

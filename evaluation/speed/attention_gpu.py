@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from sparsekv.command_line import new_console
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation.report import file_name, new_console, result, save_json, short
+from sparsekv.evaluation.report import file_name, result, save_json, short
 
 from .attention_inputs import Inputs
 from .attention_points import PART_OVER_L2, Point

@@ -18,10 +18,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsekv import SparseConfig
-from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, run_to_exit_code, with_json
+from sparsekv.command_line import (
+    EXIT_CODES,
+    Parser,
+    add_json_option,
+    choose_device,
+    positive,
+    run_to_exit_code,
+    tokens,
+    with_json,
+)
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.report import choose_device, positive, tokens
 
 from . import attention_cpu, attention_gpu, generate_bench, generate_points
 from .attention_points import GEOMETRIES, PRESETS, Geometry, Point, geometries, grid, preset_points

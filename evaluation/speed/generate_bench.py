@@ -20,7 +20,8 @@ from transformers import LogitsProcessorList
 
 import sparsekv
 from sparsekv import Patch
-from sparsekv.evaluation.report import choose_device, file_name, new_console, result, save_json
+from sparsekv.command_line import choose_device, new_console
+from sparsekv.evaluation.report import file_name, result, save_json
 from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms

@@ -7,10 +7,10 @@ from typing import Any
 
 import sparsekv
 from sparsekv import SparseConfig
+from sparsekv.command_line import positive, tokens
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation import models, testbed
-from sparsekv.evaluation.report import positive, tokens
 from sparsekv.hf.support import context_of
 
 

@@ -15,9 +15,9 @@ from transformers import GPT2Config
 
 from sparsekv import SparseConfig
 from sparsekv.cli import main
+from sparsekv.command_line import circumstances
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.evaluation import readme, speed
-from sparsekv.evaluation.report import circumstances
 from sparsekv.evaluation.speed import generate_bench, generate_file, generate_model
 from sparsekv.evaluation.speed.generate_bench import Bench, compare, sweep
 from sparsekv.evaluation.speed.generate_clock import Clock, check_counts, parts

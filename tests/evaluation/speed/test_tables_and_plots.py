@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sparsekv.command_line import circumstances, tokens
 from sparsekv.evaluation import readme
-from sparsekv.evaluation.report import circumstances, short, tokens
+from sparsekv.evaluation.report import short
 from sparsekv.evaluation.speed.attention_tables import print_result
 from sparsekv.evaluation.speed.plots import accuracy_figure, parts_figure, step_figure
 
