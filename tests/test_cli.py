@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from sparsekv.commands import chat, generate, model_options
 from sparsekv.config import SparseConfig
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import speed
-from sparsekv.evaluation.accuracy import command as eval_command
 from sparsekv.evaluation.testbed import MODEL_DIR
 
 COMMANDS = ("demo", "generate", "chat", "eval", "lm-eval", "bench", "doctor")
@@ -104,21 +102,17 @@ def test_a_misspelt_command_line_is_answered_in_one_line_and_exits_with_2(
     assert printed.out == ""
 
 
-@pytest.mark.parametrize(("entry", "prog"), [(eval_command.main, "evaluation"), (speed.main, "evaluation.speed")])
-def test_the_evaluations_own_command_lines_answer_in_the_same_way(
-    entry: Callable[[list[str]], int], prog: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_benchmarks_own_command_line_answers_in_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        entry(["reprt" if prog == "evaluation" else "atention"])
+        speed.main(["atention"])
     assert stop.value.code == 2
     assert "Did you mean" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        entry(["--help"])
+        speed.main(["--help"])
     assert stop.value.code == 0
     assert "exit codes: 0 done" in " ".join(capsys.readouterr().out.split())
-    wrong = ["report", "no_such_folder"] if prog == "evaluation" else ["attention", "--device", "quantum"]
-    assert entry(wrong) == 1
-    assert capsys.readouterr().err.startswith(f"{prog}: ")
+    assert speed.main(["attention", "--device", "quantum"]) == 1
+    assert capsys.readouterr().err.startswith("evaluation.speed: ")
 
 
 def test_a_parser_leaves_values_and_subcommands_to_those_they_belong_to() -> None:

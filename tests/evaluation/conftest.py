@@ -1,11 +1,22 @@
-"""A model in another form than transformers' own."""
+"""A model in another form than transformers' own, and the program that puts committed figures into the README."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 SIGNS = [*(chr(i) for i in range(ord("!"), ord("~") + 1)), "ab"]
+
+
+@pytest.fixture(scope="session")
+def readme() -> ModuleType:
+    """`tools/readme.py`."""
+    spec = importlib.util.spec_from_file_location("readme_figures", Path(__file__).parents[2] / "tools" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     # --multi_gpu is torchrun, and needs no GPU; --cpu would be one process
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["-m", "sparsekv.evaluation", "run", "--out", str(tmp_path), "--tasks", "multi_key", "--lengths", "1k"]
+    launch += ["-m", "sparsekv.cli", "eval", "run", "--out", str(tmp_path), "--tasks", "multi_key", "--lengths", "1k"]
     launch += ["--budgets", "128", "--examples", "16", "--methods", "dense", "quest"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False)

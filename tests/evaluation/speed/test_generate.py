@@ -17,7 +17,7 @@ from sparsekv import SparseConfig
 from sparsekv.cli import main
 from sparsekv.command_line import circumstances
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation import readme, speed
+from sparsekv.evaluation import committed, speed
 from sparsekv.evaluation.speed import generate_bench, generate_file, generate_model
 from sparsekv.evaluation.speed.generate_bench import Bench, compare, sweep
 from sparsekv.evaluation.speed.generate_clock import Clock, check_counts, parts
@@ -318,7 +318,7 @@ def test_rows_that_were_measured_otherwise_are_not_mixed(
 
 
 def test_the_committed_file_can_be_added_to() -> None:
-    content = json.loads((readme.RESULTS / "generate_cuda.json").read_text())
+    content = json.loads((committed.RESULTS / "generate_cuda.json").read_text())
     assert set(generate_file.alike(content)) == {
         "model", "dtype", "budget", "dense_layers", "new_tokens", "gpu", "torch"
     }  # fmt: skip
@@ -407,7 +407,7 @@ def test_the_plot_is_drawn_from_whatever_was_measured(rows: list[dict[str, Any]]
         assert (tmp_path / "plot.png").stat().st_size > 3_000
 
 
-def test_the_readme_can_show_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_can_show_the_figures(readme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     section = "<!-- figures: generate_cuda -->\nas before\n<!-- end of figures -->"
     (tmp_path / "generate_cuda.json").write_text(json.dumps({**circumstances("the command"), "rows": made_rows()}))

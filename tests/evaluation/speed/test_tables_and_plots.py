@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from sparsekv.command_line import circumstances, tokens
-from sparsekv.evaluation import readme
 from sparsekv.evaluation.report import short
 from sparsekv.evaluation.speed.attention_tables import print_result
 from sparsekv.evaluation.speed.plots import accuracy_figure, parts_figure, step_figure
@@ -81,7 +80,7 @@ def test_accuracy_is_drawn_against_time() -> None:
     assert dense.get_xydata().tolist() == [[38, 100]]
 
 
-def test_the_readme_can_show_the_gpus_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_can_show_the_gpus_figures(readme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = {**circumstances("the command"), "rows": ROWS}
     (tmp_path / "attention_cuda.json").write_text(json.dumps(result))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)

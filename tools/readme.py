@@ -1,7 +1,7 @@
 """Puts the committed figures into README.md, so that every number there has a file behind it.
 
-python -m evaluation.readme          # writes them
-python -m evaluation.readme --check  # fails if they differ
+python tools/readme.py          # writes them
+python tools/readme.py --check  # fails if they differ
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .committed import RESULTS, TESTBED_RUN, Accuracy, load
+from sparsekv.evaluation.committed import RESULTS, TESTBED_RUN, Accuracy, load
 
 README = Path(__file__).parents[1] / "README.md"
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
@@ -24,11 +24,7 @@ _ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is a
 
 def render(markdown: str) -> str:
     """The text with every `<!-- figures: NAME -->` section filled from its result file."""
-    return _SECTION.sub(_filled, markdown)
-
-
-def _filled(section: re.Match[str]) -> str:
-    return section[1] + "\n" + _TABLES[section["name"]]() + "\n" + section[3]
+    return _SECTION.sub(lambda section: f"{section[1]}\n{_TABLES[section['name']]()}\n{section[3]}", markdown)
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -91,11 +87,11 @@ def _attention_cuda() -> str:
         [
             str(row["batch"]),
             f"{row['context']:,}",
-            _us(row.get("flashinfer_us")),
-            _us(row.get("sdpa_us")),
-            _us(row.get("shelf_us")),
-            _us(row["sparse_us"]),
-            f"{row['speedup']:.1f}x" if row["speedup"] else "-",
+            _figure(row.get("flashinfer_us")),
+            _figure(row.get("sdpa_us")),
+            _figure(row.get("shelf_us")),
+            _figure(row["sparse_us"]),
+            _figure(row["speedup"], "x"),
             f"{row['floor_us']:.1f}",
         ]
         for row in result["rows"]
@@ -116,7 +112,7 @@ def _generate_cuda() -> str:
             str(batch),
             f"{context:,}",
             *(_ms(modes.get(name)) for name in ("default", "static", "sparse")),
-            _times(modes.get("sparse", {}).get("speedup")),
+            _figure(modes.get("sparse", {}).get("speedup"), "x"),
             _ms(modes.get("sparse"), "tokens_per_s", ",.0f", missing="-"),
         ]
         for (batch, context), modes in points.items()
@@ -132,8 +128,8 @@ def _sketch_cuda() -> str:
     of_token = [("minmax", high), ("sign_sketch", low)]
     in_step = [of_token[0], ("sign_sketch", high), of_token[1]]
     rows = [
-        [str(batch), f"{context:,}", *(_us(us.get((*kind, batch, context))) for kind in in_step),
-         *(_us(ms.get((*kind, batch, context))) for kind in of_token)]
+        [str(batch), f"{context:,}", *(_figure(us.get((*kind, batch, context))) for kind in in_step),
+         *(_figure(ms.get((*kind, batch, context))) for kind in of_token)]
         for digest, _, batch, context in ms if digest == "sign_sketch"
     ]  # fmt: skip
     named = {kind: f"{'min/max' if kind[0] == 'minmax' else 'sketch'} {kind[1]:,}" for kind in in_step}
@@ -147,22 +143,14 @@ def _steps_and_tokens() -> tuple[_Times, _Times]:
     us: _Times = {}
     ms: _Times = {}
     for digest, end in _OF_DIGEST.items():
-        us |= {
-            (digest, row["budget"], *_point(row)): row["sparse_us"] for row in _alike(_load(f"attention_cuda{end}"))
-        }
-        result = _load(f"generate_cuda{end}")
-        sparse = [row for row in result["rows"] if row["mode"] == "sparse"]
-        ms |= {(digest, result["settings"]["budget"], *_point(row)): row["ms_per_token"] for row in sparse}
+        rows, result = _load(f"attention_cuda{end}")["rows"], _load(f"generate_cuda{end}")
+        for row in rows:
+            if row["geometry"] == rows[0]["geometry"]:
+                us[digest, row["budget"], row["batch"], row["context"]] = row["sparse_us"]
+        for row in result["rows"]:
+            if row["mode"] == "sparse":
+                ms[digest, result["settings"]["budget"], row["batch"], row["context"]] = row["ms_per_token"]
     return us, ms
-
-
-def _alike(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the first one's geometry."""
-    return [row for row in result["rows"] if row["geometry"] == result["rows"][0]["geometry"]]
-
-
-def _point(row: dict[str, Any]) -> tuple[int, int]:
-    return row["batch"], row["context"]
 
 
 def _accuracy_testbed() -> str:
@@ -172,9 +160,8 @@ def _accuracy_testbed() -> str:
     budgets = manifest["settings"]["budgets"]
     rows = [[name, *(_accuracy(found, name, budget) for budget in budgets)] for name in found.methods]
     header = ["budget", *(f"{budget:,}" for budget in budgets)]
-    what = f"\nMeans of {len(found.tasks)} tasks, at least {found.fewest} questions each. "
-    how = f"`{manifest['command']}`, {manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
-    return _table(header, rows) + what + how + ": [all figures](evaluation/results/testbed/tables.md)\n"
+    what = f"{len(found.tasks)} tasks, at least {found.fewest}"
+    return _table(header, rows) + _source_of_means(what, manifest, TESTBED_RUN)
 
 
 def _dense_layers() -> str:
@@ -189,10 +176,14 @@ def _dense_layers() -> str:
         for number, of_run in found.items()
     ]
     header = ["method", "`dense_layers`", *(f"{budget:,}" for budget in budgets)]
-    fewest = min(of_run.fewest for of_run in found.values())
-    what = f"\nMeans of {', '.join(tasks)}, at least {fewest} questions each. "
-    how = f"`{manifest['command']}`, {manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
-    return _table(header, rows) + what + how + f": [all figures](evaluation/results/{runs[0]}/tables.md)\n"
+    what = f"{', '.join(tasks)}, at least {min(of_run.fewest for of_run in found.values())}"
+    return _table(header, rows) + _source_of_means(what, manifest, runs[0])
+
+
+def _source_of_means(what: str, manifest: dict[str, Any], run: str) -> str:
+    where = f"{manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
+    how = f"`{manifest['command']}`, {where}: [all figures](evaluation/results/{run}/tables.md)"
+    return f"\nMeans of {what} questions each. {how}\n"
 
 
 def _accuracy(found: Accuracy, method: str, budget: int) -> str:
@@ -206,12 +197,8 @@ def _ms(row: dict[str, Any] | None, key: str = "ms_per_token", form: str = ".1f"
     return format(row[key], form)
 
 
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}x"
-
-
-def _us(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _figure(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.1f}{unit}"
 
 
 _TABLES: dict[str, Callable[[], str]] = {
@@ -228,14 +215,14 @@ _TABLES: dict[str, Callable[[], str]] = {
 def main(argv: list[str] | None = None) -> int:
     """Writes or checks README.md; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python tools/readme.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a figure differs")
     args = parser.parse_args(argv)
     old = README.read_text()
     new = render(old)
     if args.check and new != old:
-        print("README.md differs from the committed results: run python -m evaluation.readme", file=sys.stderr)
+        print("README.md differs from the committed results: run python tools/readme.py", file=sys.stderr)
         return 1
     if not args.check:
         README.write_text(new)
