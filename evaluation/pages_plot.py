@@ -14,7 +14,7 @@ from sparsekv import DecodeStep
 from .report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure
 
 _HEAD_COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "black")
-_MOST_PANELS = 6  # of more sparse layers some are shown, evenly spread
+_MAX_PANELS = 6  # of more sparse layers some are shown, evenly spread
 
 
 @dataclass
@@ -77,7 +77,7 @@ def pages_figure(trace: PageTrace, context: int) -> Any:
 
 
 def _shown_layers(layers: Sequence[int]) -> list[int]:
-    count = min(len(layers), _MOST_PANELS)
+    count = min(len(layers), _MAX_PANELS)
     return [layers[i * (len(layers) - 1) // max(count - 1, 1)] for i in range(count)]
 
 

@@ -21,7 +21,7 @@ from sparsekv.hf.captured import Run
 from sparsekv.hf.prefill import CHUNK, WHOLE, without_single
 from sparsekv.hf.support import CACHE
 
-MOST_AT_ONCE = 1 << 20  # of all documents together
+MAX_AT_ONCE = 1 << 20  # of all documents together
 LONG = 64  # steps beyond which it pays to capture them
 _SPARE_TOKENS, _SPARE_IN_CHAT = 4, 32  # an answer may be so much longer than the expected one; some chat around it
 
@@ -152,7 +152,7 @@ def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Ten
         mask[row, longest - len(document) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    step = min(CHUNK if longest > WHOLE else longest, max(MOST_AT_ONCE // len(documents), 1024))
+    step = min(CHUNK if longest > WHOLE else longest, max(MAX_AT_ONCE // len(documents), 1024))
     step = without_single(step, longest)
     for start in range(0, longest, step):
         part = slice(start, start + step)

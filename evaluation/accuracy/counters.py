@@ -8,6 +8,7 @@ from itertools import groupby
 from sparsekv import DecodeStats, PagedCache
 from sparsekv.hf.support import LayerStatus
 
+from .methods import reads_all
 from .results import Line
 
 
@@ -21,6 +22,7 @@ class Counters:
 
     def __init__(self, cache: PagedCache) -> None:
         self.config, self._never_choosing = cache.config, cache.dense_layers
+        self._is_dense = reads_all(cache.config.policy)
         self._of_layers: dict[int, DecodeStats] = {}
         for layer in cache.paged_layers:
             if layer.is_paged:
@@ -62,10 +64,6 @@ class Counters:
         return (
             f"{most} of {num_steps} steps were dense, although the document exceeds the budget, in {_layers(dense)}"
         )
-
-    @property
-    def _is_dense(self) -> bool:
-        return self.config.policy == "all"
 
     @property
     def _choosing(self) -> list[int]:

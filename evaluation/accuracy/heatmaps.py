@@ -14,8 +14,8 @@ from .plots import put_title, shown
 from .results import Line
 from .summary import Run
 
-_MOST_DEPTHS = 12  # more are put into tenths
-_MOST_PRINTED = 100  # cells of a panel that have their value in them
+_MAX_DEPTHS = 12  # more are put into tenths
+_MAX_PRINTED = 100  # cells of a panel that have their value in them
 Grid = dict[tuple[float, int], float]
 
 
@@ -67,7 +67,7 @@ def _save(run: Run, task: str, budget: int | None, lines: Sequence[Line], path: 
 
 def _binning(lines: Sequence[Line]) -> Any:
     """The depth of a line, in tenths if there are many."""
-    if len({line["details"]["depth"] for line in lines}) <= _MOST_DEPTHS:
+    if len({line["details"]["depth"] for line in lines}) <= _MAX_DEPTHS:
         return lambda line: float(line["details"]["depth"])
     return lambda line: min(line["details"]["depth"] // 10, 9) * 10.0 + 5
 
@@ -83,7 +83,7 @@ def _draw(panel: Any, found: Grid, depths: Sequence[float], lengths: Sequence[in
     """What was not measured stays blank."""
     values = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]
     image = panel.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    if len(depths) * len(lengths) <= _MOST_PRINTED:
+    if len(depths) * len(lengths) <= _MAX_PRINTED:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 color = "white" if value < 55 else "black"

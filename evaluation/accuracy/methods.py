@@ -15,6 +15,11 @@ DENSE = "dense"
 _PAIR = "/"
 
 
+def reads_all(policy: str) -> bool:
+    """Whether the policy called so chooses nothing."""
+    return policy == "all"
+
+
 @dataclass(frozen=True)
 class Method:
     """A policy, and the digest that it chooses by.
@@ -30,7 +35,7 @@ class Method:
     @property
     def is_dense(self) -> bool:
         """Whether it reads everything, whatever the budget."""
-        return self.policy == "all"
+        return reads_all(self.policy)
 
     def config(self, base: SparseConfig, budget: int | None) -> SparseConfig:
         """The settings at a budget. Small ones keep fewer recent tokens: at most a quarter of them, so that there is

@@ -25,6 +25,7 @@ from sparsekv import DIGESTS, POLICIES, PagedCache, Patch, SparseConfig
 from sparsekv.command_line import choose_device
 from sparsekv.errors import ConfigError, SparseKVError, did_you_mean
 from sparsekv.evaluation.accuracy.asking import prefill, stepper
+from sparsekv.evaluation.accuracy.methods import reads_all
 from sparsekv.evaluation.models import located
 from sparsekv.hf.support import CACHE
 
@@ -79,6 +80,7 @@ class SparseLM(HFLM):
                 f"{', '.join(_OURS)}."
             ) from error
         self.patch: Patch = sparsekv.patch(self.model, config)
+        self._chooses = not reads_all(config.policy)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As HFLM's; then says what was read."""
@@ -155,10 +157,6 @@ class SparseLM(HFLM):
                 f"The longest question has {longest} tokens, and tail={self._least_tail}: the last {longest} of each "
                 f"prompt are decoded. With a chat template, which puts more behind the question, give a larger tail."
             )
-
-    @property
-    def _chooses(self) -> bool:
-        return bool(self.patch.config.policy != "all")
 
     def _check_counters(self, longest: int, before: int) -> None:
         """Sparse decoding is never taken for granted: else dense would be compared with dense."""

@@ -19,8 +19,8 @@ from .writer import Writer
 
 SCORED_TOKENS = 256
 _ASKED = 16  # questions that a quiz has at most: about so many tokens
-_MOST_TRIES = 64
-_MOST_LETTERS = 16
+_MAX_TRIES = 64
+_MAX_LETTERS = 16
 
 
 @register("perplexity")
@@ -60,7 +60,7 @@ def begun(writer: Writer, text: str) -> Turn:
         ConfigError: the tokenizer does not know all words.
     """
     writer.check(text)
-    first = re.match(rf"\s*\S{{1,{_MOST_LETTERS}}}", text)
+    first = re.match(rf"\s*\S{{1,{_MAX_LETTERS}}}", text)
     start = first.end() if first else 1
     return Turn(text[:start], (), text[start:])
 
@@ -103,7 +103,7 @@ class TextPerplexity(Task):
 def fitting(writer: Writer, num_tokens: int, cut: Callable[[int], str]) -> tuple[str, int]:
     """A text cut to at most so many tokens, and how many it has: where a cut falls into a word or a sign, the text of
     so many tokens may be more of them."""
-    for most in range(num_tokens, num_tokens - _MOST_TRIES, -1):
+    for most in range(num_tokens, num_tokens - _MAX_TRIES, -1):
         text = cut(most)
         count = len(writer.check(text))
         if count <= num_tokens:

@@ -19,7 +19,7 @@ from sparsekv.evaluation.wording import Wording
 
 _PROBE = "goat."  # a tokenizer that splits at spaces does not know it
 _SAMPLE = 256  # sentences that tell how many tokens a word is
-_MOST_WORDS = 1 << 16  # that the number of facts grows with: the lists of names and towns end
+_MAX_WORDS = 1 << 16  # that the number of facts grows with: the lists of names and towns end
 _FULL = 0.99  # of the tokens asked for
 _MISSES = 16  # sentences that may turn out too long for the rest, before it is left empty
 
@@ -115,7 +115,7 @@ class Writer:
 
     def pools(self, rng: random.Random, num_tokens: int) -> Pools:
         """Words for the facts of a document. There are more facts in longer ones, up to 64k words."""
-        return Pools(rng, min(self.num_words(num_tokens), _MOST_WORDS))
+        return Pools(rng, min(self.num_words(num_tokens), _MAX_WORDS))
 
     def render(self, words: str | Sequence[str]) -> str:
         """Words of the grammar in this tokenizer's spelling."""
