@@ -53,8 +53,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
-    from .plan import Share
     from .session import run
+    from .workload import Share
 
     options, console, folder = options_of(args), new_console(), Path(args.out)
     failed = run(options, folder, command, console)

@@ -27,9 +27,9 @@ from .asking import PromptTurn, Row, decode, prefill, stepper, turns_of
 from .counters import Counters, layers_not_sparse
 from .manifest import check_manifest, describe, save_manifest
 from .options import RunOptions
-from .plan import Batch, Cell, Plan, Share, grouped
 from .probes import Probe
 from .results import Key, Line, LineFile, finished
+from .workload import Batch, Cell, Share, Workload, grouped
 
 _BATCH_TOKENS_ON_GPU, _BATCH_TOKENS = 1 << 20, 1 << 15
 _NOT_FINITE = "the model gave logits that are not finite (NaN or infinite), so what was said is no answer"
@@ -59,7 +59,7 @@ class Runner:
         self.stop_ids = stop_ids(model, tokenizer, wording)
         on_gpu = model.device.type == "cuda"
         batch_tokens = options.batch_tokens or (_BATCH_TOKENS_ON_GPU if on_gpu else _BATCH_TOKENS)
-        self.plan = Plan(options, self.tasks, self.share, batch_tokens)
+        self.work = Workload(options, self.tasks, self.share, batch_tokens)
         self._done: Mapping[Key, Line] = {}
         self._expected: dict[Any, Any] = {}
         settings = {**options.settings(), "chat": wording.as_json() if wording else None}
@@ -76,8 +76,8 @@ class Runner:
         """
         self._done = finished(self.folder)
         self._expected = {key.place: line.get("expected") for key, line in self._done.items()}
-        batches = self.plan.missing(self._done)
-        total = sum(len(self.plan.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)
+        batches = self.work.missing(self._done)
+        total = sum(len(self.work.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)
         written = failed = 0
         with _progress(console) as progress:
             bar = progress.add_task("questions", total=total)
@@ -133,7 +133,7 @@ class Runner:
         self, batch: Batch, documents: Sequence[Document], patch: Patch, cache: PagedCache, mask: Tensor, cell: Cell
     ) -> list[Line]:
         (method, budget), task = cell, self.tasks[batch.task]
-        places = self.plan.questions(batch, cell, self._done)
+        places = self.work.questions(batch, cell, self._done)
         rows = [self._row(batch.task, documents[d], q) for d, q in places]
         of_rows = torch.tensor([d for d, _ in places])
         fork = cache.fork(method.config(cache.config, budget))
@@ -201,7 +201,7 @@ class Runner:
         needed = max(
             len(text) + self._row(batch.task, document, q).longest
             for document, text in zip(documents, ids, strict=True)
-            for q in self.plan.asked(batch.task)
+            for q in self.work.asked(batch.task)
         )
         if context is not None and needed > context:
             raise ConfigError(
@@ -212,7 +212,7 @@ class Runner:
     def _check_same(self, batch: Batch, documents: Sequence[Document]) -> None:
         """What the folder holds was asked about the same documents."""
         for number, document in zip(batch.numbers, documents, strict=True):
-            for q in self.plan.asked(batch.task):
+            for q in self.work.asked(batch.task):
                 place, expected = (batch.task, batch.length, number, q), _expected(document, q)
                 if self._expected.get(place, expected) != expected:
                     raise ConfigError(

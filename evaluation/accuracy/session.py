@@ -64,7 +64,7 @@ def export(options: RunOptions, folder: Path, command: str) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for name in runner.tasks:
             for length in options.lengths:
-                for number in runner.plan.documents(name):
+                for number in runner.work.documents(name):
                     file.write(json.dumps(_example(runner, name, length, number)) + "\n")
     return path
 
@@ -80,7 +80,7 @@ def _example(runner: Runner, name: str, length: int, number: int) -> Line:
         "stops": task.stops,
         "eos_token_id": sorted(runner.stop_ids),
         "document_ids": runner.writer(name).document_ids(document.text),
-        "questions": [_asked(runner, name, document.questions[q], q) for q in runner.plan.asked(name)],
+        "questions": [_asked(runner, name, document.questions[q], q) for q in runner.work.asked(name)],
     }
 
 

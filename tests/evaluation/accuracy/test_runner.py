@@ -24,10 +24,10 @@ from sparsekv.evaluation.accuracy import command as eval_command
 from sparsekv.evaluation.accuracy import session
 from sparsekv.evaluation.accuracy.methods import METHODS, method, pairs
 from sparsekv.evaluation.accuracy.options import RunOptions
-from sparsekv.evaluation.accuracy.plan import Share
 from sparsekv.evaluation.accuracy.results import Key, read_lines
 from sparsekv.evaluation.accuracy.runner import Runner
 from sparsekv.evaluation.accuracy.summary import Run
+from sparsekv.evaluation.accuracy.workload import Share
 from sparsekv.policies.top_k import TopK
 
 QUIET = Console(quiet=True)
@@ -235,7 +235,7 @@ def test_runs_of_different_seeds_share_no_document(loaded: Any, tmp_path: Path) 
         options = RunOptions(**SMALL | {"num_examples": 40, "seed": seed})
         runner = Runner(*loaded, "testbed", options, tmp_path / str(seed), "a command", Share())
         texts.append(
-            {runner.document("multi_key", 1024, number).text for number in runner.plan.documents("multi_key")}
+            {runner.document("multi_key", 1024, number).text for number in runner.work.documents("multi_key")}
         )
     assert len(texts[0]) == len(texts[1]) == 5
     assert not texts[0] & texts[1]
@@ -441,7 +441,7 @@ def test_other_devices_have_batches_too(loaded: Any, tmp_path: Path) -> None:
     model.device, model.state_dict = torch.device("mps"), loaded[0].state_dict
     model.config = loaded[0].config
     options = RunOptions(**SMALL)
-    assert Runner(model, loaded[1], "it", options, tmp_path, "a command", Share()).plan.batch_tokens == 1 << 15
+    assert Runner(model, loaded[1], "it", options, tmp_path, "a command", Share()).work.batch_tokens == 1 << 15
 
 
 def test_methods() -> None:

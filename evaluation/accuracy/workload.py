@@ -51,7 +51,7 @@ class Batch:
         return Key(self.task, self.length, cell[0].name, cell[1], number, question)
 
 
-class Plan:
+class Workload:
     """The questions of a run.
 
     Args:
