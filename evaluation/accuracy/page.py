@@ -8,13 +8,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .attention_plot import save_attention_plot
+from .attention_plot import attention_figure
 from .cells import cells, means
 from .heatmaps import save_heatmaps
-from .plots import save_accuracy_plot, save_bytes_plot
+from .plots import accuracy_figure, bytes_figure
 from .results import Line
 from .summary import Run
 from .tables import ERROR, csv_text, grids, markdown, notes
@@ -52,14 +53,20 @@ def save_plots(run: Run, folder: Path) -> list[Path]:
     """Draws whatever the run has figures for; returns the files, those that say most first."""
     found = cells(run)
     averages = means(found)
-    files = save_bytes_plot(run, found, averages, folder / "bytes.png")
+
+    def saved(name: str, figure: Any) -> list[Path]:
+        if figure is None:
+            return []
+        figure.savefig(folder / name)
+        return [folder / name]
+
+    files = saved("bytes.png", bytes_figure(run, found, averages))
     for length in run.lengths:
-        some = [cell for cell in found if cell.length == length]
-        mean = [cell for cell in averages if cell.length == length]
-        files += save_accuracy_plot(run, some, mean, folder / f"accuracy_{length}.png")
+        some, mean = ([cell for cell in group if cell.length == length] for group in (found, averages))
+        files += saved(f"accuracy_{length}.png", accuracy_figure(run, some, mean))
     files += save_heatmaps(run, folder)
     for length in run.lengths:
-        files += save_attention_plot(run, length, folder / f"attention_{length}.png")
+        files += saved(f"attention_{length}.png", attention_figure(run, length))
     return files
 
 
