@@ -97,20 +97,16 @@ class Row:
         """
         if self.is_done:
             return
-        if self._queue:
-            self._next = self._queue.pop(0)
-            if self.metric is Metric.PERPLEXITY:
-                self._score(log_prob)
-        else:
-            self._answer(best)
-
-    def _score(self, log_prob: float) -> None:
-        """Counts a given token if it is the reference's; the last need not be decoded."""
-        if len(self._queue) < len(self.turns[0].reference):
-            self.nll -= log_prob
-            self.num_scored += 1
         if not self._queue:
-            self._next = None
+            self._answer(best)
+            return
+        self._next = self._queue.pop(0)
+        if self.metric is Metric.PERPLEXITY:
+            if len(self._queue) < len(self.turns[0].reference):  # the token given is the reference's
+                self.nll -= log_prob
+                self.num_scored += 1
+            if not self._queue:  # the last need not be decoded
+                self._next = None
 
     def _answer(self, best: int) -> None:
         turn, said = self.turns[len(self.said) - 1], self.said[-1]

@@ -84,10 +84,10 @@ class RunOptions:
         for name in _COUNTS:
             value = getattr(self, name)
             is_left_out = name == "batch_tokens" and value is None
-            _check(name, value, is_left_out or (_is_int(value) and value >= 1), "a whole number, at least 1")
+            _check(name, value, is_left_out or (type(value) is int and value >= 1), "a whole number, at least 1")
         for name in _FLAGS:
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
-        _check("seed", self.seed, _is_int(self.seed), "a whole number")
+        _check("seed", self.seed, type(self.seed) is int, "a whole number")
         _check("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         _check("chat", self.chat, self.chat in CHATS, f"one of {', '.join(CHATS)}")
 
@@ -129,10 +129,6 @@ def _listed(name: str, value: Any, kind: type) -> tuple[Any, ...]:
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
     if not is_allowed:
         raise ConfigError(f"{name}={value!r} is not allowed: {allowed}.")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -53,7 +53,9 @@ class Runner:
         self.model, self.options, self.folder = model, options, folder
         self.share = share or Share.from_environment()
         self.tasks = {task: make_task(task) for task in options.tasks}
-        self._check_lengths()
+        longest, self._context = max(options.lengths), context_of(model.config)
+        if self._context is not None and longest > self._context:
+            raise ConfigError(f"--lengths {longest} is beyond the model's context of {self._context} tokens.")
         wording = of_run(tokenizer, options.chat)
         self._plain, self._chat = Writer(tokenizer), Writer(tokenizer, wording)
         self.stop_ids = stop_ids(model, tokenizer, wording)
@@ -79,7 +81,8 @@ class Runner:
         batches = self.work.missing(self._done)
         total = sum(len(self.work.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)
         written = failed = 0
-        with _progress(console) as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("questions", total=total)
             for batch in batches:
                 progress.update(bar, description=f"{batch.task}, {batch.length:,} tokens")
@@ -101,8 +104,7 @@ class Runner:
         return task.write(writer, room, task.num_questions, task.seed_of(self.options.seed, number))
 
     def writer(self, name: str) -> Writer:
-        """Of a task's documents and questions. How likely a text is says something of the text alone: never in a
-        chat."""
+        """What writes a task's documents and questions. How likely a text is is never asked in a chat."""
         return self._plain if self.tasks[name].metric is Metric.PERPLEXITY else self._chat
 
     def turns(self, name: str, question: Question) -> list[PromptTurn]:
@@ -181,7 +183,7 @@ class Runner:
         }
 
     def _probe(self, batch: Batch, cache: PagedCache, budget: int | None, num_steps: int) -> Probe | None:
-        """Of the first documents of a task and length only. An observed cache decodes eagerly."""
+        """Looks at the first documents of a task and length only, as an observed cache decodes eagerly."""
         if not self.options.probe or budget is None or batch.numbers[0] != self.share.rank:
             return None
         probe = Probe(num_steps)
@@ -190,23 +192,17 @@ class Runner:
 
     # -- checks and circumstances
 
-    def _check_lengths(self) -> None:
-        longest, context = max(self.options.lengths), context_of(self.model.config)
-        if context is not None and longest > context:
-            raise ConfigError(f"--lengths {longest} is beyond the model's context of {context} tokens.")
-
     def _check_room(self, batch: Batch, documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
         """What is asked and answered must fit into the model's context too."""
-        context = context_of(self.model.config)
         needed = max(
             len(text) + self._row(batch.task, document, q).longest
             for document, text in zip(documents, ids, strict=True)
             for q in self.work.asked(batch.task)
         )
-        if context is not None and needed > context:
+        if self._context is not None and needed > self._context:
             raise ConfigError(
                 f"{batch.task} at --lengths {batch.length} needs {needed} tokens with its questions and answers, and "
-                f"the model's context is {context}: ask for shorter documents. What was finished is kept."
+                f"the model's context is {self._context}: ask for shorter documents. What was finished is kept."
             )
 
     def _check_same(self, batch: Batch, documents: Sequence[Document]) -> None:
@@ -236,8 +232,3 @@ class Runner:
 def _expected(document: Document, number: int) -> list[list[str]]:
     """The right answers to a question, by turn."""
     return [list(turn.answers) for turn in document.questions[number].turns]
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

@@ -91,21 +91,17 @@ class Workload:
 
     def _batches(self, task: str, length: int, done: Collection[Key]) -> Iterator[Batch]:
         numbers = [n for n in self.documents(task) if n % self.share.count == self.share.rank]
-        at_once = self._at_once(task, length)
+        at_once = max(1, min(self.batch_tokens // length, self.options.batch_rows // len(self.asked(task))))
+
+        def open_cells(number: int) -> tuple[Cell, ...]:
+            cells = tuple(self.options.cells)
+            alone = Batch(task, length, (number,), cells)
+            return tuple(cell for cell in cells if self.questions(alone, cell, done))
+
         for start in range(0, len(numbers), at_once):
-            some = numbers[start : start + at_once]
-            for cells, of_cells in grouped(some, lambda n: self._open_cells(task, length, n, done)):
+            for cells, of_cells in grouped(numbers[start : start + at_once], open_cells):
                 if cells:
                     yield Batch(task, length, tuple(of_cells), cells)
-
-    def _open_cells(self, task: str, length: int, number: int, done: Collection[Key]) -> tuple[Cell, ...]:
-        cells = tuple(self.options.cells)
-        alone = Batch(task, length, (number,), cells)
-        return tuple(cell for cell in cells if self.questions(alone, cell, done))
-
-    def _at_once(self, task: str, length: int) -> int:
-        """Documents that are prefilled together."""
-        return max(1, min(self.batch_tokens // length, self.options.batch_rows // len(self.asked(task))))
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Group]) -> Iterable[tuple[Group, list[Item]]]:
