@@ -68,7 +68,7 @@ class Method:
 
     @property
     def sparse_share(self) -> float:
-        """The same in the layers that choose their pages."""
+        """Part that is read of the layers that choose their pages."""
         return self.stats.sparse_share if self.stats is not None else 1.0
 
     def as_row(self) -> dict[str, Any]:

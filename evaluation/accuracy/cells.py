@@ -48,14 +48,14 @@ class Cell:
 
     @property
     def share(self) -> float | None:
-        """Of the bytes that dense decoding reads."""
+        """What is read of the bytes that dense decoding reads."""
         if self.bytes_per_token is None or not self.dense_bytes_per_token:
             return None
         return self.bytes_per_token / self.dense_bytes_per_token
 
 
 def cells(run: Run) -> list[Cell]:
-    """In the order of tasks, lengths, methods and budgets."""
+    """The cells of a run, in the order of tasks, lengths, methods and budgets."""
     groups: dict[tuple[str, int, str, int | None], list[Line]] = defaultdict(list)
     for line in run.lines:
         groups[line["task"], line["length"], line["method"], line["budget"]].append(line)

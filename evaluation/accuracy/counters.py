@@ -72,7 +72,7 @@ class Counters:
 
 
 def layers_not_sparse(layers: Sequence[LayerStatus]) -> list[Line]:
-    """For the manifest: runs of layers that choose no pages, and why; `is_asked_for` if `dense_layers` says so."""
+    """Runs of layers that choose no pages, and why, for the manifest; `is_asked_for` if `dense_layers` says so."""
     dense = [status for status in layers if not status.is_sparse]
     found = []
     for (reason, asked), group in groupby(dense, key=lambda x: (x.reason, x.is_asked_for)):

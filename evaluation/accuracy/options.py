@@ -108,7 +108,7 @@ class RunOptions:
         return [(m, b) for m in found for b in ((None,) if m.is_dense else self.budgets)]
 
     def settings(self) -> dict[str, Any]:
-        """For the manifest: what the results depend on."""
+        """What the results depend on, for the manifest."""
         hidden = ("model", "device", "batch_tokens", "batch_rows", "probe", "chat")  # of chat, what it comes to
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

@@ -208,7 +208,7 @@ def pareto(points: Iterable[Cell]) -> list[Cell]:
 
 
 def _name_budgets(panel: Any, points: Sequence[Cell], scale: float) -> None:
-    """Left of the points of the front, over whatever is there but other budgets; the best have the right of way."""
+    """Writes budgets left of the points of the front, over all but other budgets; the best have the right of way."""
     from matplotlib.patheffects import Normal, Stroke
 
     halo = [Stroke(linewidth=2.5, foreground="white"), Normal()]
@@ -249,7 +249,7 @@ def _log_ticks(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def put_title(figure: Any, *lines: str) -> None:
-    """Above all panels, broken where the picture ends."""
+    """Puts a title above all panels, broken where the picture ends."""
     room = int(figure.get_figwidth() * 11)
     figure.suptitle("\n".join(part for line in lines for part in textwrap.wrap(line, room)), fontsize=11)
 
@@ -278,7 +278,7 @@ def shown(name: str, most: int = 30) -> str:
 
 
 def legend_below(figure: Any, panels: Iterable[Any]) -> None:
-    """One for all panels."""
+    """Puts one legend below all panels."""
     found: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()

@@ -39,7 +39,7 @@ class Probe:
         self.overlap: dict[int, list[Tensor]] = defaultdict(list)
 
     def before_step(self, number: int) -> None:
-        """To be told of every step."""
+        """Is to be told of every step."""
         self.is_looking = number in self._looks
 
     def __call__(self, step: DecodeStep, slots: Tensor | None) -> None:

@@ -44,13 +44,13 @@ class Grid:
 
 
 def grids(run: Run, with_intervals: bool = True) -> list[Grid]:
-    """One per length: a row per method and budget, a column per task, then what is lost against dense and read."""
+    """A table per length: a row per method and budget, a column per task, then what is lost and what is read."""
     found = cells(run)
     return [_grid(run, [c for c in found if c.length == length], with_intervals) for length in run.lengths]
 
 
 def markdown(run: Run) -> str:
-    """All tables, each under a heading."""
+    """All tables as text, each under a heading."""
     parts = [f"# {escaped(run.model)}: accuracy and bytes read\n", *(f"**Note.** {note}\n" for note in notes(run))]
     for grid in grids(run):
         lines = [map(escaped, grid.header), ["---"] * len(grid.header), *(map(escaped, row) for row in grid.rows)]
@@ -61,7 +61,7 @@ def markdown(run: Run) -> str:
 
 
 def terminal_tables(run: Run, width: int = 118) -> Iterator[Table]:
-    """One per length, without intervals; tasks for which there is no room follow in further ones."""
+    """A table per length, without intervals; tasks for which there is no room follow in further ones."""
     for grid in grids(run, with_intervals=False):
         columns = zip(map(_breakable, grid.header), zip(*grid.rows, strict=True), strict=True)
         wide = [max(map(len, [*name.split(), *figures])) for name, figures in columns]
@@ -193,7 +193,7 @@ class _Columns:
         return [method, "" if budget is None else f"{budget:,}", *texts, share]
 
     def _figure(self, task: str, method: str, budget: int | None) -> str:
-        """With how many examples it is from if they are fewer than others', and with its errors."""
+        """The figure of a cell, with the number of its examples if it has fewer than others, and with its errors."""
         cell = self._cells.get((task, method, budget))
         if cell is None:
             return ""

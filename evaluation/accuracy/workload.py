@@ -28,12 +28,12 @@ class Share:
 
     @classmethod
     def from_environment(cls) -> Share:
-        """As `accelerate launch` and `torchrun` tell it."""
+        """The share of this process, as `accelerate launch` and `torchrun` tell it."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     @property
     def suffix(self) -> str:
-        """Of the files that this process writes."""
+        """How the names of the files end that this process writes."""
         return f"-{self.rank:05d}" if self.count > 1 else ""
 
 
@@ -47,7 +47,7 @@ class Batch:
     cells: tuple[Cell, ...]
 
     def key(self, cell: Cell, number: int, question: int) -> Key:
-        """Of a line of this batch."""
+        """The key of a line of this batch."""
         return Key(self.task, self.length, cell[0].name, cell[1], number, question)
 
 

@@ -63,7 +63,7 @@ class SparseLM(HFLM):
         config = _config(settings)
         if isinstance(tail, bool) or not isinstance(tail, int) or tail < 1:
             raise ConfigError(f"tail={tail!r} must be a whole number of tokens, at least 1.")
-        self.tail = self._least_tail = tail
+        self.tail = self._min_tail = tail
         try:
             device = device or str(choose_device("auto"))
             if isinstance(pretrained, str):
@@ -83,7 +83,7 @@ class SparseLM(HFLM):
         self._chooses = not reads_all(config.policy)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As HFLM's; then says what was read."""
+        """Generates as HFLM does; then says what was read."""
         self._cover_questions(requests)
         said: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         stats = self.patch.stats
@@ -94,17 +94,17 @@ class SparseLM(HFLM):
         return said
 
     def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
-        """As HFLM's: dense."""
+        """Scores as HFLM does, in dense passes."""
         warnings.warn(_NOT_DECODED)
         return super().loglikelihood(*args, **kwargs)
 
     def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
-        """As HFLM's: dense."""
+        """Scores as HFLM does, in dense passes."""
         warnings.warn(_NOT_DECODED)
         return super().loglikelihood_rolling(*args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the file of results: the settings, and what was read."""
+        """What the file of results says: the settings, and what was read."""
         ours = {"version": sparsekv.__version__, "tail": self.tail, **asdict(self.patch.config)}
         return {**super().get_model_info(), NAME: {**ours, **self.patch.stats.as_dict()}}
 
@@ -150,11 +150,12 @@ class SparseLM(HFLM):
 
     def _cover_questions(self, requests: Sequence[Any]) -> None:
         """A question whose beginning is left in the dense prefill has begun to collect its answer there."""
-        longest = max((_prompt_tokens(request) for request in requests), default=0)
-        self.tail = max(self._least_tail, longest)
-        if longest > self._least_tail:
+        told = [doc.get("prompt_tokens") for x in requests if isinstance(doc := getattr(x, "doc", None), dict)]
+        longest = max((count for count in told if isinstance(count, int)), default=0)  # as far as tasks tell it
+        self.tail = max(self._min_tail, longest)
+        if longest > self._min_tail:
             warnings.warn(
-                f"The longest question has {longest} tokens, and tail={self._least_tail}: the last {longest} of each "
+                f"The longest question has {longest} tokens, and tail={self._min_tail}: the last {longest} of each "
                 f"prompt are decoded. With a chat template, which puts more behind the question, give a larger tail."
             )
 
@@ -167,13 +168,6 @@ class SparseLM(HFLM):
                 f"A prompt of {longest} tokens exceeds the budget, and yet no step was sparse:\n{self.patch}\n"
                 "Take another model or dense_layers, or policy=all if dense decoding is meant."
             )
-
-
-def _prompt_tokens(request: Any) -> int:
-    """Tokens of the question at a prompt's end, as far as its task tells them; 0: not known."""
-    doc = getattr(request, "doc", None)
-    count = doc.get("prompt_tokens") if isinstance(doc, dict) else None
-    return count if isinstance(count, int) else 0
 
 
 def _config(settings: dict[str, Any]) -> SparseConfig:

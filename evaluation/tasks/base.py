@@ -121,7 +121,7 @@ class Task(ABC):
 
     @property
     def sha256(self) -> str | None:
-        """Of the data that documents are made of; None: nothing but the arguments of `write`."""
+        """The hash of the data that documents are made of; None: they are made of `write`'s arguments alone."""
         return None
 
 

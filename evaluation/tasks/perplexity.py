@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.testbed import tasks as grammar
-from sparsekv.evaluation.testbed.tasks import Ask
 
 from . import rows
 from .base import Document, Metric, Question, Task, Turn, register
@@ -40,17 +39,14 @@ class Perplexity(Task):
         pools = writer.pools(rng, num_tokens)
         plan = grammar.many_keys(pools, max(_ASKED, pools.num_tokens // 64))
         text = writer.tell(plan.threads, num_tokens, rng)
-        quizzes = [rng.sample(plan.asks, _ASKED) for _ in range(num_questions)]
-        questions = [Question((_told(writer, asks),), evidence(text, *asks)) for asks in quizzes]
+        questions = []
+        for _ in range(num_questions):
+            asks, quiz = rng.sample(plan.asks, _ASKED), ""
+            for ask in asks:
+                if len(writer.encode(quiz)) < SCORED_TOKENS:
+                    quiz += f"{writer.prompt(ask.prompt, later=bool(quiz))} {writer.render(ask.answer)}"
+            questions.append(Question((begun(writer, quiz),), evidence(text, *asks)))
         return Document(text.text, tuple(questions), text.num_tokens)
-
-
-def _told(writer: Writer, asks: list[Ask]) -> Turn:
-    quiz = ""
-    for ask in asks:
-        if len(writer.encode(quiz)) < SCORED_TOKENS:
-            quiz += f"{writer.prompt(ask.prompt, later=bool(quiz))} {writer.render(ask.answer)}"
-    return begun(writer, quiz)
 
 
 def begun(writer: Writer, text: str) -> Turn:
