@@ -188,7 +188,7 @@ class _Columns:
             texts += [_shown(average.score, self._full, *_PERCENT), _shown(average.change, self._full, *_POINTS)]
         for task in self.likely:
             cell = self._cells.get((task, method, budget))
-            texts += [self._figure(task, method, budget), _shown(cell and cell.change, self._full, "+.2f")]
+            texts += [self._figure(task, method, budget), _shown(cell.change if cell else None, self._full, "+.2f")]
         share = "" if average.share is None else f"{100 * average.share:.1f}%"
         return [method, "" if budget is None else f"{budget:,}", *texts, share]
 
