@@ -156,64 +156,56 @@ def _csv_value(cell: Cell, name: str) -> object:
 # -- the grid of a length
 
 
-class _Columns:
-    """What stands in the row of a method and budget, column by column.
+def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
+    """The table of the cells of one length.
 
     Args:
-        found: the cells of one length.
         full: whether with intervals.
     """
+    by_place = {(c.task, c.method, c.budget): c for c in [*found, *means(found)]}
+    most = {task: max(c.num_examples for c in found if c.task == task) for task in {c.task for c in found}}
+    too_hard = {task: value for (_, task), value in unsolved(found).items()}
+    texts = {c.task for c in found if c.perplexity}
+    scored = [task for task in run.tasks if task in most and task not in texts]
+    likely = [task for task in run.tasks if task in texts]
 
-    def __init__(self, run: Run, found: Sequence[Cell], full: bool) -> None:
-        self._cells = {(c.task, c.method, c.budget): c for c in [*found, *means(found)]}
-        self._most = {task: max(c.num_examples for c in found if c.task == task) for task in {c.task for c in found}}
-        self._full = full
-        self.unsolved = {task: value for (_, task), value in unsolved(found).items()}
-        likely = {c.task for c in found if c.perplexity}
-        self.scored = [task for task in run.tasks if task in self._most and task not in likely]
-        self.likely = [task for task in run.tasks if task in likely]
+    header = [f"{task} (n={most[task]}{', unsolved' * (task in too_hard)})" for task in scored]
+    header += [MEAN, "against dense"] if scored else []
+    for task in likely:
+        what = task if task == "perplexity" else f"{task} perplexity"
+        header += [f"{what} (n={most[task]})", "over dense"]
 
-    def header(self) -> list[str]:
-        names = [f"{task} (n={self._most[task]}{', unsolved' * (task in self.unsolved)})" for task in self.scored]
-        names += [MEAN, "against dense"] if self.scored else []
-        for task in self.likely:
-            what = task if task == "perplexity" else f"{task} perplexity"
-            names += [f"{what} (n={self._most[task]})", "over dense"]
-        return ["method", "budget", *names, "cache read"]
+    def row(method: str, budget: int | None) -> Iterator[str]:
+        average = by_place[MEAN, method, budget]
+        yield from (method, "" if budget is None else f"{budget:,}")
+        for task in scored:
+            yield _figure(by_place.get((task, method, budget)), most[task], full)
+        if scored:
+            yield from (_shown(average.score, full, *_PERCENT), _shown(average.change, full, *_POINTS))
+        for task in likely:
+            cell = by_place.get((task, method, budget))
+            yield from (_figure(cell, most[task], full), _shown(cell.change if cell else None, full, "+.2f"))
+        yield "" if average.share is None else f"{100 * average.share:.1f}%"
 
-    def row(self, method: str, budget: int | None) -> list[str]:
-        average = self._cells[MEAN, method, budget]
-        texts = [self._figure(task, method, budget) for task in self.scored]
-        if self.scored:
-            texts += [_shown(average.score, self._full, *_PERCENT), _shown(average.change, self._full, *_POINTS)]
-        for task in self.likely:
-            cell = self._cells.get((task, method, budget))
-            texts += [self._figure(task, method, budget), _shown(cell.change if cell else None, self._full, "+.2f")]
-        share = "" if average.share is None else f"{100 * average.share:.1f}%"
-        return [method, "" if budget is None else f"{budget:,}", *texts, share]
-
-    def _figure(self, task: str, method: str, budget: int | None) -> str:
-        """The figure of a cell, with the number of its examples if it has fewer than others, and with its errors."""
-        cell = self._cells.get((task, method, budget))
-        if cell is None:
-            return ""
-        text = _shown(cell.perplexity, self._full, ".2f") or _shown(cell.score, self._full, *_PERCENT)
-        fewer = f"n={cell.num_examples}" if 0 < cell.num_examples < self._most[task] else ""
-        wrong = f"{cell.num_errors} {ERROR}{'s' * (cell.num_errors > 1)}" if cell.num_errors else ""
-        return ", ".join(filter(None, (text, fewer, wrong)))
-
-
-def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
-    columns, methods = _Columns(run, found, full), run.methods
     places = dict.fromkeys((c.method, c.budget) for c in found)
-    ordered = sorted(places, key=lambda place: (methods.index(place[0]), place[1] or 0))
+    ordered = sorted(places, key=lambda place: (run.methods.index(place[0]), place[1] or 0))
     return Grid(
         f"{found[0].length:,} tokens",
-        tuple(columns.header()),
-        tuple(tuple(columns.row(*place)) for place in ordered),
-        tasks=range(2, 2 + len(columns.scored)),
-        notes=tuple(_grid_notes(full, bool(columns.scored), columns.unsolved)),
+        ("method", "budget", *header, "cache read"),
+        tuple(tuple(row(*place)) for place in ordered),
+        tasks=range(2, 2 + len(scored)),
+        notes=tuple(_grid_notes(full, bool(scored), too_hard)),
     )
+
+
+def _figure(cell: Cell | None, most: int, full: bool) -> str:
+    """The figure of a cell, with the number of its examples if it has fewer than others, and with its errors."""
+    if cell is None:
+        return ""
+    text = _shown(cell.perplexity, full, ".2f") or _shown(cell.score, full, *_PERCENT)
+    fewer = f"n={cell.num_examples}" if 0 < cell.num_examples < most else ""
+    wrong = f"{cell.num_errors} {ERROR}{'s' * (cell.num_errors > 1)}" if cell.num_errors else ""
+    return ", ".join(filter(None, (text, fewer, wrong)))
 
 
 def _grid_notes(full: bool, is_scored: bool, unsolved: Mapping[str, float]) -> Iterator[str]:

@@ -69,37 +69,34 @@ def write_run(
 def _lines(
     rng: Any, task: str, length: int, method: str, budget: int | None, num_documents: int, num_layers: int
 ) -> Iterator[dict[str, Any]]:
-    share = min((budget or length) / length, 1)
+    share, is_text = min((budget or length) / length, 1), task == "perplexity"
     skill = _SKILL.get(method, 1.0) + (2.5 * np.log2(share) / 4 + 1.5 if budget else 0)
     dense_bytes = num_layers * 2 * 64 * 2 * 4.0 * length
+    read = (2 + (num_layers - 2) * (share + _SCORING.get(method, 1 / 32))) / num_layers
     shared = {
-        "bytes_per_token": dense_bytes * (2 + (num_layers - 2) * (share + _SCORING.get(method, 1 / 32))) / num_layers
-    }
+        "task": task, "length": length, "method": method, "budget": budget, "num_scored": 128 if is_text else None,
+        "expected": [["4711"]], "num_tokens": 21, "bytes_per_token": dense_bytes * read,
+        "dense_bytes_per_token": dense_bytes, "pages_per_token": share * length / 16, "error": None,
+    }  # fmt: skip
     for document in range(num_documents):
         ease = rng.normal(0, 1)
-        for question in range(5 if task != "perplexity" else 1):
+        for question in range(1 if is_text else 5):
             p = 1 / (1 + np.exp(-skill - ease))
             is_right = float(rng.random() < p)
-            is_text = task == "perplexity"
             yield {
-                "task": task, "length": length, "method": method, "budget": budget,
-                "document": document, "question": question,
+                **shared, "document": document, "question": question,
                 "score": None if is_text else is_right,
-                "nll": 2.2 + 0.8 * (1 - p) + 0.1 * ease if is_text else None, "num_scored": 128 if is_text else None,
-                "said": [" 4 7 1 1 ." if is_right else HOSTILE], "expected": [["4711"]], "num_tokens": 21,
+                "nll": 2.2 + 0.8 * (1 - p) + 0.1 * ease if is_text else None,
+                "said": [" 4 7 1 1 ." if is_right else HOSTILE],
                 "details": {"depth": 25 * question} if task == "needle" else {},
-                **shared, "dense_bytes_per_token": dense_bytes,
-                "pages_per_token": share * length / 16, "sparse_steps": 21 if budget else 0,
-                "dense_steps": 0 if budget else 21, "error": None,
             }  # fmt: skip
 
 
 def _probe(rng: Any, method: str, share: float, num_layers: int) -> Iterator[dict[str, Any]]:
     for layer in range(2, num_layers):
-        reach = {"oracle": 0.97, "quest": 0.85, "sketch": 0.92, "recent": 0.4, "random": 0.1}.get(method, 0.6)
+        reach = {"oracle": 0.97, "quest": 0.85, "recent": 0.4}.get(method, 0.6)
         mass = np.clip(reach * (1 - 0.3 * np.exp(-20 * share)) + rng.normal(0, 0.04, 2), 0, 1)
-        overlap = np.clip(mass**2, 0, 1) if method != "oracle" else np.ones(2)
-        yield {"layer": layer, "steps": 4, "mass": mass.tolist(), "overlap": overlap.tolist()}
+        yield {"layer": layer, "steps": 4, "mass": mass.tolist(), "overlap": (mass**2).tolist()}
 
 
 # -- a whole report
