@@ -54,9 +54,14 @@ def _source(name: str) -> str:
     where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
     measured = [row["measured"]["command"] for row in result["rows"] if row.get("measured")]
     commands = list(dict.fromkeys(measured)) or [result["command"]]  # rows may be of several
-    told = ", ".join(f"`{command}`" for command in commands)
-    what = f"{told}; {where}, torch {result['versions']['torch']}, {result['date']}"
+    what = f"{', '.join(map(_command, commands))}; {where}, torch {result['versions']['torch']}, {result['date']}"
     return f"\n{what}: [all figures](evaluation/results/{name}.json)\n"
+
+
+def _command(text: str) -> str:
+    """The command that a result was made with, by its name of today."""
+    named = text.replace("python -m evaluation.speed", "sparsekv bench")
+    return f"`{named.replace('python -m evaluation', 'sparsekv eval')}`"
 
 
 def _demo() -> str:
@@ -79,7 +84,11 @@ def _attention_cpu() -> str:
         "faster": "{speedup:.1f}x",
         "cache read": "{share:.1%}",
     }
-    return _table(columns, _load("attention_cpu")["rows"]) + _source("attention_cpu")
+    rows = [  # files of before had milliseconds, and called SDPA dense
+        {**row, "dense_ms": row["sdpa_us"] / 1e3, "sparse_ms": row["sparse_us"] / 1e3} if "sdpa_us" in row else row
+        for row in _load("attention_cpu")["rows"]
+    ]
+    return _table(columns, rows) + _source("attention_cpu")
 
 
 def _attention_cuda() -> str:
@@ -189,7 +198,7 @@ def _accuracies(header: list[str], rows: list[tuple[list[str], Accuracy, str]], 
         for start, found, method in rows
     ]
     where = f"{manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
-    how = f"`{manifest['command']}`, {where}: [all figures](evaluation/results/{run}/tables.md)"
+    how = f"{_command(manifest['command'])}, {where}: [all figures](evaluation/results/{run}/tables.md)"
     return _markdown([*header, *(f"{b:,}" for b in budgets)], lines) + f"\nMeans of {what} questions each. {how}\n"
 
 
