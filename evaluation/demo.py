@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.cache_utils import Cache
 
 import sparsekv
 from sparsekv import DecodeStats, PagedCache
-from sparsekv.command_line import add_json_option
+from sparsekv.command_line import add_json_option, choose_device, new_console, positive
 from sparsekv.errors import ConfigError
 from sparsekv.testing.timing import synchronize
 
 from . import testbed
 from .accuracy.asking import PromptTurn, Row, decode, prefill
 from .pages_plot import PageTrace, pages_figure
-from .report import choose_device, new_console, positive, result, save_json
+from .report import result, save_json
 from .tasks import Metric
 from .testbed.stories import Question, Story, make_story
 
@@ -71,8 +68,20 @@ class Method:
 
     @property
     def sparse_share(self) -> float:
-        """The same in the layers that choose their pages."""
+        """Part that is read of the layers that choose their pages."""
         return self.stats.sparse_share if self.stats is not None else 1.0
+
+    def as_row(self) -> dict[str, Any]:
+        """What the JSON file says of it."""
+        return {
+            "method": self.name,
+            "right": self.num_right,
+            "share": self.share,
+            "sparse_share": self.sparse_share,
+            "ms_per_token": self.ms_per_token,
+            "stats": self.stats.as_dict() if self.stats is not None else None,
+            "answers": [asdict(answer) for answer in self.answers],
+        }
 
     @property
     def ms_per_token(self) -> float:
@@ -102,15 +111,18 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Tells a story, asks the questions with every method, prints the table and writes the files; returns what the
     JSON file holds."""
     context, num_questions = (MIN_CONTEXT, 4) if args.quick else (args.context, args.questions)
-    _check(context, Path(args.out))
+    if not MIN_CONTEXT <= context <= MAX_CONTEXT:
+        raise ConfigError(f"--context={context} is not allowed: {MIN_CONTEXT} to {MAX_CONTEXT}.")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ConfigError(f"--out={args.out} is a file: name a folder; demo.png and demo.json are written into it.")
     console = new_console()
-    device = choose_device(args.device)
-    model, tokenizer = testbed.load(device)
+    model, tokenizer = testbed.load(choose_device(args.device))
     story = make_story(context, TASKS, num_questions, args.seed)
-    with _progress(console) as progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         methods, trace = _compare(model, tokenizer, story, progress)
     console.print(_table(story, methods))
-    content = result(command, {"context": context, "seed": args.seed}, _rows(methods))
+    content = result(command, {"context": context, "seed": args.seed}, [method.as_row() for method in methods])
     path = save_json(args.out, "demo", content)
     picture = path.with_suffix(".png")
     pages_figure(trace, context).savefig(picture)
@@ -118,40 +130,24 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     return content
 
 
-def _check(context: int, folder: Path) -> None:
-    """Before anything is read or measured."""
-    if not MIN_CONTEXT <= context <= MAX_CONTEXT:
-        raise ConfigError(f"--context={context} is not allowed: {MIN_CONTEXT} to {MAX_CONTEXT}.")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out={folder} is a file: name a folder; demo.png and demo.json are written into it.")
-
-
 def _compare(model: Any, tokenizer: Any, story: Story, progress: Progress) -> tuple[list[Method], PageTrace]:
     """Reads the story once; every method then decodes from the same keys and values."""
-    config = sparsekv.SparseConfig(budget=_budgets(story.num_tokens)[0])
+    budgets = [story.num_tokens // share for share in BUDGET_SHARES]
     reading = progress.add_task(f"reading {story.num_tokens:,} tokens (dense prefill)", total=1)
-    with sparsekv.patch(model, config) as patch:
+    with sparsekv.patch(model, budget=budgets[0]) as patch:
         cache = patch.new_cache()
         prefill(model, [_encode(tokenizer, story.text)], cache)
         progress.advance(reading)
         plain = Method("dense", cache.to_dynamic(), None)
-        sparse = _sparse_methods(cache, story.num_tokens)
+        forks = {f"top_k {budget}": cache.fork(budget=budget) for budget in budgets}
+        forks[f"recent {budgets[-1]}"] = cache.fork(budget=budgets[-1], policy="recent")
+        sparse = [Method(name, fork, fork.stats) for name, fork in forks.items()]
         for method in sparse:
             _ask_all(model, tokenizer, method, story, progress)
-        trace = _trace(model, tokenizer, cache, _shown(story, sparse[0]))
+        right = [q for q, answer in zip(story.questions, sparse[0].answers, strict=True) if answer.is_right]
+        trace = _trace(model, tokenizer, cache.fork(budget=budgets[0]), (right or list(story.questions))[0])
     _ask_all(model, tokenizer, plain, story, progress)  # the model as it is without sparsekv
     return [plain, *sparse], trace
-
-
-def _budgets(context: int) -> list[int]:
-    return [context // share for share in BUDGET_SHARES]
-
-
-def _sparse_methods(cache: PagedCache, context: int) -> list[Method]:
-    budgets = _budgets(context)
-    forks = [(f"top_k {budget}", cache.fork(budget=budget)) for budget in budgets]
-    forks.append((f"recent {budgets[-1]}", cache.fork(budget=budgets[-1], policy="recent")))
-    return [Method(name, fork, fork.stats) for name, fork in forks]
 
 
 def _ask_all(model: Any, tokenizer: Any, method: Method, story: Story, progress: Progress) -> None:
@@ -180,15 +176,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _shown(story: Story, method: Method) -> Question:
-    """The first question that the method got right, to be drawn; if there is none, the first."""
-    right = [q for q, answer in zip(story.questions, method.answers, strict=True) if answer.is_right]
-    return (right or list(story.questions))[0]
-
-
-def _trace(model: Any, tokenizer: Any, cache: PagedCache, question: Question) -> PageTrace:
-    """Asks one question again, at the smallest budget, and notes every page read."""
-    fork = cache.fork(budget=_budgets(cache.get_seq_length())[0])
+def _trace(model: Any, tokenizer: Any, fork: PagedCache, question: Question) -> PageTrace:
+    """Asks one question again, and notes every page read."""
     trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.budget))
     fork.observers.append(trace.observe)
     answer = ask(model, tokenizer, fork, question.prompt, question.answer)
@@ -204,8 +193,9 @@ def _table(story: Story, methods: list[Method]) -> Table:
     for method in methods:
         table.add_column(method.name, justify="right")
     for i, question in enumerate(story.questions):
+        asked = question.prompt.removeprefix("Question : ").removeprefix("what is the ")
         cells = [_cell(method.answers[i]) for method in methods]
-        table.add_row(_short(question.prompt), _compact(question.answer), *cells)
+        table.add_row(asked.removesuffix(" ? Answer :"), _compact(question.answer), *cells)
     table.add_section()
     total = len(story.questions)
     table.add_row("[bold]right[/bold]", "", *(f"[bold]{m.num_right} of {total}[/bold]" for m in methods))
@@ -220,33 +210,7 @@ def _cell(answer: Answer) -> str:
     return f"[green]{said} ✓[/green]" if answer.is_right else f"[red]{said} ✗[/red]"
 
 
-def _short(prompt: str) -> str:
-    return prompt.removeprefix("Question : ").removeprefix("what is the ").removesuffix(" ? Answer :")
-
-
 def _compact(answer: str) -> str:
     """Digits are words to the model; a reader takes them as one number. Long wrong answers are cut."""
     text = answer.replace(" ", "") if answer.replace(" ", "").isdigit() else answer
     return text if len(text) <= 12 else text[:11] + "…"
-
-
-def _rows(methods: list[Method]) -> list[dict[str, Any]]:
-    return [
-        {
-            "method": m.name,
-            "right": m.num_right,
-            "share": m.share,
-            "sparse_share": m.sparse_share,
-            "ms_per_token": m.ms_per_token,
-            "stats": m.stats.as_dict() if m.stats is not None else None,
-            "answers": [asdict(a) for a in m.answers],
-        }
-        for m in methods
-    ]
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=False) as progress:
-        yield progress

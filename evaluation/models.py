@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_accelerate_available, is_gguf_available
 
+from sparsekv.command_line import choose_device
 from sparsekv.errors import ConfigError
-
-from .report import choose_device
 
 AUTO = "auto"
 TESTBED, TESTBED_DIR = "testbed", Path(__file__).parent / "testbed" / "model"  # the small model that ships

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from sparsekv import PagedCache
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.hf.stops import stop_ids
 
 from . import testbed
 from .accuracy import asking, session
@@ -92,7 +93,7 @@ def ask(model: Any, tokenizer: Any, cache: Cache, question: Question, metric: Me
     The cache then holds both: give it `cache.fork()`, to ask another question about the same text.
     """
     turns = asking.turns_of(question, Writer(tokenizer).encode)
-    row = asking.Row(turns, metric, asking.stop_ids(model, tokenizer))
+    row = asking.Row(turns, metric, stop_ids(model, tokenizer))
     mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=model.device)
     asking.decode(model, cache, [row], mask)
     said = [tokenizer.decode(ids) for ids in row.said]

@@ -14,7 +14,7 @@ from sparsekv import DecodeStep
 from .report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure
 
 _HEAD_COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "black")
-_MOST_PANELS = 6  # of more sparse layers some are shown, evenly spread
+_MAX_PANELS = 6  # of more sparse layers some are shown, evenly spread
 
 
 @dataclass
@@ -52,7 +52,9 @@ def pages_figure(trace: PageTrace, context: int) -> Any:
     Args:
         context: tokens of the text.
     """
-    layers = _shown_layers(sorted(trace.slots))
+    layers = sorted(trace.slots)
+    count = min(len(layers), _MAX_PANELS)
+    layers = [layers[i * (len(layers) - 1) // max(count - 1, 1)] for i in range(count)]
     columns = min(len(layers), 2)
     rows = -(-len(layers) // columns)
     size = {"figsize": (6.2 * columns, 0.8 + 3.0 * rows), "dpi": 110}
@@ -74,11 +76,6 @@ def pages_figure(trace: PageTrace, context: int) -> Any:
     for dot in legend.legend_handles[:num_heads]:  # larger than in the panels, where there are many
         dot.set_sizes([25])
     return figure
-
-
-def _shown_layers(layers: Sequence[int]) -> list[int]:
-    count = min(len(layers), _MOST_PANELS)
-    return [layers[i * (len(layers) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
 def _draw_layer(panel: Any, trace: PageTrace, layer_idx: int) -> None:

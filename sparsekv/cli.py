@@ -15,6 +15,8 @@ from sparsekv.command_line import (
     EXIT_OK,
     Parser,
     add_json_option,
+    new_console,
+    positive,
     run_to_exit_code,
     with_json,
 )
@@ -136,8 +138,6 @@ def _add_lm_eval(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    from sparsekv.evaluation.report import positive
-
     parser = commands.add_parser("doctor", help="versions, devices, and what would run where")
     add_json_option(parser)
     parser.add_argument("--compile", action="store_true", help="compile all kernels now rather than at first use")
@@ -148,7 +148,6 @@ def _add_doctor(commands: Any) -> None:
 
 def _doctor(args: argparse.Namespace, command: str) -> int:
     from sparsekv import doctor
-    from sparsekv.evaluation.report import new_console
 
     if args.arch and not args.compile:
         raise ConfigError("--arch goes with --compile.")

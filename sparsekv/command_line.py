@@ -1,4 +1,4 @@
-"""What every command has in common: "did you mean", exit codes, and `--json`.
+"""What every command has in common: "did you mean", exit codes, numbers, devices, the console, and `--json`.
 
 Exit codes: 0, done; 1, an error, named on stderr; 2, a command line that is not understood; 130, interrupted. Output
 into a pipe that nobody reads any more (`| head`) is no error.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from typing import Any, NoReturn
 
 import torch
+from rich.console import Console
 
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError, did_you_mean
 
@@ -108,6 +112,81 @@ def _flushed(run: Callable[[], int]) -> int:
         raise
     sys.stdout.flush()
     return code
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: at least 1")
+    return number
+
+
+def tokens(text: str) -> int:
+    """The type of an option that counts tokens: `32768`, `32k` or `1M`, where k is 1024 and M is 1024 k."""
+    scale = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower())
+    try:
+        return positive(text) if scale is None else positive(text[:-1]) * scale
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: 32768, 32k or 1M") from error
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is not known: use cpu, cuda, cuda:N or auto.") from error
+    if device.type == "meta":
+        raise ConfigError(f"device={name!r} holds no numbers: use cpu, cuda, cuda:N or auto.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}: PyTorch sees no GPU here. Use cpu; `sparsekv doctor` says more.")
+    return device
+
+
+class PipeConsole(Console):
+    """A console that says when nobody reads its output any more; rich would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def new_console() -> Console:
+    """A console wide enough for our tables where the output is a file or a pipe."""
+    console = PipeConsole()
+    if console.is_jupyter:  # the same text as in a pipe, not a display for each line
+        return PipeConsole(force_jupyter=False, force_terminal=False, width=118)
+    return console if console.is_terminal else PipeConsole(width=max(console.width, 118))
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """Where and when something was run, for the records: command, date, processor, versions."""
+    installed = {name: _version(name) for name in ("sparsekv", "torch", "transformers")}
+    flashinfer = _version("flashinfer-python")
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_threads": torch.get_num_threads(),
+        "versions": {
+            **installed,
+            "python": platform.python_version(),
+            **({"flashinfer": flashinfer} if flashinfer else {}),
+        },
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

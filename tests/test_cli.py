@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 
 from sparsekv.cli import _spelt_out, main
-from sparsekv.command_line import Parser, read_text, run_to_exit_code
+from sparsekv.command_line import Parser, PipeConsole, read_text, run_to_exit_code
 from sparsekv.commands import chat, generate, model_options
 from sparsekv.config import SparseConfig
 from sparsekv.errors import ConfigError, UnknownNameError
-from sparsekv.evaluation.accuracy import command as eval_command
-from sparsekv.evaluation.report import PipeConsole
 from sparsekv.evaluation.testbed import MODEL_DIR
 from sparsekv.policies import POLICIES
 from sparsekv.policies.top_k import TopK
@@ -104,22 +102,6 @@ def test_a_misspelt_command_line_is_answered_in_one_line_and_exits_with_2(
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
-
-
-@pytest.mark.parametrize(("entry", "prog"), [(eval_command.main, "evaluation")])
-def test_the_evaluations_own_command_lines_answer_in_the_same_way(
-    entry: Callable[[list[str]], int], prog: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        entry(["reprt"])
-    assert stop.value.code == 2
-    assert "Did you mean" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        entry(["--help"])
-    assert stop.value.code == 0
-    assert "exit codes: 0 done" in " ".join(capsys.readouterr().out.split())
-    assert entry(["report", "no_such_folder"]) == 1
-    assert capsys.readouterr().err.startswith(f"{prog}: ")
 
 
 def test_a_parser_leaves_values_and_subcommands_to_those_they_belong_to() -> None:

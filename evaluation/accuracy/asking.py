@@ -21,7 +21,7 @@ from sparsekv.hf.capture.decoder import Run
 from sparsekv.hf.prefill import CHUNK, WHOLE, without_single
 from sparsekv.hf.support import CACHE
 
-MOST_AT_ONCE = 1 << 20  # of all documents together
+MAX_AT_ONCE = 1 << 20  # of all documents together
 LONG = 64  # steps beyond which it pays to capture them
 _SPARE_TOKENS, _SPARE_IN_CHAT = 4, 32  # an answer may be so much longer than the expected one; some chat around it
 
@@ -97,20 +97,16 @@ class Row:
         """
         if self.is_done:
             return
-        if self._queue:
-            self._next = self._queue.pop(0)
-            if self.metric is Metric.PERPLEXITY:
-                self._score(log_prob)
-        else:
-            self._answer(best)
-
-    def _score(self, log_prob: float) -> None:
-        """Counts a given token if it is the reference's; the last need not be decoded."""
-        if len(self._queue) < len(self.turns[0].reference):
-            self.nll -= log_prob
-            self.num_scored += 1
         if not self._queue:
-            self._next = None
+            self._answer(best)
+            return
+        self._next = self._queue.pop(0)
+        if self.metric is Metric.PERPLEXITY:
+            if len(self._queue) < len(self.turns[0].reference):  # the token given is the reference's
+                self.nll -= log_prob
+                self.num_scored += 1
+            if not self._queue:  # the last need not be decoded
+                self._next = None
 
     def _answer(self, best: int) -> None:
         turn, said = self.turns[len(self.said) - 1], self.said[-1]
@@ -141,23 +137,6 @@ def turns_of(question: Question, encode: Encode, wording: Wording | None = None)
     return [PromptTurn(encode(text), ref, _SPARE_IN_CHAT) for text, ref in zip(texts, references, strict=True)]
 
 
-def stop_ids(model: Any, tokenizer: Any, wording: Wording | None = None) -> frozenset[int]:
-    """Tokens that end an answer: the model's and the tokenizer's, and the one that a chat template puts behind it."""
-    found = model.generation_config.eos_token_id
-    ids = [found] if isinstance(found, int) else list(found or [])
-    known = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return frozenset([*ids, *known, *_ends(tokenizer, wording)])
-
-
-def _ends(tokenizer: Any, wording: Wording | None) -> list[int]:
-    """The first special token between an answer and the next question."""
-    if wording is None:
-        return []
-    after = tokenizer(wording.later[0], add_special_tokens=False).input_ids
-    known = getattr(tokenizer, "added_tokens_decoder", {})
-    return [i for i in after if i in known and known[i].special and i != tokenizer.unk_token_id][:1]
-
-
 @torch.inference_mode()
 def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Tensor:
     """Fills a cache with documents in dense passes; returns the mask `[b, n]` of what is no padding (on the left)."""
@@ -169,7 +148,7 @@ def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Ten
         mask[row, longest - len(document) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    step = min(CHUNK if longest > WHOLE else longest, max(MOST_AT_ONCE // len(documents), 1024))
+    step = min(CHUNK if longest > WHOLE else longest, max(MAX_AT_ONCE // len(documents), 1024))
     step = without_single(step, longest)
     for start in range(0, longest, step):
         part = slice(start, start + step)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from sparsekv.evaluation.report import new_figure
-
-from .plots import DPI, legend_below, put_title, saved, shown, styles
+from .plots import grid, legend_below, lowest, put_title, shown, styles
 from .results import Line
 from .summary import Run
 
@@ -30,25 +28,18 @@ def attention_figure(run: Run, length: int, budgets: Sequence[int] = ()) -> Any:
     budgets = [budget for budget in measured if budget in budgets or not budgets]
     if not budgets:
         return None
-    size = {"figsize": (10.5, 1.3 + 2.7 * len(budgets)), "dpi": DPI}
-    figure, axes = new_figure(nrows=len(budgets), ncols=2, squeeze=False, sharex=True, sharey=True, **size)
-    for row, budget in zip(axes, budgets, strict=True):
-        some = [line for line in lines if line["budget"] == budget]
-        _draw_layers(row[0], run, some, "mass")
-        _draw_layers(row[1], run, some, "overlap")
-        row[0].set_ylabel("share [%]")
-        row[0].set_title(f"attention in the pages read, budget {budget:,}", fontsize=10)
-        row[1].set_title(f"oracle's pages that were read, budget {budget:,}", fontsize=10)
-    for panel in axes[-1]:
+    figure, panels = grid(2 * len(budgets), 2, (5.25, 2.7), 1.3, sharex=True, sharey=True)
+    kinds = (("mass", "attention in the pages read"), ("overlap", "oracle's pages that were read"))
+    for panel, (budget, (name, told)) in zip(panels, product(budgets, kinds), strict=True):
+        _draw_layers(panel, run, [line for line in lines if line["budget"] == budget], name)
+        panel.set_title(f"{told}, budget {budget:,}", fontsize=10)
+    for panel in panels[::2]:
+        panel.set_ylabel("share [%]")
+    for panel in lowest(panels):
         panel.set_xlabel("layer")
     put_title(figure, *_title(run, lines))
-    legend_below(figure, axes.flat)
+    legend_below(figure, panels)
     return figure
-
-
-def save_attention_plot(run: Run, length: int, path: Path) -> list[Path]:
-    """Draws `attention_figure`; returns the files."""
-    return saved(attention_figure(run, length), path)
 
 
 def _title(run: Run, lines: Sequence[Line]) -> tuple[str, str]:

@@ -48,14 +48,14 @@ class Cell:
 
     @property
     def share(self) -> float | None:
-        """Of the bytes that dense decoding reads."""
+        """What is read of the bytes that dense decoding reads."""
         if self.bytes_per_token is None or not self.dense_bytes_per_token:
             return None
         return self.bytes_per_token / self.dense_bytes_per_token
 
 
 def cells(run: Run) -> list[Cell]:
-    """In the order of tasks, lengths, methods and budgets."""
+    """The cells of a run, in the order of tasks, lengths, methods and budgets."""
     groups: dict[tuple[str, int, str, int | None], list[Line]] = defaultdict(list)
     for line in run.lines:
         groups[line["task"], line["length"], line["method"], line["budget"]].append(line)
@@ -92,7 +92,7 @@ def _cell(lines: Sequence[Line], dense: Sequence[Line]) -> Cell:
     return Cell(
         lines[0]["task"], lines[0]["length"], lines[0]["method"], lines[0]["budget"],
         num_examples=len(good),
-        num_documents=len(set(_documents(good))),
+        num_documents=len({line["document"] for line in good}),
         num_errors=len(lines) - len(good),
         score=score, perplexity=perplexity, change=change,
         bytes_per_token=_per_token(good, "bytes_per_token"),
@@ -105,45 +105,32 @@ def _figures(good: Sequence[Line], dense: Sequence[Line]) -> tuple[Estimate | No
     """Score, perplexity, and the change of the one that there is."""
     scored = [line for line in good if line.get("score") is not None]
     if scored:
-        score = intervals.proportion([line["score"] for line in scored], _documents(scored))
-        return score, None, _score_change(_paired(scored, dense, "score"))
+        pairs = _paired(scored, dense, "score")
+        changes = [ours["score"] - theirs["score"] for ours, theirs in pairs]
+        change = intervals.difference(changes, [ours["document"] for ours, _ in pairs]) if pairs else None
+        return intervals.proportion(*_columns(scored, "score", "document")), None, change
     if not good:
         return None, None, None
-    nll, tokens = _columns(good, "nll", "num_scored")
-    perplexity = intervals.perplexity(nll, tokens, _documents(good))
-    return None, perplexity, _perplexity_change(_paired(good, dense, "nll"))
-
-
-def _score_change(pairs: Pairs) -> Estimate | None:
+    perplexity = intervals.perplexity(*_columns(good, "nll", "num_scored", "document"))
+    pairs = _paired(good, dense, "nll")
     if not pairs:
-        return None
-    changes = [ours["score"] - theirs["score"] for ours, theirs in pairs]
-    return intervals.difference(changes, _documents([ours for ours, _ in pairs]))
-
-
-def _perplexity_change(pairs: Pairs) -> Estimate | None:
-    if not pairs:
-        return None
-    ours, theirs = zip(*pairs, strict=True)
-    (dense_nll,) = _columns(theirs, "nll")
-    nll, tokens = _columns(ours, "nll", "num_scored")
-    return intervals.perplexity_difference(nll, dense_nll, tokens, _documents(ours))
+        return None, perplexity, None
+    nll, tokens, documents = _columns([ours for ours, _ in pairs], "nll", "num_scored", "document")
+    dense_nll = [theirs["nll"] for _, theirs in pairs]
+    return None, perplexity, intervals.perplexity_difference(nll, dense_nll, tokens, documents)
 
 
 def _paired(lines: Sequence[Line], dense: Sequence[Line], name: str) -> Pairs:
     """The lines whose question dense has answered too, with its line; none for dense itself."""
     if lines[0]["method"] == DENSE:
         return []
-    theirs = {_place(line): line for line in dense if not line["error"] and line.get(name) is not None}
-    return [(line, theirs[_place(line)]) for line in lines if _place(line) in theirs]
-
-
-def _place(line: Line) -> tuple[int, int]:
-    return line["document"], line["question"]
-
-
-def _documents(lines: Sequence[Line]) -> list[int]:
-    return [line["document"] for line in lines]
+    theirs = {
+        (line["document"], line["question"]): line
+        for line in dense
+        if not line["error"] and line.get(name) is not None
+    }
+    found = ((line, theirs.get((line["document"], line["question"]))) for line in lines)
+    return [(ours, other) for ours, other in found if other is not None]
 
 
 def _columns(lines: Sequence[Line], *names: str) -> list[list[Any]]:
@@ -162,23 +149,19 @@ def _per_token(lines: Sequence[Line], name: str) -> float | None:
 def _mean(some: Sequence[Cell], tasks: set[str]) -> Cell:
     scored = [cell for cell in some if cell.score and cell.task in tasks]
     is_whole = bool(tasks) and {cell.task for cell in scored} == tasks
+    scores, changes = ([x for cell in scored if (x := getattr(cell, name))] for name in ("score", "change"))
     read = scored or some
     return Cell(
         MEAN, some[0].length, some[0].method, some[0].budget,
         num_examples=sum(cell.num_examples for cell in scored),
         num_documents=sum(cell.num_documents for cell in scored),
         num_errors=sum(cell.num_errors for cell in some),
-        score=intervals.mean([cell.score for cell in scored if cell.score]) if is_whole else None,
-        change=_mean_change(scored) if is_whole else None,
+        score=intervals.mean(scores) if is_whole else None,
+        change=intervals.mean(changes) if is_whole and len(changes) == len(scored) else None,
         bytes_per_token=_plain_mean([cell.bytes_per_token for cell in read]),
         dense_bytes_per_token=_plain_mean([cell.dense_bytes_per_token for cell in read]),
         pages_per_token=_plain_mean([cell.pages_per_token for cell in read]),
     )  # fmt: skip
-
-
-def _mean_change(scored: Sequence[Cell]) -> Estimate | None:
-    changes = [cell.change for cell in scored if cell.change]
-    return intervals.mean(changes) if changes and len(changes) == len(scored) else None
 
 
 def _plain_mean(values: Sequence[float | None]) -> float | None:

@@ -9,15 +9,12 @@ Questions about long documents, answered densely and sparsely. The same command 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, run_to_exit_code, with_json
+from sparsekv.command_line import add_json_option, new_console, with_json
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.report import new_console
 
 from .options import add_arguments, add_work_arguments, options_of
 
@@ -56,8 +53,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> int:
-    from .plan import Share
     from .session import run
+    from .workload import Share
 
     options, console, folder = options_of(args), new_console(), Path(args.out)
     failed = run(options, folder, command, console)
@@ -118,17 +115,3 @@ def spelt_out(arguments: list[str]) -> list[str]:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         return [RUN, *arguments]
     return arguments
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m evaluation`; returns the exit code (see `sparsekv.command_line`)."""
-    arguments = sys.argv[1:] if argv is None else argv
-    parser = Parser(
-        prog="python -m evaluation",
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_commands(parser)
-    command = shlex.join(["python", "-m", "evaluation", *arguments])
-    return run_to_exit_code(lambda: parser.run(spelt_out(arguments), command), "evaluation")

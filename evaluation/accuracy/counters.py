@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from sparsekv import DecodeStats, PagedCache
+from sparsekv import POLICIES, DecodeStats, PagedCache
 from sparsekv.hf.support import LayerStatus
 
 from .results import Line
@@ -21,6 +21,7 @@ class Counters:
 
     def __init__(self, cache: PagedCache) -> None:
         self.config, self._never_choosing = cache.config, cache.dense_layers
+        self._is_dense = POLICIES.get(cache.config.policy).reads_all
         self._of_layers: dict[int, DecodeStats] = {}
         for layer in cache.paged_layers:
             if layer.is_paged:
@@ -64,17 +65,13 @@ class Counters:
         )
 
     @property
-    def _is_dense(self) -> bool:
-        return self.config.policy == "all"
-
-    @property
     def _choosing(self) -> list[int]:
         """The layers that should choose their pages."""
         return [] if self._is_dense else [i for i in self._of_layers if i not in self._never_choosing]
 
 
 def layers_not_sparse(layers: Sequence[LayerStatus]) -> list[Line]:
-    """For the manifest: runs of layers that choose no pages, and why; `is_asked_for` if `dense_layers` says so."""
+    """Runs of layers that choose no pages, and why, for the manifest; `is_asked_for` if `dense_layers` says so."""
     dense = [status for status in layers if not status.is_sparse]
     found = []
     for (reason, asked), group in groupby(dense, key=lambda x: (x.reason, x.is_asked_for)):

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekv.evaluation.report import new_figure, short
+from sparsekv.evaluation.report import short
 
-from .plots import put_title, shown
+from .plots import MIN_WIDTH, grid, lowest, put_title, shown
 from .results import Line
 from .summary import Run
 
-_MOST_DEPTHS = 12  # more are put into tenths
-_MOST_PRINTED = 100  # cells of a panel that have their value in them
+_MAX_DEPTHS = 12  # more are put into tenths
+_MAX_PRINTED = 100  # cells of a panel that have their value in them
 Grid = dict[tuple[float, int], float]
 
 
@@ -27,7 +27,8 @@ def save_heatmaps(run: Run, folder: Path) -> list[Path]:
         budgets = sorted({line["budget"] for line in lines if line["budget"]}) or [None] * bool(lines)
         for budget in budgets:
             some = [line for line in lines if line["budget"] in (budget, None)]
-            path = folder / f"{_file_name(task)}_depths{'' if budget is None else f'_{budget}'}.png"
+            name = re.sub(r"[^\w.-]+", "-", task).strip("-") or "task"
+            path = folder / f"{name}_depths{'' if budget is None else f'_{budget}'}.png"
             _save(run, task, budget, some, path)
             files.append(path)
     return files
@@ -44,17 +45,19 @@ def _save(run: Run, task: str, budget: int | None, lines: Sequence[Line], path: 
     depth_of = _binning(lines)
     depths = sorted({depth_of(line) for line in lines})
     columns = min(len(methods), 4 if len(lengths) <= 4 else 3 if len(lengths) <= 8 else 2)
-    rows = -(-len(methods) // columns)
     width, height = max(1.0 + 0.5 * len(lengths), 2.6), max(1.0 + 0.27 * len(depths), 2.2)
-    size = {"figsize": (max(width * columns + 1.2, 6.4), height * rows + 1.0), "dpi": 120}
-    figure, axes = new_figure(nrows=rows, ncols=columns, squeeze=False, sharex=True, sharey=True, **size)
-    for panel, method in zip(axes.flat, methods, strict=False):
-        image = _draw(panel, _means([x for x in lines if x["method"] == method], depth_of), depths, lengths)
+    figure, panels = grid(len(methods), columns, (width, height), 1.0, sharex=True, sharey=True)
+    figure.set_figwidth(max(width * columns + 1.2, MIN_WIDTH))  # with the bar of colors
+    for panel, method in zip(panels, methods, strict=True):
+        found = _means([x for x in lines if x["method"] == method], depth_of)
+        image = _draw(panel, found, depths, lengths)
         panel.set_title(shown(method), fontsize=10)
-    for panel in axes.flat[len(methods) :]:
-        panel.set_visible(False)
-    _label(axes, len(methods))
-    figure.colorbar(image, ax=axes, label="found [%]", shrink=0.8)
+    for panel in panels[::columns]:
+        panel.set_ylabel("depth [%]")
+    for panel in lowest(panels):
+        panel.set_xlabel("length [tokens]")
+        panel.tick_params(labelbottom=True)
+    figure.colorbar(image, ax=figure.axes, label="found [%]", shrink=0.8)
     each = len(lines) / max(len({(x["method"], depth_of(x), x["length"]) for x in lines}), 1)
     told = "dense" if budget is None else f"budget {budget:,} tokens"
     put_title(
@@ -67,7 +70,7 @@ def _save(run: Run, task: str, budget: int | None, lines: Sequence[Line], path: 
 
 def _binning(lines: Sequence[Line]) -> Any:
     """The depth of a line, in tenths if there are many."""
-    if len({line["details"]["depth"] for line in lines}) <= _MOST_DEPTHS:
+    if len({line["details"]["depth"] for line in lines}) <= _MAX_DEPTHS:
         return lambda line: float(line["details"]["depth"])
     return lambda line: min(line["details"]["depth"] // 10, 9) * 10.0 + 5
 
@@ -83,7 +86,7 @@ def _draw(panel: Any, found: Grid, depths: Sequence[float], lengths: Sequence[in
     """What was not measured stays blank."""
     values = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]
     image = panel.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    if len(depths) * len(lengths) <= _MOST_PRINTED:
+    if len(depths) * len(lengths) <= _MAX_PRINTED:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 color = "white" if value < 55 else "black"
@@ -92,17 +95,3 @@ def _draw(panel: Any, found: Grid, depths: Sequence[float], lengths: Sequence[in
     panel.set_xticks(range(len(lengths)), [short(length) for length in lengths], rotation=45 * (len(lengths) > 8))
     panel.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     return image
-
-
-def _label(axes: Any, num_panels: int) -> None:
-    columns = axes.shape[1]
-    for place in range(num_panels):
-        if place % columns == 0:
-            axes.flat[place].set_ylabel("depth [%]")
-        if place + columns >= num_panels:
-            axes.flat[place].set_xlabel("length [tokens]")
-            axes.flat[place].tick_params(labelbottom=True)
-
-
-def _file_name(task: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", task).strip("-") or "task"

@@ -15,18 +15,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 NUM_RESAMPLES = 2000
 _SEED = 20260101
-_MOST_NLL = 700.0  # whose perplexity is still a number: 1e304
+_MAX_NLL = 700.0  # whose perplexity is still a number: 1e304
 MIN_DOCUMENTS = 4  # of fewer, not even the extremes of all resamples reach 95 %
 _LEVEL = 0.95
-_Z = NormalDist().inv_cdf((1 + _LEVEL) / 2)
 
 Numbers = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -51,7 +50,7 @@ def proportion(scores: Sequence[float], documents: Sequence[int]) -> Estimate:
     sums, counts = _by_document(documents, values, np.ones_like(values))
     mean = float(values.mean())
     if counts.max() == 1 and np.isin(values, (0, 1)).all():
-        return Estimate(mean, *wilson(mean, len(values)))
+        return Estimate(mean, *wilson(int(values.sum()), len(values)))
     return Estimate(mean, *_of_mean(mean, sums, counts, bounds=(0, 1)))
 
 
@@ -97,12 +96,10 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, value - math.sqrt(below) / len(estimates), value + math.sqrt(above) / len(estimates))
 
 
-def wilson(share: float, count: int) -> Interval:
-    """Wilson's score interval for a share of `count` independent trials."""
-    scale = 1 + _Z**2 / count
-    center = (share + _Z**2 / (2 * count)) / scale
-    half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / scale
-    return max(center - half, 0.0), min(center + half, 1.0)
+def wilson(right: int, count: int) -> Interval:
+    """Wilson's score interval for the share of `right` among `count` independent trials."""
+    found = stats.binomtest(right, count).proportion_ci(_LEVEL, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def _of_mean(mean: float, sums: Numbers, counts: Numbers, bounds: Interval) -> Interval:
@@ -131,29 +128,23 @@ def _by_document(documents: Sequence[int], *columns: Numbers) -> list[Numbers]:
 
 @lru_cache(maxsize=8)
 def _draws(num_documents: int) -> Numbers:
-    """How often each document is in each resample, `[NUM_RESAMPLES, num_documents]`."""
+    """How often each document is in each resample, `[NUM_RESAMPLES, num_documents]`.
+
+    All cells share them, and few products replace a resampling; with `scipy.stats.bootstrap` a report of 1,300 cells
+    takes four times as long.
+    """
     rng = np.random.default_rng((_SEED, num_documents))
     shares = np.full(num_documents, 1 / num_documents)
     return rng.multinomial(num_documents, shares, size=NUM_RESAMPLES).astype(np.float64)
 
 
 def _percentiles(resamples: Numbers, num_documents: int) -> Interval:
-    reach = math.sqrt(num_documents / (num_documents - 1)) * _student(num_documents - 1)
-    tail = NormalDist().cdf(-reach)
+    freedom = num_documents - 1
+    reach = math.sqrt(num_documents / freedom) * stats.t.ppf((1 + _LEVEL) / 2, freedom)
+    tail = stats.norm.cdf(-reach)
     low, high = np.quantile(resamples, (tail, 1 - tail))
     return float(low), float(high)
 
 
-def _student(freedom: int) -> float:
-    """The 97.5 % point of Student's t, from 3 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
-    z = _Z
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
-
-
 def _exp(values: Numbers) -> Numbers:
-    return np.asarray(np.exp(np.minimum(values, _MOST_NLL)))
+    return np.asarray(np.exp(np.minimum(values, _MAX_NLL)))

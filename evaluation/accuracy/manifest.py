@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.cache import heads_of
+from sparsekv.command_line import circumstances
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.report import circumstances
 from sparsekv.evaluation.tasks import Task
 from sparsekv.hf.support import text_config
 
@@ -125,18 +125,15 @@ def _continued(folder: Path, new: Mapping[str, Any]) -> Line:
         raise ConfigError(
             f"{folder / MANIFEST} is of another run ({told}). Choose another --out, or the same settings."
         )
+    was, now = old["settings"], new["settings"]
+    grown = {name: list(dict.fromkeys([*was[name], *now[name]])) for name in _GROWING}
     return {
         **content,
-        "settings": _grown(old["settings"], new["settings"]),
+        "settings": {**now, **grown, "num_examples": max(was["num_examples"], now["num_examples"])},
         **{kind: {**old.get(kind, {}), **new.get(kind, {})} for kind in _HASHED},
         "layers_not_sparse": new.get("layers_not_sparse") or old.get("layers_not_sparse", []),
         "runs": [*runs_of(old), *(run for run in runs_of(new) if run not in runs_of(old))],
     }
-
-
-def _grown(was: Mapping[str, Any], now: Mapping[str, Any]) -> Line:
-    lists = {name: list(dict.fromkeys([*was[name], *now[name]])) for name in _GROWING}
-    return {**now, **lists, "num_examples": max(was["num_examples"], now["num_examples"])}
 
 
 def _different(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -163,17 +160,14 @@ def _validated(path: Path, manifest: Line) -> Line:
         ConfigError: it is not.
     """
     parts = [manifest.get("model"), manifest.get("settings"), *(manifest.get(kind, {}) for kind in _HASHED)]
-    if all(isinstance(part, dict) for part in parts) and _is_whole(manifest["settings"]):
-        return manifest
+    if all(isinstance(part, dict) for part in parts):
+        kinds = {**dict.fromkeys(_GROWING, list), "num_examples": int}
+        if all(isinstance(manifest["settings"].get(name), kind) for name, kind in kinds.items()):
+            return manifest
     raise ConfigError(
         f"{path} is no manifest of a run: it must hold 'model', and 'settings' with {', '.join(_GROWING)} and "
         "num_examples. Mend it, or choose another --out."
     )
-
-
-def _is_whole(settings: Line) -> bool:
-    lists = (settings.get(name) for name in _GROWING)
-    return all(isinstance(value, list) for value in lists) and isinstance(settings.get("num_examples"), int)
 
 
 def model_hash(model: Any) -> str:

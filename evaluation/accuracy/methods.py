@@ -30,7 +30,7 @@ class Method:
     @property
     def is_dense(self) -> bool:
         """Whether it reads everything, whatever the budget."""
-        return self.policy == "all"
+        return POLICIES.get(self.policy).reads_all
 
     def config(self, base: SparseConfig, budget: int | None) -> SparseConfig:
         """The settings at a budget. Small ones keep fewer recent tokens: at most a quarter of them, so that there is

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv import SparseConfig
+from sparsekv.command_line import positive, tokens
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import models, testbed
 from sparsekv.evaluation.models import AUTO, DTYPES
-from sparsekv.evaluation.report import positive, tokens
 from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
 from sparsekv.evaluation.wording import CHATS
 
@@ -84,10 +84,10 @@ class RunOptions:
         for name in _COUNTS:
             value = getattr(self, name)
             is_left_out = name == "batch_tokens" and value is None
-            _check(name, value, is_left_out or (_is_int(value) and value >= 1), "a whole number, at least 1")
+            _check(name, value, is_left_out or (type(value) is int and value >= 1), "a whole number, at least 1")
         for name in _FLAGS:
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
-        _check("seed", self.seed, _is_int(self.seed), "a whole number")
+        _check("seed", self.seed, type(self.seed) is int, "a whole number")
         _check("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         _check("chat", self.chat, self.chat in CHATS, f"one of {', '.join(CHATS)}")
 
@@ -108,7 +108,7 @@ class RunOptions:
         return [(m, b) for m in found for b in ((None,) if m.is_dense else self.budgets)]
 
     def settings(self) -> dict[str, Any]:
-        """For the manifest: what the results depend on."""
+        """What the results depend on, for the manifest."""
         hidden = ("model", "device", "batch_tokens", "batch_rows", "probe", "chat")  # of chat, what it comes to
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
@@ -129,10 +129,6 @@ def _listed(name: str, value: Any, kind: type) -> tuple[Any, ...]:
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
     if not is_allowed:
         raise ConfigError(f"{name}={value!r} is not allowed: {allowed}.")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

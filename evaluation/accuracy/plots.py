@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from sparsekv.evaluation.report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, short
@@ -23,7 +22,7 @@ _OWN_STYLES = {
 }
 _MORE_STYLES = [(RED, "v"), (SKY, "P"), ("black", "<"), (GREEN, ">"), (ORANGE, "h"), (BLUE, "*"), (PURPLE, "p")]
 _MIB = 1 << 20
-DPI = 120
+DPI, MIN_WIDTH = 120, 6.4
 
 
 def styles(run: Run) -> dict[str, dict[str, Any]]:
@@ -34,12 +33,30 @@ def styles(run: Run) -> dict[str, dict[str, Any]]:
     return {n: {"color": looks[n][0], "marker": looks[n][1], "markersize": 6} for n in run.methods if n != DENSE}
 
 
-def saved(figure: Any, path: Path) -> list[Path]:
-    """Writes a figure, if there is one; returns the files."""
-    if figure is None:
-        return []
-    figure.savefig(path)
-    return [path]
+def grid(count: int, columns: int, panel_size: tuple[float, float], height: float, **shared: Any) -> Any:
+    """A figure of panels in rows.
+
+    Args:
+        columns: at most so many panels beside each other.
+        panel_size: width and height of each, in inches.
+        height: of what stands above and below all of them, in inches.
+        shared: as `Figure.subplots` takes them.
+
+    Returns:
+        The figure, and its panels.
+    """
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    size = (max(panel_size[0] * columns, MIN_WIDTH), height + panel_size[1] * rows)
+    figure, axes = new_figure(nrows=rows, ncols=columns, squeeze=False, figsize=size, dpi=DPI, **shared)
+    for panel in axes.flat[count:]:
+        panel.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def lowest(panels: Sequence[Any]) -> Sequence[Any]:
+    """The lowest panel of each column."""
+    return panels[-panels[0].get_gridspec().ncols :]
 
 
 # -- accuracy against budget
@@ -54,28 +71,19 @@ def accuracy_figure(run: Run, found: Sequence[Cell], mean: Sequence[Cell]) -> An
     by_task = _by_task(run, found, mean)
     if not any(cell.budget for some in by_task.values() for cell in some):
         return None
-    columns = min(len(by_task), 4)
-    rows = -(-len(by_task) // columns)
-    size = {"figsize": (max(3.3 * columns, 6.4), 1.3 + 2.7 * rows), "dpi": DPI}
-    figure, axes = new_figure(nrows=rows, ncols=columns, squeeze=False, **size)
-    for panel, (task, some) in zip(axes.flat, by_task.items(), strict=False):
+    figure, panels = grid(len(by_task), 4, (3.3, 2.7), 1.3)
+    for panel, (task, some) in zip(panels, by_task.items(), strict=True):
         _draw_accuracy(panel, run, task, some)
-    for panel in axes.flat[len(by_task) :]:
-        panel.set_visible(False)
-    _label_outside(axes, len(by_task), "budget [tokens per kv head]")
+    for panel in lowest(panels):
+        panel.set_xlabel("budget [tokens per kv head]")
     what = "accuracy" if any(cell.score for cell in found) else "perplexity"
     put_title(
         figure,
         f"{shown(run.model, 60)}, {found[0].length:,} tokens: {what} against budget",
         "n: questions per point; bars and grey band: 95 % intervals",
     )
-    legend_below(figure, axes.flat[: len(by_task)])
+    legend_below(figure, panels)
     return figure
-
-
-def save_accuracy_plot(run: Run, found: Sequence[Cell], mean: Sequence[Cell], path: Path) -> list[Path]:
-    """Draws `accuracy_figure`; returns the files."""
-    return saved(accuracy_figure(run, found, mean), path)
 
 
 def _by_task(run: Run, found: Sequence[Cell], mean: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -96,10 +104,10 @@ def _draw_accuracy(panel: Any, run: Run, task: str, some: Sequence[Cell]) -> Non
         if ours:
             shift = 2 ** (0.07 * (place - (len(looks) - 1) / 2))  # intervals side by side, not on top of each other
             x = [(c.budget or 0) * shift for c in ours]
-            _draw_line(panel, x, [_figure(c) for c in ours], scale, label=shown(method), **look)
-    dense = next((c for c in some if c.method == DENSE), None)
-    if dense is not None:
-        _draw_dense(panel, _figure(dense), scale)
+            _draw_line(panel, x, ours, scale, label=shown(method), **look)
+    for cell in some:
+        if cell.method == DENSE and (figure := _figure(cell)):
+            _draw_dense(panel, figure, scale)
     if budgets:
         panel.set_xscale("log", base=2)
         panel.set_xticks(budgets, [short(b) for b in budgets])
@@ -110,20 +118,17 @@ def _draw_accuracy(panel: Any, run: Run, task: str, some: Sequence[Cell]) -> Non
     panel.grid(alpha=0.3)
 
 
-def _draw_line(panel: Any, x: Sequence[float], figures: Sequence[Estimate | None], scale: float, **look: Any) -> None:
-    known = [(place, one) for place, one in zip(x, figures, strict=True) if one]
-    y = [scale * one.value for _, one in known]
-    ends = [(one.low, one.high) if one.low is not None else (one.value, one.value) for _, one in known]
-    below = [max(value - scale * (low or 0), 0) for value, (low, _) in zip(y, ends, strict=True)]
-    above = [max(scale * (high or 0) - value, 0) for value, (_, high) in zip(y, ends, strict=True)]
-    drawn = panel.errorbar([place for place, _ in known], y, (below, above), elinewidth=1, linewidth=1.5, **look)
+def _draw_line(panel: Any, x: Sequence[float], cells: Sequence[Cell], scale: float, **look: Any) -> None:
+    found = [figure for cell in cells if (figure := _figure(cell))]
+    y = [scale * one.value for one in found]
+    below = [0 if one.low is None else max(value - scale * one.low, 0) for value, one in zip(y, found, strict=True)]
+    above = [0 if one.high is None else max(scale * one.high - value, 0) for value, one in zip(y, found, strict=True)]
+    drawn = panel.errorbar(x, y, (below, above), elinewidth=1, linewidth=1.5, **look)
     for bar in drawn.lines[2]:
         bar.set_alpha(0.5)
 
 
-def _draw_dense(panel: Any, figure: Estimate | None, scale: float) -> None:
-    if figure is None:
-        return
+def _draw_dense(panel: Any, figure: Estimate, scale: float) -> None:
     panel.axhline(scale * figure.value, color="black", linestyle="--", linewidth=1.2, label=DENSE, zorder=1)
     if figure.low is not None and figure.high is not None:
         panel.axhspan(scale * figure.low, scale * figure.high, color="black", alpha=0.08, linewidth=0, zorder=0)
@@ -142,36 +147,25 @@ def bytes_figure(run: Run, found: Sequence[Cell], averages: Sequence[Cell]) -> A
     by_length = {length: points for length, points in by_length.items() if points}
     if not by_length:
         return None
-    columns = min(len(by_length), 3)
-    rows = -(-len(by_length) // columns)
-    size = {"figsize": (max(4.4 * columns, 6.4), 1.2 + 3.6 * rows), "dpi": DPI}
-    figure, axes = new_figure(nrows=rows, ncols=columns, squeeze=False, **size)
-    for panel, (length, points) in zip(axes.flat, by_length.items(), strict=False):
+    figure, panels = grid(len(by_length), 3, (4.4, 3.6), 1.2)
+    for panel, (length, points) in zip(panels, by_length.items(), strict=True):
         _draw_bytes(panel, run, length, points)
-    for panel in axes.flat[len(by_length) :]:
-        panel.set_visible(False)
-    _label_outside(axes, len(by_length), "cache read per token [MiB]")
+    for panel in lowest(panels):
+        panel.set_xlabel("cache read per token [MiB]")
     put_title(figure, *_bytes_title(run, [cell for points in by_length.values() for cell in points], found))
-    legend_below(figure, axes.flat[: len(by_length)])
+    legend_below(figure, panels)
     return figure
 
 
-def save_bytes_plot(run: Run, found: Sequence[Cell], averages: Sequence[Cell], path: Path) -> list[Path]:
-    """Draws `bytes_figure`; returns the files."""
-    return saved(bytes_figure(run, found, averages), path)
-
-
 def _bytes_title(run: Run, points: Sequence[Cell], found: Sequence[Cell]) -> tuple[str, str]:
-    what = "perplexity" if points[0].perplexity else "accuracy"
-    too_hard = unsolved(found)
-    some = [c for c in found if (c.perplexity if points[0].perplexity else c.score)]
-    some = [c for c in some if (c.length, c.task) not in too_hard]
+    is_text, too_hard = bool(points[0].perplexity), unsolved(found)
+    some = [c for c in found if (c.perplexity if is_text else c.score) and (c.length, c.task) not in too_hard]
     tasks = list({cell.task: None for cell in some})
     counts = sorted({cell.num_examples for cell in some})
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     told = f"means of {len(tasks)} tasks, {many} questions each" if len(tasks) > 1 else f"{shown(tasks[0])}, n={many}"
-    told += "; bars: 95 % intervals; numbers: budgets in tokens"
-    return f"{shown(run.model, 60)}: {what} against bytes read", told
+    title = f"{shown(run.model, 60)}: {'perplexity' if is_text else 'accuracy'} against bytes read"
+    return title, f"{told}; bars: 95 % intervals; numbers: budgets in tokens"
 
 
 def _points(found: Sequence[Cell], averages: Sequence[Cell], length: int) -> list[Cell]:
@@ -192,7 +186,7 @@ def _draw_bytes(panel: Any, run: Run, length: int, points: Sequence[Cell]) -> No
     for method, look in {**styles(run), DENSE: {"color": "black", "marker": "o", "markerfacecolor": "none"}}.items():
         ours = sorted((c for c in points if c.method == method), key=_mib)
         if ours:
-            _draw_line(panel, [_mib(c) for c in ours], [_figure(c) for c in ours], scale, label=shown(method), **look)
+            _draw_line(panel, [_mib(c) for c in ours], ours, scale, label=shown(method), **look)
     panel.set_xscale("log")
     low, high, ticks = _log_ticks([_mib(c) for c in points])
     panel.set_xlim(low, high)
@@ -214,7 +208,7 @@ def pareto(points: Iterable[Cell]) -> list[Cell]:
 
 
 def _name_budgets(panel: Any, points: Sequence[Cell], scale: float) -> None:
-    """Left of the points of the front, over whatever is there but other budgets; the best have the right of way."""
+    """Writes budgets left of the points of the front, over all but other budgets; the best have the right of way."""
     from matplotlib.patheffects import Normal, Stroke
 
     halo = [Stroke(linewidth=2.5, foreground="white"), Normal()]
@@ -255,7 +249,7 @@ def _log_ticks(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def put_title(figure: Any, *lines: str) -> None:
-    """Above all panels, broken where the picture ends."""
+    """Puts a title above all panels, broken where the picture ends."""
     room = int(figure.get_figwidth() * 11)
     figure.suptitle("\n".join(part for line in lines for part in textwrap.wrap(line, room)), fontsize=11)
 
@@ -283,15 +277,8 @@ def shown(name: str, most: int = 30) -> str:
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def _label_outside(axes: Any, num_panels: int, label: str) -> None:
-    """The x axis of the lowest panel of each column."""
-    columns = axes.shape[1]
-    for place in range(max(num_panels - columns, 0), num_panels):
-        axes[place // columns, place % columns].set_xlabel(label)
-
-
 def legend_below(figure: Any, panels: Iterable[Any]) -> None:
-    """One for all panels."""
+    """Puts one legend below all panels."""
     found: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()

@@ -17,7 +17,7 @@ from sparsekv import DecodeStep
 from sparsekv.ops.reference import listed
 from sparsekv.policies.oracle import exact_scores
 
-MOST_ROWS = 8  # of a batch
+MAX_ROWS = 8  # of a batch
 NUM_STEPS = 4  # of a batch, spread over it
 
 
@@ -40,16 +40,16 @@ class Probe:
         self.overlap: dict[int, list[Tensor]] = defaultdict(list)
 
     def before_step(self, number: int) -> None:
-        """To be told of every step."""
+        """Is to be told of every step."""
         self.is_looking = number in self._looks
 
     def __call__(self, step: DecodeStep, slots: Tensor | None) -> None:
         if not self.is_looking or slots is None:
             return
-        step, slots = _first_rows(step), slots[:MOST_ROWS]
-        read = listed(slots, step.block_table.shape[1])
-        self.mass[step.layer_idx].append(_mass(step, read).mean((0, 2)).cpu())
-        best = listed(step.select(exact_scores(step)), read.shape[2])
+        step, slots = _first_rows(step), slots[:MAX_ROWS]
+        self.mass[step.layer_idx].append(_mass(step, slots).mean((0, 2)).cpu())
+        num_pages = step.block_table.shape[1]
+        read, best = listed(slots, num_pages), listed(step.select(exact_scores(step)), num_pages)
         self.overlap[step.layer_idx].append(((best & read).sum(2) / best.sum(2)).mean(0).cpu())
 
     def lines(self) -> list[dict[str, Any]]:
@@ -66,19 +66,18 @@ class Probe:
 
 
 def _first_rows(step: DecodeStep) -> DecodeStep:
-    table, lengths = step.block_table[:MOST_ROWS], step.seq_lens[:MOST_ROWS]
-    return replace(step, query=step.query[:MOST_ROWS], key=None, value=None, block_table=table, seq_lens=lengths)
+    some = slice(MAX_ROWS)
+    table, lengths = step.block_table[some], step.seq_lens[some]
+    return replace(step, query=step.query[some], key=None, value=None, block_table=table, seq_lens=lengths)
 
 
-def _mass(step: DecodeStep, read: Tensor) -> Tensor:
-    """Share of the attention weights in the pages read, `[b, hkv, g]`."""
-    page_size = step.kv_pool.shape[3]
-    keys = step.kv_pool[:, 0][step.block_table].float()
-    keys = rearrange(keys, "b pages h p d -> b h (pages p) d")
-    query = rearrange(step.query.float(), "b (h g) d -> b h g d", h=keys.shape[1])
-    logits = query @ keys.transpose(-1, -2) * step.scaling
-    missing = torch.arange(keys.shape[2], device=keys.device) >= step.seq_lens[:, None]
-    # What no token was written to may hold NaN, and NaN times nothing is NaN.
-    weights = logits.masked_fill(missing[:, None, None], float("-inf")).softmax(-1)
-    by_page = rearrange(weights, "b h g (pages p) -> b h g pages p", p=page_size).sum(-1)
-    return (by_page * read[:, :, None]).sum(-1)
+def _mass(step: DecodeStep, slots: Tensor) -> Tensor:
+    """Share of the attention weights in the pages read, `[b, hkv, g]`: by how much their log-sum-exp is smaller."""
+
+    def log_sum_exp(slots: Tensor | None) -> Tensor:
+        pages = (step.kv_pool, step.block_table, step.seq_lens)
+        lse: Tensor = step.ops.attend_pages(step.query, *pages, slots, step.scaling, 0.0, None)[1]
+        return lse
+
+    share = (log_sum_exp(slots) - log_sum_exp(None)).exp()
+    return rearrange(share, "b (h g) -> b h g", h=slots.shape[1])

@@ -70,8 +70,9 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _drop_half_line(path)
+        content = path.read_bytes() if path.exists() else b""
+        if not content.endswith(b"\n") and content:
+            os.truncate(path, content.rfind(b"\n") + 1)
 
     def add(self, lines: Iterable[Line]) -> None:
         """Writes lines and waits until they are on the disk.
@@ -90,13 +91,6 @@ class LineFile:
             if self.path.exists():
                 os.truncate(self.path, size)
             raise
-
-
-def _drop_half_line(path: Path) -> None:
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
 
 
 def read_lines(folder: Path, pattern: str, names: Sequence[str] = ()) -> Iterator[Line]:

@@ -20,15 +20,16 @@ from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.tasks import Document, Metric, Question, Task, Writer, make_task, score
 from sparsekv.evaluation.wording import of_run
+from sparsekv.hf.stops import stop_ids
 from sparsekv.hf.support import context_of
 
-from .asking import PromptTurn, Row, decode, prefill, stepper, stop_ids, turns_of
+from .asking import PromptTurn, Row, decode, prefill, stepper, turns_of
 from .counters import Counters, layers_not_sparse
 from .manifest import check_manifest, describe, save_manifest
 from .options import RunOptions
-from .plan import Batch, Cell, Plan, Share, grouped
 from .probes import Probe
 from .results import Key, Line, LineFile, finished
+from .workload import Batch, Cell, Share, Workload, grouped
 
 _BATCH_TOKENS_ON_GPU, _BATCH_TOKENS = 1 << 20, 1 << 15
 _NOT_FINITE = "the model gave logits that are not finite (NaN or infinite), so what was said is no answer"
@@ -52,13 +53,15 @@ class Runner:
         self.model, self.options, self.folder = model, options, folder
         self.share = share or Share.from_environment()
         self.tasks = {task: make_task(task) for task in options.tasks}
-        self._check_lengths()
+        longest, self._context = max(options.lengths), context_of(model.config)
+        if self._context is not None and longest > self._context:
+            raise ConfigError(f"--lengths {longest} is beyond the model's context of {self._context} tokens.")
         wording = of_run(tokenizer, options.chat)
         self._plain, self._chat = Writer(tokenizer), Writer(tokenizer, wording)
         self.stop_ids = stop_ids(model, tokenizer, wording)
         on_gpu = model.device.type == "cuda"
         batch_tokens = options.batch_tokens or (_BATCH_TOKENS_ON_GPU if on_gpu else _BATCH_TOKENS)
-        self.plan = Plan(options, self.tasks, self.share, batch_tokens)
+        self.work = Workload(options, self.tasks, self.share, batch_tokens)
         self._done: Mapping[Key, Line] = {}
         self._expected: dict[Any, Any] = {}
         settings = {**options.settings(), "chat": wording.as_json() if wording else None}
@@ -75,10 +78,11 @@ class Runner:
         """
         self._done = finished(self.folder)
         self._expected = {key.place: line.get("expected") for key, line in self._done.items()}
-        batches = self.plan.missing(self._done)
-        total = sum(len(self.plan.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)
+        batches = self.work.missing(self._done)
+        total = sum(len(self.work.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)
         written = failed = 0
-        with _progress(console) as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("questions", total=total)
             for batch in batches:
                 progress.update(bar, description=f"{batch.task}, {batch.length:,} tokens")
@@ -100,8 +104,7 @@ class Runner:
         return task.write(writer, room, task.num_questions, task.seed_of(self.options.seed, number))
 
     def writer(self, name: str) -> Writer:
-        """Of a task's documents and questions. How likely a text is says something of the text alone: never in a
-        chat."""
+        """What writes a task's documents and questions. How likely a text is is never asked in a chat."""
         return self._plain if self.tasks[name].metric is Metric.PERPLEXITY else self._chat
 
     def turns(self, name: str, question: Question) -> list[PromptTurn]:
@@ -132,7 +135,7 @@ class Runner:
         self, batch: Batch, documents: Sequence[Document], patch: Patch, cache: PagedCache, mask: Tensor, cell: Cell
     ) -> list[Line]:
         (method, budget), task = cell, self.tasks[batch.task]
-        places = self.plan.questions(batch, cell, self._done)
+        places = self.work.questions(batch, cell, self._done)
         rows = [self._row(batch.task, documents[d], q) for d, q in places]
         of_rows = torch.tensor([d for d, _ in places])
         fork = cache.fork(method.config(cache.config, budget))
@@ -180,7 +183,7 @@ class Runner:
         }
 
     def _probe(self, batch: Batch, cache: PagedCache, budget: int | None, num_steps: int) -> Probe | None:
-        """Of the first documents of a task and length only. An observed cache decodes eagerly."""
+        """Looks at the first documents of a task and length only, as an observed cache decodes eagerly."""
         if not self.options.probe or budget is None or batch.numbers[0] != self.share.rank:
             return None
         probe = Probe(num_steps)
@@ -189,29 +192,23 @@ class Runner:
 
     # -- checks and circumstances
 
-    def _check_lengths(self) -> None:
-        longest, context = max(self.options.lengths), context_of(self.model.config)
-        if context is not None and longest > context:
-            raise ConfigError(f"--lengths {longest} is beyond the model's context of {context} tokens.")
-
     def _check_room(self, batch: Batch, documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
         """What is asked and answered must fit into the model's context too."""
-        context = context_of(self.model.config)
         needed = max(
             len(text) + self._row(batch.task, document, q).longest
             for document, text in zip(documents, ids, strict=True)
-            for q in self.plan.asked(batch.task)
+            for q in self.work.asked(batch.task)
         )
-        if context is not None and needed > context:
+        if self._context is not None and needed > self._context:
             raise ConfigError(
                 f"{batch.task} at --lengths {batch.length} needs {needed} tokens with its questions and answers, and "
-                f"the model's context is {context}: ask for shorter documents. What was finished is kept."
+                f"the model's context is {self._context}: ask for shorter documents. What was finished is kept."
             )
 
     def _check_same(self, batch: Batch, documents: Sequence[Document]) -> None:
         """What the folder holds was asked about the same documents."""
         for number, document in zip(batch.numbers, documents, strict=True):
-            for q in self.plan.asked(batch.task):
+            for q in self.work.asked(batch.task):
                 place, expected = (batch.task, batch.length, number, q), _expected(document, q)
                 if self._expected.get(place, expected) != expected:
                     raise ConfigError(
@@ -235,8 +232,3 @@ class Runner:
 def _expected(document: Document, number: int) -> list[list[str]]:
     """The right answers to a question, by turn."""
     return [list(turn.answers) for turn in document.questions[number].turns]
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

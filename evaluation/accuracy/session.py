@@ -16,7 +16,6 @@ from rich.console import Console
 
 from sparsekv.errors import SparseKVError
 from sparsekv.evaluation import models
-from sparsekv.evaluation.tasks import Question
 
 from .options import AUTO, RunOptions
 from .results import Line
@@ -64,7 +63,7 @@ def export(options: RunOptions, folder: Path, command: str) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for name in runner.tasks:
             for length in options.lengths:
-                for number in runner.plan.documents(name):
+                for number in runner.work.documents(name):
                     file.write(json.dumps(_example(runner, name, length, number)) + "\n")
     return path
 
@@ -72,6 +71,15 @@ def export(options: RunOptions, folder: Path, command: str) -> Path:
 def _example(runner: Runner, name: str, length: int, number: int) -> Line:
     """A document and its questions in tokens."""
     task, document = runner.tasks[name], runner.document(name, length, number)
+
+    def asked(q: int) -> Line:
+        question = document.questions[q]
+        turns = [
+            {"prompt_ids": t.prompt, "reference_ids": t.reference, "spare": t.spare, "answers": list(turn.answers)}
+            for t, turn in zip(runner.turns(name, question), question.turns, strict=True)
+        ]
+        return {"question": q, "turns": turns, "details": question.details}
+
     return {
         "task": name,
         "length": length,
@@ -80,13 +88,5 @@ def _example(runner: Runner, name: str, length: int, number: int) -> Line:
         "stops": task.stops,
         "eos_token_id": sorted(runner.stop_ids),
         "document_ids": runner.writer(name).document_ids(document.text),
-        "questions": [_asked(runner, name, document.questions[q], q) for q in runner.plan.asked(name)],
+        "questions": [asked(q) for q in runner.work.asked(name)],
     }
-
-
-def _asked(runner: Runner, name: str, question: Question, number: int) -> Line:
-    turns = [
-        {"prompt_ids": t.prompt, "reference_ids": t.reference, "spare": t.spare, "answers": list(turn.answers)}
-        for t, turn in zip(runner.turns(name, question), question.turns, strict=True)
-    ]
-    return {"question": number, "turns": turns, "details": question.details}

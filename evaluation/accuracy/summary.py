@@ -65,7 +65,7 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        """In the order of the settings; what they do not name at the end."""
+        """All tasks, in the order of the settings; what they do not name at the end."""
         return self._names("task")
 
     @property
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def budgets(self) -> list[int]:
-        """Without dense's None."""
+        """All budgets; dense has none."""
         return sorted({line["budget"] for line in self.lines} - {None})
 
     def _names(self, kind: str) -> list[str]:
@@ -126,7 +126,7 @@ def _notes_of(folder: Path, manifest: Line | None) -> Iterator[str]:
 
 
 def _differences(manifest: Line) -> Iterator[str]:
-    """Of the GPUs and versions of its parts."""
+    """Which parts were measured on other GPUs or with other versions."""
     runs = runs_of(manifest)
     gpus = dict.fromkeys(str(run.get("gpu") or "CPU") for run in runs)
     if len(gpus) > 1:
@@ -146,7 +146,7 @@ def _fallbacks(manifest: Line) -> Iterator[str]:
 
 
 def _peer(name: str, told: Line, manifest: Line) -> Iterator[str]:
-    """Where results of another program come from."""
+    """What is known of another program whose results are here."""
     versions = ", ".join(f"{program} {version}" for program, version in _table(told, "versions").items())
     yield f"{name}: some results are of another program ({versions or 'its versions are not known'})."
     ours, theirs = (str(_table(known, "model").get("sha256", "")) for known in (manifest, told))

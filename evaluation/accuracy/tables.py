@@ -25,6 +25,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 _ESTIMATES = ("score", "perplexity", "change")
 ERROR = "error"
+_PERCENT, _POINTS = (".1f", ".0f", 100), ("+.1f", "+.1f", 100)
 
 
 @dataclass(frozen=True)
@@ -43,34 +44,32 @@ class Grid:
 
 
 def grids(run: Run, with_intervals: bool = True) -> list[Grid]:
-    """One per length: a row per method and budget, a column per task, then what is lost against dense and read."""
+    """A table per length: a row per method and budget, a column per task, then what is lost and what is read."""
     found = cells(run)
     return [_grid(run, [c for c in found if c.length == length], with_intervals) for length in run.lengths]
 
 
 def markdown(run: Run) -> str:
-    """All tables, each under a heading."""
+    """All tables as text, each under a heading."""
     parts = [f"# {escaped(run.model)}: accuracy and bytes read\n", *(f"**Note.** {note}\n" for note in notes(run))]
     for grid in grids(run):
-        parts.append(f"## {grid.title}\n\n{_as_markdown(grid.header, grid.rows)}")
+        lines = [map(escaped, grid.header), ["---"] * len(grid.header), *(map(escaped, row) for row in grid.rows)]
+        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        parts.append(f"## {grid.title}\n\n{table}")
         parts += [f"{note}\n" for note in grid.notes]
     return "\n".join(parts)
 
 
 def terminal_tables(run: Run, width: int = 118) -> Iterator[Table]:
-    """One per length, without intervals; tasks for which there is no room follow in further ones."""
+    """A table per length, without intervals; tasks for which there is no room follow in further ones."""
     for grid in grids(run, with_intervals=False):
-        wide = [max(len(word) for word in _words(grid, i)) for i in range(len(grid.header))]
+        columns = zip(map(_breakable, grid.header), zip(*grid.rows, strict=True), strict=True)
+        wide = [max(map(len, [*name.split(), *figures])) for name, figures in columns]
         tables = [_terminal_table(grid, columns, wide) for columns in _fitting(wide, grid.tasks, width)]
         for table in tables[1:]:
             table.title = f"{grid.title}, more tasks"
         tables[-1].caption = "\n".join(grid.notes)
         yield from tables
-
-
-def _words(grid: Grid, column: int) -> list[str]:
-    """What must not be broken in a column."""
-    return [*_breakable(grid.header[column]).split(), *(row[column] for row in grid.rows)]
 
 
 def _fitting(wide: Sequence[int], tasks: range, width: int) -> list[list[int]]:
@@ -130,38 +129,20 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text).replace("\n", " ")
 
 
-def _percent(estimate: Estimate | None, full: bool) -> str:
+def _shown(estimate: Estimate | None, full: bool, form: str, form_of_ends: str = "", scale: float = 1) -> str:
     """`93.8 (91 to 96)`, or nothing."""
-    return "" if estimate is None else _with_interval(_times_100(estimate), full, ".1f", ".0f")
-
-
-def _points(estimate: Estimate | None, full: bool) -> str:
-    return "" if estimate is None else _with_interval(_times_100(estimate), full, "+.1f", "+.1f")
-
-
-def _plain(estimate: Estimate | None, full: bool, sign: str = "") -> str:
-    return "" if estimate is None else _with_interval(estimate, full, f"{sign}.2f", f"{sign}.2f")
-
-
-def _times_100(estimate: Estimate) -> Estimate:
-    low, high = (None if x is None else 100 * x for x in (estimate.low, estimate.high))
-    return Estimate(100 * estimate.value, low, high)
-
-
-def _with_interval(estimate: Estimate, full: bool, form: str, form_of_interval: str) -> str:
-    text = _number(estimate.value, form)
+    if estimate is None:
+        return ""
+    text = _number(scale * estimate.value, form)
     if not full or estimate.low is None or estimate.high is None:
         return text
-    return f"{text} ({_number(estimate.low, form_of_interval)} to {_number(estimate.high, form_of_interval)})"
+    low, high = (_number(scale * end, form_of_ends or form) for end in (estimate.low, estimate.high))
+    return f"{text} ({low} to {high})"
 
 
 def _number(value: float, form: str) -> str:
     text = format(value, form)
     return format(0.0, form) if float(text) == 0 else text  # not -0.0
-
-
-def _share(cell: Cell) -> str:
-    return "" if cell.share is None else f"{100 * cell.share:.1f}%"
 
 
 def _csv_value(cell: Cell, name: str) -> object:
@@ -175,63 +156,56 @@ def _csv_value(cell: Cell, name: str) -> object:
 # -- the grid of a length
 
 
-class _Columns:
-    """What stands in the row of a method and budget, column by column.
+def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
+    """The table of the cells of one length.
 
     Args:
-        found: the cells of one length.
         full: whether with intervals.
     """
+    by_place = {(c.task, c.method, c.budget): c for c in [*found, *means(found)]}
+    most = {task: max(c.num_examples for c in found if c.task == task) for task in {c.task for c in found}}
+    too_hard = {task: value for (_, task), value in unsolved(found).items()}
+    texts = {c.task for c in found if c.perplexity}
+    scored = [task for task in run.tasks if task in most and task not in texts]
+    likely = [task for task in run.tasks if task in texts]
 
-    def __init__(self, run: Run, found: Sequence[Cell], full: bool) -> None:
-        self._cells = {(c.task, c.method, c.budget): c for c in [*found, *means(found)]}
-        self._most = {task: max(c.num_examples for c in found if c.task == task) for task in {c.task for c in found}}
-        self._full = full
-        self.unsolved = {task: value for (_, task), value in unsolved(found).items()}
-        likely = {c.task for c in found if c.perplexity}
-        self.scored = [task for task in run.tasks if task in self._most and task not in likely]
-        self.likely = [task for task in run.tasks if task in likely]
+    header = [f"{task} (n={most[task]}{', unsolved' * (task in too_hard)})" for task in scored]
+    header += [MEAN, "against dense"] if scored else []
+    for task in likely:
+        what = task if task == "perplexity" else f"{task} perplexity"
+        header += [f"{what} (n={most[task]})", "over dense"]
 
-    def header(self) -> list[str]:
-        names = [f"{task} (n={self._most[task]}{', unsolved' * (task in self.unsolved)})" for task in self.scored]
-        names += [MEAN, "against dense"] if self.scored else []
-        for task in self.likely:
-            what = task if task == "perplexity" else f"{task} perplexity"
-            names += [f"{what} (n={self._most[task]})", "over dense"]
-        return ["method", "budget", *names, "cache read"]
+    def row(method: str, budget: int | None) -> Iterator[str]:
+        average = by_place[MEAN, method, budget]
+        yield from (method, "" if budget is None else f"{budget:,}")
+        for task in scored:
+            yield _figure(by_place.get((task, method, budget)), most[task], full)
+        if scored:
+            yield from (_shown(average.score, full, *_PERCENT), _shown(average.change, full, *_POINTS))
+        for task in likely:
+            cell = by_place.get((task, method, budget))
+            yield from (_figure(cell, most[task], full), _shown(cell.change if cell else None, full, "+.2f"))
+        yield "" if average.share is None else f"{100 * average.share:.1f}%"
 
-    def row(self, method: str, budget: int | None) -> list[str]:
-        average = self._cells[MEAN, method, budget]
-        texts = [self._figure(task, method, budget) for task in self.scored]
-        if self.scored:
-            texts += [_percent(average.score, self._full), _points(average.change, self._full)]
-        for task in self.likely:
-            cell = self._cells.get((task, method, budget))
-            texts += [self._figure(task, method, budget), _plain(cell.change, self._full, "+") if cell else ""]
-        return [method, "" if budget is None else f"{budget:,}", *texts, _share(average)]
-
-    def _figure(self, task: str, method: str, budget: int | None) -> str:
-        """With how many examples it is from if they are fewer than others', and with its errors."""
-        cell = self._cells.get((task, method, budget))
-        if cell is None:
-            return ""
-        text = _plain(cell.perplexity, self._full) if cell.perplexity else _percent(cell.score, self._full)
-        fewer = f"n={cell.num_examples}" if 0 < cell.num_examples < self._most[task] else ""
-        wrong = f"{cell.num_errors} {ERROR}{'s' * (cell.num_errors > 1)}" if cell.num_errors else ""
-        return ", ".join(filter(None, (text, fewer, wrong)))
-
-
-def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
-    columns, methods = _Columns(run, found, full), run.methods
     places = dict.fromkeys((c.method, c.budget) for c in found)
-    ordered = sorted(places, key=lambda place: (methods.index(place[0]), place[1] or 0))
+    ordered = sorted(places, key=lambda place: (run.methods.index(place[0]), place[1] or 0))
     return Grid(
         f"{found[0].length:,} tokens",
-        tuple(columns.header()),
-        tuple(tuple(columns.row(*place)) for place in ordered),
-        tasks=range(2, 2 + len(columns.scored)),
-        notes=tuple(_grid_notes(full, bool(columns.scored), columns.unsolved)),
+        ("method", "budget", *header, "cache read"),
+        tuple(tuple(row(*place)) for place in ordered),
+        tasks=range(2, 2 + len(scored)),
+        notes=tuple(_grid_notes(full, bool(scored), too_hard)),
     )
+
+
+def _figure(cell: Cell | None, most: int, full: bool) -> str:
+    """The figure of a cell, with the number of its examples if it has fewer than others, and with its errors."""
+    if cell is None:
+        return ""
+    text = _shown(cell.perplexity, full, ".2f") or _shown(cell.score, full, *_PERCENT)
+    fewer = f"n={cell.num_examples}" if 0 < cell.num_examples < most else ""
+    wrong = f"{cell.num_errors} {ERROR}{'s' * (cell.num_errors > 1)}" if cell.num_errors else ""
+    return ", ".join(filter(None, (text, fewer, wrong)))
 
 
 def _grid_notes(full: bool, is_scored: bool, unsolved: Mapping[str, float]) -> Iterator[str]:
@@ -243,8 +217,3 @@ def _grid_notes(full: bool, is_scored: bool, unsolved: Mapping[str, float]) -> I
     if full:
         yield "In brackets: 95 % intervals."
     yield "Budget: tokens read per kv head and layer. Cache read: share of dense decoding's bytes, digests included."
-
-
-def _as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[escaped(text) for text in header], ["---"] * len(header), *([escaped(t) for t in row] for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

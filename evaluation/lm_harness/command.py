@@ -22,7 +22,7 @@ NAME = "sparsekv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All of them are passed through."""
+    """Takes all that follows, for lm_eval."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of lm_eval")
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _command_line(arguments: list[str]) -> list[str]:
-    """As if it had been typed."""
+    """The command line as if it had been typed for lm_eval."""
     ours = ["--include_path", str(TASKS_DIR)]
     if arguments[0] in ("ls", "validate"):
         return ["lm-eval", *arguments, *ours]

@@ -26,10 +26,19 @@ def dataset(task_name: str, **metadata: Any) -> dict[str, Any]:
     """
     import datasets
 
-    lengths = _lengths(metadata)
+    given = metadata.get("lengths", metadata.get("max_seq_lengths", LENGTHS))  # as RULER's tasks call them
+    lengths = [_whole("lengths", n) for n in (given if isinstance(given, (list, tuple)) else [given])]
+    if not lengths:
+        raise ConfigError(f"metadata: lengths is empty. For example: {_HINT}")
     num_examples = _whole("num_examples", metadata.get("num_examples", NUM_EXAMPLES))
     seed = metadata.get("seed", 0)
-    writer = _writer(_tokenizer_name(metadata))
+    tokenizer = metadata.get("tokenizer") or metadata.get("pretrained")
+    if not isinstance(tokenizer, str):
+        raise ConfigError(
+            "The tasks are written for a tokenizer: name it with --model_args pretrained=..., or with metadata "
+            f"tokenizer=... (it is {tokenizer!r})."
+        )
+    writer = _writer(tokenizer)
     rows = [row for length in lengths for row in _rows(task_name, writer, length, num_examples, seed)]
     several = len(lengths) > 1
     return {"test": datasets.Dataset.from_list([{**row, "several_lengths": several} for row in rows])}
@@ -60,29 +69,10 @@ def _rows(task_name: str, writer: Writer, length: int, num_examples: int, seed: 
 
 
 @cache
-def _writer(tokenizer_name: str) -> Writer:
+def _writer(tokenizer: str) -> Writer:
     from transformers import AutoTokenizer
 
-    return Writer(models.pretrained(AutoTokenizer, tokenizer_name))
-
-
-def _tokenizer_name(metadata: dict[str, Any]) -> str:
-    name = metadata.get("tokenizer") or metadata.get("pretrained")
-    if not isinstance(name, str):
-        raise ConfigError(
-            "The tasks are written for a tokenizer: name it with --model_args pretrained=..., or with metadata "
-            f"tokenizer=... (it is {name!r})."
-        )
-    return name
-
-
-def _lengths(metadata: dict[str, Any]) -> list[int]:
-    """`max_seq_lengths` is what lm_eval's RULER calls them; one number may stand alone."""
-    given = metadata.get("lengths", metadata.get("max_seq_lengths", LENGTHS))
-    listed = list(given) if isinstance(given, (list, tuple)) else [given]
-    if not listed:
-        raise ConfigError(f"metadata: lengths is empty. For example: {_HINT}")
-    return [_whole("lengths", length) for length in listed]
+    return Writer(models.pretrained(AutoTokenizer, tokenizer))
 
 
 def _whole(name: str, value: object) -> int:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 import sparsekv
 from sparsekv import DIGESTS, POLICIES, PagedCache, Patch, SparseConfig
+from sparsekv.command_line import choose_device
 from sparsekv.errors import ConfigError, SparseKVError, did_you_mean
 from sparsekv.evaluation.accuracy.asking import prefill, stepper
 from sparsekv.evaluation.models import located
-from sparsekv.evaluation.report import choose_device
 from sparsekv.hf.support import CACHE
 
 from .command import NAME
@@ -62,7 +62,7 @@ class SparseLM(HFLM):
         config = _config(settings)
         if isinstance(tail, bool) or not isinstance(tail, int) or tail < 1:
             raise ConfigError(f"tail={tail!r} must be a whole number of tokens, at least 1.")
-        self.tail = self._least_tail = tail
+        self.tail = self._min_tail = tail
         try:
             device = device or str(choose_device("auto"))
             if isinstance(pretrained, str):
@@ -79,9 +79,10 @@ class SparseLM(HFLM):
                 f"{', '.join(_OURS)}."
             ) from error
         self.patch: Patch = sparsekv.patch(self.model, config)
+        self._chooses = not POLICIES.get(config.policy).reads_all
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As HFLM's; then says what was read."""
+        """Generates as HFLM does; then says what was read."""
         self._cover_questions(requests)
         said: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         stats = self.patch.stats
@@ -92,17 +93,17 @@ class SparseLM(HFLM):
         return said
 
     def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
-        """As HFLM's: dense."""
+        """Scores as HFLM does, in dense passes."""
         warnings.warn(_NOT_DECODED)
         return super().loglikelihood(*args, **kwargs)
 
     def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
-        """As HFLM's: dense."""
+        """Scores as HFLM does, in dense passes."""
         warnings.warn(_NOT_DECODED)
         return super().loglikelihood_rolling(*args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the file of results: the settings, and what was read."""
+        """What the file of results says: the settings, and what was read."""
         ours = {"version": sparsekv.__version__, "tail": self.tail, **asdict(self.patch.config)}
         return {**super().get_model_info(), NAME: {**ours, **self.patch.stats.as_dict()}}
 
@@ -148,17 +149,14 @@ class SparseLM(HFLM):
 
     def _cover_questions(self, requests: Sequence[Any]) -> None:
         """A question whose beginning is left in the dense prefill has begun to collect its answer there."""
-        longest = max((_prompt_tokens(request) for request in requests), default=0)
-        self.tail = max(self._least_tail, longest)
-        if longest > self._least_tail:
+        told = [doc.get("prompt_tokens") for x in requests if isinstance(doc := getattr(x, "doc", None), dict)]
+        longest = max((count for count in told if isinstance(count, int)), default=0)  # as far as tasks tell it
+        self.tail = max(self._min_tail, longest)
+        if longest > self._min_tail:
             warnings.warn(
-                f"The longest question has {longest} tokens, and tail={self._least_tail}: the last {longest} of each "
+                f"The longest question has {longest} tokens, and tail={self._min_tail}: the last {longest} of each "
                 f"prompt are decoded. With a chat template, which puts more behind the question, give a larger tail."
             )
-
-    @property
-    def _chooses(self) -> bool:
-        return bool(self.patch.config.policy != "all")
 
     def _check_counters(self, longest: int, before: int) -> None:
         """Sparse decoding is never taken for granted: else dense would be compared with dense."""
@@ -169,13 +167,6 @@ class SparseLM(HFLM):
                 f"A prompt of {longest} tokens exceeds the budget, and yet no step was sparse:\n{self.patch}\n"
                 "Take another model or dense_layers, or policy=all if dense decoding is meant."
             )
-
-
-def _prompt_tokens(request: Any) -> int:
-    """Tokens of the question at a prompt's end, as far as its task tells them; 0: not known."""
-    doc = getattr(request, "doc", None)
-    count = doc.get("prompt_tokens") if isinstance(doc, dict) else None
-    return count if isinstance(count, int) else 0
 
 
 def _config(settings: dict[str, Any]) -> SparseConfig:

@@ -18,8 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsekv import SparseConfig
+from sparsekv.command_line import new_console
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation.report import file_name, new_console, result, save_json
+from sparsekv.evaluation.report import file_name, result, save_json
 from sparsekv.policies import POLICIES
 
 from .attention_check import Check, Choice, ways_to_decode

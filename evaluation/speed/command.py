@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from sparsekv.command_line import Parser, add_json_option, with_json
+from sparsekv.command_line import Parser, add_json_option, choose_device, positive, tokens, with_json
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.report import choose_device, positive, tokens
 
 from . import attention_bench, generate_bench, generate_points
 from .attention_points import PRESETS, K, LayerPoint, grid, preset_points

@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList
 
 import sparsekv
 from sparsekv import POLICIES, Patch
-from sparsekv.evaluation.report import choose_device, new_console
+from sparsekv.command_line import choose_device, new_console
 from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from sparsekv import SparseConfig
-from sparsekv.command_line import add_json_option
+from sparsekv.command_line import add_json_option, positive, tokens
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
-from sparsekv.evaluation.report import positive, short, tokens
+from sparsekv.evaluation.report import short
 
 from .generate_model import whole_models
 

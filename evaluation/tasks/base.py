@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .writer import Writer
 
 
-MOST_DOCUMENTS = 1 << 20  # of a task and length
+MAX_DOCUMENTS = 1 << 20  # of a task and length
 
 
 class Metric(Enum):
@@ -117,11 +117,11 @@ class Task(ABC):
     def seed_of(self, seed: int, number: int) -> int:
         """The seed of a run's document: no two runs of different seeds share one. Documents that are read from a file
         are counted instead, whatever the seed."""
-        return seed * MOST_DOCUMENTS + number
+        return seed * MAX_DOCUMENTS + number
 
     @property
     def sha256(self) -> str | None:
-        """Of the data that documents are made of; None: nothing but the arguments of `write`."""
+        """The hash of the data that documents are made of; None: they are made of `write`'s arguments alone."""
         return None
 
 

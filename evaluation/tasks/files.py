@@ -63,7 +63,9 @@ class RowTask(Task):
             )
         example = self.examples[seed]
         text, count = self.context(writer, example, num_tokens)
-        turn = Turn(example.question, example.answers, _room(writer, example.answers), example.opening)
+        said = " " + ", ".join(example.answers)
+        room = " ." * max(0, _ANSWER_TOKENS - len(writer.encode(said)))  # as far as a free answer may go
+        turn = Turn(example.question, example.answers, said + room, example.opening)
         writer.check(turn.prompt)
         return Document(text, (Question((turn,)),), count)
 
@@ -191,9 +193,3 @@ def split_question(text: str, where: str) -> tuple[str, str]:
         if place > len(text) // 2:
             return text[:place], text[place:]
     raise ConfigError(f"{where}: no question is found at the end of 'input', so none could be decoded sparsely.")
-
-
-def _room(writer: Writer, answers: tuple[str, ...]) -> str:
-    """The right answers, and dots as far as a free answer may go."""
-    said = " " + ", ".join(answers)
-    return said + " ." * max(0, _ANSWER_TOKENS - len(writer.encode(said)))

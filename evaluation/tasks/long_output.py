@@ -40,7 +40,10 @@ class Chain(Task):
         rng = seeded(self, seed)
         pools = writer.pools(rng, num_tokens)
         hops = AT_ONCE if writer.spaced else POINTERS
-        chains = [[_chain(pools, hops) for _ in range(POINTERS // hops)] for _ in range(num_questions)]
+        chains = [
+            [grammar.chain(pools, pools.take("numbers", 1)[0], hops) for _ in range(POINTERS // hops)]
+            for _ in range(num_questions)
+        ]
         others = grammar.variable_tracking(pools, 0).threads
         threads = [list(ask.needs) for asks in chains for ask in asks]
         text = writer.tell([*threads, *others], num_tokens, rng)
@@ -50,10 +53,6 @@ class Chain(Task):
         )
         questions = [_series(writer, text, asks, WORDS, how) for asks in chains]
         return Document(text.text, tuple(questions), text.num_tokens)
-
-
-def _chain(pools: Pools, hops: int) -> Ask:
-    return grammar.chain(pools, pools.take("numbers", 1)[0], hops)
 
 
 @register("table")

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.testbed import tasks as grammar
-from sparsekv.evaluation.testbed.tasks import Ask
 
 from . import rows
 from .base import Document, Metric, Question, Task, Turn, register
@@ -19,8 +18,8 @@ from .writer import Writer
 
 SCORED_TOKENS = 256
 _ASKED = 16  # questions that a quiz has at most: about so many tokens
-_MOST_TRIES = 64
-_MOST_LETTERS = 16
+_MAX_TRIES = 64
+_MAX_LETTERS = 16
 
 
 @register("perplexity")
@@ -40,17 +39,14 @@ class Perplexity(Task):
         pools = writer.pools(rng, num_tokens)
         plan = grammar.many_keys(pools, max(_ASKED, pools.num_tokens // 64))
         text = writer.tell(plan.threads, num_tokens, rng)
-        quizzes = [rng.sample(plan.asks, _ASKED) for _ in range(num_questions)]
-        questions = [Question((_told(writer, asks),), evidence(text, *asks)) for asks in quizzes]
+        questions = []
+        for _ in range(num_questions):
+            asks, quiz = rng.sample(plan.asks, _ASKED), ""
+            for ask in asks:
+                if len(writer.encode(quiz)) < SCORED_TOKENS:
+                    quiz += f"{writer.prompt(ask.prompt, later=bool(quiz))} {writer.render(ask.answer)}"
+            questions.append(Question((begun(writer, quiz),), evidence(text, *asks)))
         return Document(text.text, tuple(questions), text.num_tokens)
-
-
-def _told(writer: Writer, asks: list[Ask]) -> Turn:
-    quiz = ""
-    for ask in asks:
-        if len(writer.encode(quiz)) < SCORED_TOKENS:
-            quiz += f"{writer.prompt(ask.prompt, later=bool(quiz))} {writer.render(ask.answer)}"
-    return begun(writer, quiz)
 
 
 def begun(writer: Writer, text: str) -> Turn:
@@ -60,7 +56,7 @@ def begun(writer: Writer, text: str) -> Turn:
         ConfigError: the tokenizer does not know all words.
     """
     writer.check(text)
-    first = re.match(rf"\s*\S{{1,{_MOST_LETTERS}}}", text)
+    first = re.match(rf"\s*\S{{1,{_MAX_LETTERS}}}", text)
     start = first.end() if first else 1
     return Turn(text[:start], (), text[start:])
 
@@ -103,7 +99,7 @@ class TextPerplexity(Task):
 def fitting(writer: Writer, num_tokens: int, cut: Callable[[int], str]) -> tuple[str, int]:
     """A text cut to at most so many tokens, and how many it has: where a cut falls into a word or a sign, the text of
     so many tokens may be more of them."""
-    for most in range(num_tokens, num_tokens - _MOST_TRIES, -1):
+    for most in range(num_tokens, num_tokens - _MAX_TRIES, -1):
         text = cut(most)
         count = len(writer.check(text))
         if count <= num_tokens:

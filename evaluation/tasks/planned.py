@@ -17,7 +17,7 @@ WORDS = r"\w+"
 
 
 def seeded(task: Task, seed: int) -> random.Random:
-    """Each task draws numbers of its own, or their documents would hold the same facts."""
+    """A document's random numbers. Each task has its own, or their documents would hold the same facts."""
     return random.Random(f"{type(task).__name__} {seed}")
 
 
@@ -38,7 +38,7 @@ def turn(writer: Writer, ask: Ask, items: str, how: str = "", later: bool = Fals
 
 
 def evidence(text: Text, *asks: Ask) -> tuple[tuple[int, int], ...]:
-    """Where the facts stand that are needed."""
+    """The places of the facts that are needed."""
     return tuple(text.spans[fact] for ask in asks for fact in ask.needs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from sparsekv.evaluation.testbed import tasks as grammar
 from sparsekv.evaluation.testbed import vocabulary as vocab
@@ -50,7 +51,7 @@ class VariableTracking(Planned):
 
 
 def _counts(pools: Pools, num_questions: int, count: Callable[[int, int], int]) -> FactPlan:
-    """All ten members of a category, `count(top, rank)` times each; asks for the first."""
+    """Tells of all ten members of a category, `count(top, rank)` times each; asks for the first."""
     top, plan = grammar.most_mentions(pools), FactPlan()
     for category in pools.take("categories", num_questions):
         members = vocab.CATEGORIES[category][1]
@@ -58,14 +59,6 @@ def _counts(pools: Pools, num_questions: int, count: Callable[[int, int], int]) 
         counts = {member: count(top, rank) for rank, member in ranked}
         plan.asks.append(grammar.ask_count(pools, plan, category, counts))
     return plan
-
-
-def _common(pools: Pools, num_questions: int) -> FactPlan:
-    return _counts(pools, num_questions, lambda top, rank: top if rank == 1 else 1)
-
-
-def _zipf(pools: Pools, num_questions: int) -> FactPlan:
-    return _counts(pools, num_questions, lambda top, rank: max(1, round(top / rank)))
 
 
 @register("common_words")
@@ -77,7 +70,7 @@ class CommonWords(Planned):
     """
 
     num_questions = 4
-    builder = staticmethod(_common)
+    builder = staticmethod(partial(_counts, count=lambda top, rank: top if rank == 1 else 1))
     how = "Answer with one word."
 
 
@@ -91,5 +84,5 @@ class FrequentWords(Planned):
     """
 
     num_questions = 4
-    builder = staticmethod(_zipf)
+    builder = staticmethod(partial(_counts, count=lambda top, rank: max(1, round(top / rank))))
     how = "Answer with one word."

@@ -35,19 +35,12 @@ def score(metric: Metric, said: Sequence[str], answers: Sequence[Sequence[str]])
         raise ConfigError("perplexity has no score: report the mean negative log-likelihood.")
     if metric is Metric.PREFIX:
         return _prefix(said, answers)
-    return _mean([_turn_score(metric, text, expected) for text, expected in zip(said, answers, strict=True)])
-
-
-def _turn_score(metric: Metric, text: str, expected: Sequence[str]) -> tuple[float, int]:
-    """Points, of how many."""
-    if metric is Metric.RECALL:
-        return sum(_holds(text, answer) for answer in expected), len(expected)
-    how_right = _f1 if metric is Metric.F1 else _holds
-    return max((float(how_right(text, answer)) for answer in expected), default=0.0), 1
-
-
-def _mean(points: Sequence[tuple[float, int]]) -> float:
-    return sum(got for got, _ in points) / max(sum(most for _, most in points), 1)
+    points = []
+    for text, expected in zip(said, answers, strict=True):
+        how_right = _f1 if metric is Metric.F1 else _holds
+        rights = [float(how_right(text, answer)) for answer in expected]
+        points += rights if metric is Metric.RECALL else [max(rights, default=0.0)]
+    return sum(points) / max(len(points), 1)
 
 
 def _words(text: str) -> list[str]:

@@ -8,7 +8,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from sparsekv.errors import ConfigError
@@ -19,7 +18,7 @@ from sparsekv.evaluation.wording import Wording
 
 _PROBE = "goat."  # a tokenizer that splits at spaces does not know it
 _SAMPLE = 256  # sentences that tell how many tokens a word is
-_MOST_WORDS = 1 << 16  # that the number of facts grows with: the lists of names and towns end
+_MAX_WORDS = 1 << 16  # that the number of facts grows with: the lists of names and towns end
 _FULL = 0.99  # of the tokens asked for
 _MISSES = 16  # sentences that may turn out too long for the rest, before it is left empty
 
@@ -54,7 +53,10 @@ class Writer:
         self.tokenizer, self.wording = tokenizer, wording
         self._unknown = tokenizer.unk_token_id
         self._counts: dict[str, int] = {}
-        self.prefix = self.encode(wording.start) if wording else self._find_prefix()
+        self._tokens_per_word: float | None = None
+        special = set(tokenizer.all_special_ids) - {self._unknown}
+        begun = itertools.takewhile(special.__contains__, tokenizer(_PROBE, verbose=False).input_ids)
+        self.prefix = self.encode(wording.start) if wording else list(begun)
         self.spaced = self._unknown is not None and self._unknown in self.encode(_PROBE)
 
     # -- tokens
@@ -65,7 +67,7 @@ class Writer:
         return ids
 
     def check(self, text: str) -> list[int]:
-        """The same, of a text without unknown words.
+        """Token ids of a text that has no unknown words.
 
         Raises:
             ConfigError: the tokenizer lacks some of its words.
@@ -88,11 +90,6 @@ class Writer:
         """
         return [*self.prefix, *self.check(text)]
 
-    def _find_prefix(self) -> list[int]:
-        special = set(self.tokenizer.all_special_ids) - {self._unknown}
-        ids = self.tokenizer(_PROBE, verbose=False).input_ids
-        return list(itertools.takewhile(special.__contains__, ids))
-
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, after a space. What was counted once is remembered: prose repeats."""
         new = [text for text in dict.fromkeys(texts) if text not in self._counts]
@@ -104,18 +101,17 @@ class Writer:
 
     def num_words(self, num_tokens: int) -> int:
         """About how many words of the grammar are so many tokens."""
+        if self._tokens_per_word is None:
+            sample = prose_bank()[0][:_SAMPLE]
+            counts = self.count([self.render(sentence) for sentence in sample])
+            self._tokens_per_word = sum(counts) / sum(map(len, sample))
         return int(num_tokens / self._tokens_per_word)
-
-    @cached_property
-    def _tokens_per_word(self) -> float:
-        sample = prose_bank()[0][:_SAMPLE]
-        return sum(self.count([self.render(sentence) for sentence in sample])) / sum(map(len, sample))
 
     # -- words
 
     def pools(self, rng: random.Random, num_tokens: int) -> Pools:
         """Words for the facts of a document. There are more facts in longer ones, up to 64k words."""
-        return Pools(rng, min(self.num_words(num_tokens), _MOST_WORDS))
+        return Pools(rng, min(self.num_words(num_tokens), _MAX_WORDS))
 
     def render(self, words: str | Sequence[str]) -> str:
         """Words of the grammar in this tokenizer's spelling."""

@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any
 
 import sparsekv
-from sparsekv.command_line import add_json_option, read_text
+from sparsekv.command_line import add_json_option, circumstances, read_text
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation import models
-from sparsekv.evaluation.report import circumstances
 
 from . import model_options
 from .streaming import Stream

@@ -8,9 +8,9 @@ from typing import Any
 
 import sparsekv
 from sparsekv import SparseConfig
+from sparsekv.command_line import positive, tokens
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.evaluation import models, testbed
-from sparsekv.evaluation.report import positive, tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:

@@ -9,9 +9,10 @@ from transformers import LlamaForCausalLM
 import sparsekv
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy import asking
-from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, stop_ids, turns_of
+from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
 from sparsekv.evaluation.tasks import Metric, Question, Turn
 from sparsekv.evaluation.wording import Wording
+from sparsekv.hf.stops import stop_ids
 
 STOP = 9
 CHAT = Wording("( ", (" # ", " ) "), (" > ( ", " ) "))

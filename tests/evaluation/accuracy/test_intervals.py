@@ -25,7 +25,7 @@ def test_one_question_per_document_gets_wilsons_interval(right: int, count: int,
     found = proportion([1.0] * right + [0.0] * (count - right), range(count))
     assert found.value == pytest.approx(right / count)
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
-    assert wilson(right / count, count) == pytest.approx((found.low, found.high))
+    assert wilson(right, count) == pytest.approx((found.low, found.high))
 
 
 @pytest.mark.parametrize("num_documents", [5, 8, 30])
@@ -54,7 +54,7 @@ def test_where_resampling_says_nothing_wilson_on_the_documents_does(num_document
     documents = np.repeat(np.arange(num_documents), 4)
     for score in (0.0, 1.0):
         found = proportion(np.full(len(documents), score), documents)
-        assert (found.low, found.high) == pytest.approx(wilson(score, num_documents))
+        assert (found.low, found.high) == pytest.approx(wilson(int(score) * num_documents, num_documents))
     same = difference(np.zeros(len(documents)), documents)
     assert same.value == 0
     assert same.high == pytest.approx(wilson(0, num_documents)[1])

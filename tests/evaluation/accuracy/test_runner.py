@@ -24,14 +24,14 @@ from sparsekv.evaluation.accuracy import command as eval_command
 from sparsekv.evaluation.accuracy import session
 from sparsekv.evaluation.accuracy.methods import METHODS, method, pairs
 from sparsekv.evaluation.accuracy.options import RunOptions
-from sparsekv.evaluation.accuracy.plan import Share
 from sparsekv.evaluation.accuracy.results import Key, read_lines
 from sparsekv.evaluation.accuracy.runner import Runner
 from sparsekv.evaluation.accuracy.summary import Run
+from sparsekv.evaluation.accuracy.workload import Share
+from sparsekv.evaluation.tasks import perplexity
 from sparsekv.policies.top_k import TopK
 
-QUIET = Console(quiet=True)
-SMALL: dict[str, Any] = {"tasks": ("multi_key",), "lengths": (1024,), "budgets": (128,), "num_examples": 8}
+SMALL: dict[str, Any] = {"tasks": ("multi_key",), "lengths": (1024,), "budgets": (128,), "num_examples": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,18 @@ def loaded() -> Any:
     return testbed.load()
 
 
+@pytest.fixture(autouse=True)
+def short_quizzes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 tokens are more than has to be decoded to see how they are scored."""
+    monkeypatch.setattr(perplexity, "SCORED_TOKENS", 24)
+
+
+def runner_of(loaded: Any, folder: Path, share: Share | None = None, **settings: Any) -> Runner:
+    return Runner(*loaded, "testbed", RunOptions(**SMALL | settings), folder, "a command", share or Share())
+
+
 def run(loaded: Any, folder: Path, share: Share | None = None, **settings: Any) -> list[dict[str, Any]]:
-    Runner(*loaded, "testbed", RunOptions(**SMALL | settings), folder, "a command", share or Share()).run(QUIET)
+    runner_of(loaded, folder, share, **settings).run(Console(quiet=True))
     return list(read_lines(folder, "results*.jsonl"))
 
 
@@ -53,7 +63,7 @@ def mean(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 def test_methods_differ_in_what_they_read(loaded: Any, tmp_path: Path) -> None:
     """A method that drops the needle's page fails; the counters say who read what."""
-    lines = run(loaded, tmp_path, methods=tuple(METHODS))
+    lines = run(loaded, tmp_path, methods=tuple(METHODS), num_examples=8)
     assert all(line["error"] is None for line in lines)
     scores = mean(lines)
     assert scores["dense"] == scores["oracle"] == scores["sketch"] == 1
@@ -71,23 +81,23 @@ def test_methods_differ_in_what_they_read(loaded: Any, tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on(loaded: Any, tmp_path: Path) -> None:
     """What is there is not measured again, and what comes is what would have come."""
-    whole = run(loaded, tmp_path / "whole", methods=("dense", "quest"))
-    run(loaded, tmp_path / "cut", methods=("dense",))
+    settings = {"num_examples": 3, "probe": False}
+    whole = run(loaded, tmp_path / "whole", methods=("dense", "quest"), **settings)
+    run(loaded, tmp_path / "cut", methods=("dense",), **settings)
     path = tmp_path / "cut" / "results.jsonl"
     path.write_text(path.read_text()[:-20])  # killed while it wrote
-    kept = path.read_text().count("\n")
-    again = run(loaded, tmp_path / "cut", methods=("dense", "quest"))
-    assert kept == 7
+    again = run(loaded, tmp_path / "cut", methods=("dense", "quest"), **settings)
+    assert len(again) == 6
     key = ("method", "document", "question")
     found = {tuple(line[k] for k in key): line["said"] for line in again}
     assert found == {tuple(line[k] for k in key): line["said"] for line in whole}
     before = path.read_bytes()
-    run(loaded, tmp_path / "cut", methods=("dense", "quest"))
+    run(loaded, tmp_path / "cut", methods=("dense", "quest"), **settings)
     assert path.read_bytes() == before
 
 
 def test_processes_share_the_documents(loaded: Any, tmp_path: Path) -> None:
-    settings = {"num_examples": 16, "methods": ("quest",)}
+    settings = {"tasks": ("passkey",), "num_examples": 2, "methods": ("quest",)}
     alone = run(loaded, tmp_path / "alone", **settings)
     run(loaded, tmp_path / "shared", Share(0, 2), **settings)
     together = run(loaded, tmp_path / "shared", Share(1, 2), **settings)
@@ -108,53 +118,44 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     # --multi_gpu is torchrun, and needs no GPU; --cpu would be one process
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["-m", "sparsekv.evaluation", "run", "--out", str(tmp_path), "--tasks", "multi_key", "--lengths", "1k"]
-    launch += ["--budgets", "128", "--examples", "16", "--methods", "dense", "quest"]
+    launch += ["-m", "sparsekv.cli", "eval", "run", "--out", str(tmp_path), "--tasks", "passkey", "--lengths", "512"]
+    launch += ["--budgets", "128", "--examples", "2", "--methods", "quest"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = list(read_lines(tmp_path, "results*.jsonl"))
-    assert len(lines) == 32
+    assert len(lines) == 2
     assert {line["document"] for line in read_lines(tmp_path, "results-00001.jsonl")} == {1}
 
 
-def test_a_dense_run_that_calls_itself_sparse_is_an_error(
-    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such a line has no score: dense is never compared with dense."""
-    monkeypatch.setattr("sparsekv.policies.top_k.TopK.decode", lambda self, step, softcap, sinks: (
-        step.append(), (step.attend(None, softcap, sinks), None))[1])  # fmt: skip
-    monkeypatch.setattr("sparsekv.policies.top_k.TopK.select", lambda self, step: None)
-    lines = run(loaded, tmp_path, methods=("quest",), probe=False)
-    assert all(line["score"] is None and "were dense, although" in line["error"] for line in lines)
+def read_all(self: TopK, step: Any, softcap: float, sinks: Any) -> Any:
+    step.append()
+    return step.attend(None, softcap, sinks), None
 
 
 @pytest.mark.parametrize("sparse_layers", [set(), {5}], ids=["no layer", "one layer"])
-def test_layers_that_read_everything_are_named(
+def test_layers_that_read_everything_are_an_error_and_named(
     sparse_layers: set[int], loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if another layer chooses its pages."""
+    """Also if another layer chooses its pages. Such a line has no score: dense is never compared with dense."""
     choose = TopK.decode
-
-    def decode(self: TopK, step: Any, softcap: float, sinks: Any) -> Any:
-        if step.layer_idx in sparse_layers:
-            return choose(self, step, softcap, sinks)
-        step.append()
-        return step.attend(None, softcap, sinks), None
-
-    monkeypatch.setattr(TopK, "decode", decode)
-    lines = run(loaded, tmp_path, methods=("quest",), probe=False, num_examples=1)
+    monkeypatch.setattr(
+        TopK, "decode", lambda self, step, *rest: (choose if step.layer_idx in sparse_layers else read_all)(
+            self, step, *rest
+        ),
+    )  # fmt: skip
+    (line,) = run(loaded, tmp_path, methods=("quest",), probe=False)
     lost = ", ".join(str(i) for i in range(2, 6) if i not in sparse_layers)
-    assert [line["score"] for line in lines] == [None]
-    assert lines[0]["error"].endswith(f"although the document exceeds the budget, in layers {lost}")
+    assert line["score"] is None
+    assert "steps were dense" in line["error"]
+    assert line["error"].endswith(f"although the document exceeds the budget, in layers {lost}")
 
 
 def test_a_short_document_in_a_batch_excuses_nothing(
     loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages are chosen for the whole batch if its longest document exceeds the budget."""
-    monkeypatch.setattr(TopK, "decode", lambda self, step, softcap, sinks: (
-        step.append(), (step.attend(None, softcap, sinks), None))[1])  # fmt: skip
+    monkeypatch.setattr(TopK, "decode", read_all)
     rows = []
     for size in (100, 600):
         story = testbed.make_story(size, tasks=("needle",), num_questions=1, seed=size)
@@ -182,7 +183,7 @@ def test_layers_that_turned_dense_are_in_the_manifest_and_the_report(
         return cache
 
     monkeypatch.setattr(Patch, "new_cache", with_odd_layer)
-    lines = run(loaded, tmp_path, methods=("quest",), probe=False, num_examples=1)
+    lines = run(loaded, tmp_path, methods=("quest",), probe=False)
     assert lines[0]["error"] is None
     found = json.loads((tmp_path / "manifest.json").read_text())["layers_not_sparse"]
     assert [(some["layers"], some["is_asked_for"]) for some in found] == [([0, 1], True), ([3], False)]
@@ -192,34 +193,32 @@ def test_layers_that_turned_dense_are_in_the_manifest_and_the_report(
 
 def test_logits_that_are_not_finite_are_an_error(loaded: Any, tmp_path: Path) -> None:
     """And are measured again."""
-    settings = {"tasks": ("perplexity", "multi_key"), "num_examples": 2, "methods": ("dense", "quest")}
+    settings = {"tasks": ("perplexity", "multi_key"), "methods": ("dense", "quest"), "probe": False}
     hook = loaded[0].lm_head.register_forward_hook(lambda module, args, logits: logits * float("nan"))
     try:
         lines = run(loaded, tmp_path, **settings)
     finally:
         hook.remove()
-    assert len(lines) == 8
+    assert len(lines) == 4
     assert all("not finite" in line["error"] and line["score"] is line["nll"] is None for line in lines)
-    again = run(loaded, tmp_path, **settings)
-    assert len(again) == 16
+    assert len(run(loaded, tmp_path, **settings)) == 8
     assert not Run.read(tmp_path).errors
 
 
 def test_a_run_may_grow_by_questions_of_the_same_documents(loaded: Any, tmp_path: Path) -> None:
     """However many are asked; each once."""
     settings = {"tasks": ("needle",), "probe": False}
-    run(loaded, tmp_path, methods=("dense",), num_examples=4, **settings)
-    run(loaded, tmp_path, methods=("quest",), num_examples=11, **settings)
-    lines = run(loaded, tmp_path, methods=("dense", "quest"), num_examples=11, **settings)
-    assert len(lines) == 22 == len({Key.of(line) for line in lines})
-    by_method = {
-        name: sorted((line["question"], line["expected"], line["details"]["depth"]) for line in lines
-                     if line["method"] == name)
+    run(loaded, tmp_path, methods=("dense",), num_examples=2, **settings)
+    run(loaded, tmp_path, methods=("quest",), num_examples=3, **settings)
+    lines = run(loaded, tmp_path, methods=("dense", "quest"), num_examples=3, **settings)
+    assert len(lines) == 6 == len({Key.of(line) for line in lines})
+    asked = {
+        name: sorted((x["question"], x["expected"], x["details"]["depth"]) for x in lines if x["method"] == name)
         for name in ("dense", "quest")
-    }  # fmt: skip
-    assert by_method["dense"] == by_method["quest"]
+    }
+    assert asked["dense"] == asked["quest"]
     assert not Run.read(tmp_path).errors
-    assert len(run(loaded, tmp_path, methods=("dense", "quest"), num_examples=4, **settings)) == 22
+    assert len(run(loaded, tmp_path, methods=("dense", "quest"), num_examples=2, **settings)) == 6
 
 
 def test_answers_about_other_documents_are_not_gone_on_with(loaded: Any, tmp_path: Path) -> None:
@@ -232,27 +231,25 @@ def test_answers_about_other_documents_are_not_gone_on_with(loaded: Any, tmp_pat
 def test_runs_of_different_seeds_share_no_document(loaded: Any, tmp_path: Path) -> None:
     texts = []
     for seed in (0, 1):
-        options = RunOptions(**SMALL | {"num_examples": 40, "seed": seed})
-        runner = Runner(*loaded, "testbed", options, tmp_path / str(seed), "a command", Share())
-        texts.append(
-            {runner.document("multi_key", 1024, number).text for number in runner.plan.documents("multi_key")}
-        )
+        runner = runner_of(loaded, tmp_path / str(seed), num_examples=40, seed=seed)
+        numbers = runner.work.documents("multi_key")
+        texts.append({runner.document("multi_key", 1024, number).text for number in numbers})
     assert len(texts[0]) == len(texts[1]) == 5
     assert not texts[0] & texts[1]
 
 
 def test_every_process_refuses_a_folder_of_another_run(loaded: Any, tmp_path: Path) -> None:
-    run(loaded, tmp_path, Share(0, 2), methods=("dense",), num_examples=16, probe=False)
+    run(loaded, tmp_path, Share(0, 2), methods=("dense",), probe=False)
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(ConfigError, match="of another run"):
-        run(loaded, tmp_path, Share(1, 2), methods=("quest",), num_examples=16, seed=7)
+        run(loaded, tmp_path, Share(1, 2), methods=("quest",), seed=7)
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_a_file_whose_content_has_changed_is_another_run(loaded: Any, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(testbed.make_story(2048, seed=1).text)
-    settings = {"tasks": (f"perplexity:{path}",), "num_examples": 1, "probe": False}
+    settings = {"tasks": (f"perplexity:{path}",), "probe": False}
     run(loaded, tmp_path / "run", methods=("dense",), **settings)
     path.write_text(testbed.make_story(2048, seed=2).text)
     with pytest.raises(ConfigError, match=r"of another run \(the content of perplexity:.*text\.txt was"):
@@ -268,23 +265,17 @@ def test_a_document_begins_as_the_tokenizer_begins_one(loaded: Any, tmp_path: Pa
         special_tokens=[(name, plain.convert_tokens_to_ids(name)) for name in ("<pad>", "</s>")],
     )
     bos = plain.convert_tokens_to_ids("<pad>")
-    options = RunOptions(**SMALL | {"tasks": ("multi_key",), "num_examples": 1, "methods": ("dense",)})
-    runner = Runner(model, tokenizer, "testbed", options, tmp_path, "a command", Share())
+    runner = runner_of((model, tokenizer), tmp_path, methods=("dense",))
     ids = runner.writer("multi_key").document_ids(runner.document("multi_key", 1024, 0).text)
     assert ids[0] == bos
     assert ids[-1] != tokenizer.eos_token_id
     assert 1000 <= len(ids) <= 1024
-    seen: list[Any] = []
-    hook = model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
-    try:
-        runner.run(QUIET)
-    finally:
-        hook.remove()
-    assert seen[0]["input_ids"].tolist() == [ids]
-    assert all(bos not in call["input_ids"].tolist()[0] for call in seen[1:])
+    seen = fed(model, lambda: runner.run(Console(quiet=True)))
+    assert seen[: len(ids)] == ids
+    assert bos not in seen[len(ids) :]
     assert json.loads((tmp_path / "manifest.json").read_text())["prefix_ids"] == [bos]
     with pytest.raises(ConfigError, match=rf"prefix_ids was \[{bos}\] and is \[\]"):
-        Runner(model, plain, "testbed", options, tmp_path, "a command", Share())
+        runner_of(loaded, tmp_path, methods=("dense",))
 
 
 SPOKEN = (
@@ -316,9 +307,8 @@ def fed(model: Any, run: Callable[[], object]) -> list[int]:
 def test_a_model_with_a_template_is_asked_with_it(loaded: Any, tmp_path: Path) -> None:
     """The user's turn opens before the document, which is read once, and all turns are one conversation."""
     model, tokenizer = templated(loaded)
-    options = RunOptions(**SMALL | {"tasks": ("multi_turn",), "num_examples": 1, "methods": ("dense",)})
-    runner = Runner(model, tokenizer, "testbed", options, tmp_path, "a command", Share())
-    seen = fed(model, lambda: runner.run(QUIET))
+    runner = runner_of((model, tokenizer), tmp_path, tasks=("multi_turn",), methods=("dense",))
+    seen = fed(model, lambda: runner.run(Console(quiet=True)))
     document = runner.document("multi_turn", 1024, 0)
     (line,) = read_lines(tmp_path, "results.jsonl")
     messages = []
@@ -334,14 +324,14 @@ def test_a_model_with_a_template_is_asked_with_it(loaded: Any, tmp_path: Path) -
 
 
 def test_perplexity_is_of_plain_text(loaded: Any, tmp_path: Path) -> None:
-    settings = {"tasks": ("perplexity",), "num_examples": 1, "methods": ("dense",)}
+    settings = {"tasks": ("perplexity",), "methods": ("dense",)}
     plain = run(loaded, tmp_path / "plain", **settings)
     assert run(templated(loaded), tmp_path / "chat", chat="yes", **settings) == plain
 
 
 def test_a_run_is_not_gone_on_with_in_other_words(loaded: Any, tmp_path: Path) -> None:
     """Runs that are from before there was a choice were asked in the tasks' own."""
-    settings = {"num_examples": 1, "methods": ("dense",), "probe": False}
+    settings = {"methods": ("dense",), "probe": False}
     run(loaded, tmp_path, **settings)
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -362,12 +352,7 @@ def test_pages_are_chosen_by_the_pooling_asked_for(loaded: Any, tmp_path: Path) 
 
 
 def test_perplexity_and_several_turns(loaded: Any, tmp_path: Path) -> None:
-    settings = {
-        "tasks": ("perplexity", "multi_turn"),
-        "num_examples": 2,
-        "budgets": (128,),
-        "methods": ("dense", "random"),
-    }
+    settings = {"tasks": ("perplexity", "multi_turn"), "methods": ("dense", "random"), "probe": False}
     lines = run(loaded, tmp_path, **settings)
     nll = {line["method"]: line["nll"] for line in lines if line["task"] == "perplexity" and not line["document"]}
     assert nll["dense"] < nll["random"]
@@ -377,10 +362,8 @@ def test_perplexity_and_several_turns(loaded: Any, tmp_path: Path) -> None:
 
 
 def test_export(tmp_path: Path) -> None:
-    assert (
-        main(["eval", "export", "--out", str(tmp_path), "--tasks", "needle", "--lengths", "1k", "--examples", "3"])
-        == 0
-    )
+    options = ["--tasks", "needle", "--lengths", "1k", "--examples", "3"]
+    assert main(["eval", "export", "--out", str(tmp_path), *options]) == 0
     (example,) = [json.loads(text) for text in (tmp_path / "examples.jsonl").read_text().splitlines()]
     assert len(example["document_ids"]) <= 1024
     assert [q["details"]["depth"] for q in example["questions"]] == [0, 50, 100]
@@ -437,11 +420,9 @@ def test_a_device_without_numbers_is_refused() -> None:
 
 def test_other_devices_have_batches_too(loaded: Any, tmp_path: Path) -> None:
     """As large as a CPU's; what is left is the device's own business."""
-    model = SimpleNamespace(**{name: getattr(loaded[0], name) for name in ("config", "generation_config", "dtype")})
-    model.device, model.state_dict = torch.device("mps"), loaded[0].state_dict
-    model.config = loaded[0].config
-    options = RunOptions(**SMALL)
-    assert Runner(model, loaded[1], "it", options, tmp_path, "a command", Share()).plan.batch_tokens == 1 << 15
+    known = ("config", "generation_config", "dtype", "state_dict")
+    model = SimpleNamespace(device=torch.device("mps"), **{name: getattr(loaded[0], name) for name in known})
+    assert runner_of((model, loaded[1]), tmp_path).work.batch_tokens == 1 << 15
 
 
 def test_methods() -> None:

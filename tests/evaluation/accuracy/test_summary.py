@@ -52,18 +52,13 @@ def test_files_of_several_processes_are_one_run(tmp_path: Path) -> None:
     assert found.score.value == pytest.approx(2 / 3)
 
 
-def test_the_last_line_of_a_question_counts(tmp_path: Path) -> None:
-    run = read(tmp_path, line(0.0), line(1.0))
-    assert [one["score"] for one in run.lines] == [1.0]
-
-
-@pytest.mark.parametrize("measured_first", [True, False])
-def test_what_was_measured_goes_before_an_error(measured_first: bool, tmp_path: Path) -> None:
+def test_the_last_figure_of_a_question_counts(tmp_path: Path) -> None:
     """A resumed run measures again what was an error, perhaps in a process whose file is read earlier."""
-    lines = [line(0.5), line(None, error="out of memory")]
-    run = read(tmp_path, *(lines if measured_first else lines[::-1]))
-    assert not run.errors
-    assert [one["score"] for one in run.lines] == [0.5]
+    killed, right = line(None, error="out of memory"), line(0.5)
+    for lines in ([line(0.0), right], [killed, right], [right, killed]):
+        run = read(tmp_path, *lines)
+        assert not run.errors
+        assert [one["score"] for one in run.lines] == [0.5]
 
 
 def test_errors_are_counted_and_never_averaged(tmp_path: Path) -> None:
@@ -82,6 +77,7 @@ def test_errors_are_counted_and_never_averaged(tmp_path: Path) -> None:
         {"score": None},
         {"score": float("nan")},
         {"score": 1.5},
+        {"score": "1"},
         {"score": None, "nll": float("inf"), "num_scored": 5},
         {"score": None, "nll": 2.0, "num_scored": None},
     ],
@@ -91,12 +87,6 @@ def test_what_is_no_figure_becomes_an_error(broken: dict[str, Any], tmp_path: Pa
     run = read(tmp_path, line(1.0), line(**{"question": 1, **broken}))
     assert len(run.errors) == 1
     assert only(run).num_errors == 1
-
-
-def test_a_half_written_last_line_is_left_out_with_a_note(tmp_path: Path) -> None:
-    run = read(tmp_path, line(1.0), end='{"task": "nee')
-    assert len(run.lines) == 1
-    assert any("results.jsonl is half-written" in note for note in run.notes)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +156,6 @@ def test_parts_from_unlike_machines_are_noted(tmp_path: Path) -> None:
     )
     told(tmp_path, runs=[one, one], settings={})
     assert not Run.read(tmp_path).notes
-
-
-def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe{}\n")
-    with pytest.raises(ConfigError, match=r"results\.jsonl is no UTF-8 text"):
-        Run.read(tmp_path)
 
 
 def test_differences_to_dense_are_of_the_questions_that_both_answered(tmp_path: Path) -> None:

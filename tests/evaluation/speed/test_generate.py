@@ -15,9 +15,9 @@ from transformers import GPT2Config
 
 from sparsekv import SparseConfig
 from sparsekv.cli import main
+from sparsekv.command_line import circumstances
 from sparsekv.errors import ConfigError, SparseKVError
-from sparsekv.evaluation import readme, speed
-from sparsekv.evaluation.report import circumstances
+from sparsekv.evaluation import speed
 from sparsekv.evaluation.speed import generate_bench, generate_file
 from sparsekv.evaluation.speed.generate_bench import GenerateBench, compare, sweep
 from sparsekv.evaluation.speed.generate_clock import Clock, check_counts, parts
@@ -27,6 +27,7 @@ from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry
 from sparsekv.evaluation.speed.plots import memory_figure, split_figure, tokens_figure
 from sparsekv.evaluation.speed.tables import print_tokens
 from sparsekv.evaluation.testbed import MODEL_DIR
+from tools import readme
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = ["--device", "cpu", "--points", "1x200", "2x300", "--budget", "128", "--new-tokens", "12"]

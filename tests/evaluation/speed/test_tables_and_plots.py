@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sparsekv.evaluation import readme
-from sparsekv.evaluation.report import circumstances, short, tokens
+from sparsekv.command_line import circumstances, tokens
+from sparsekv.evaluation.report import short
 from sparsekv.evaluation.speed.plots import accuracy_figure, parts_figure, step_figure
 from sparsekv.evaluation.speed.tables import print_steps
+from tools import readme
 
 
 @pytest.mark.parametrize(("text", "number"), [("4000", 4000), ("32k", 32768), ("1M", 1048576), ("2K", 2048)])

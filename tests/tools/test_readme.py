@@ -1,6 +1,6 @@
 """Every figure in README.md comes from a committed result file."""
 
-from sparsekv.evaluation import readme
+from tools import readme
 
 
 def test_the_readme_shows_the_committed_figures() -> None:

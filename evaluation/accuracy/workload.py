@@ -28,12 +28,12 @@ class Share:
 
     @classmethod
     def from_environment(cls) -> Share:
-        """As `accelerate launch` and `torchrun` tell it."""
+        """The share of this process, as `accelerate launch` and `torchrun` tell it."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     @property
     def suffix(self) -> str:
-        """Of the files that this process writes."""
+        """How the names of the files end that this process writes."""
         return f"-{self.rank:05d}" if self.count > 1 else ""
 
 
@@ -47,11 +47,11 @@ class Batch:
     cells: tuple[Cell, ...]
 
     def key(self, cell: Cell, number: int, question: int) -> Key:
-        """Of a line of this batch."""
+        """The key of a line of this batch."""
         return Key(self.task, self.length, cell[0].name, cell[1], number, question)
 
 
-class Plan:
+class Workload:
     """The questions of a run.
 
     Args:
@@ -91,21 +91,17 @@ class Plan:
 
     def _batches(self, task: str, length: int, done: Collection[Key]) -> Iterator[Batch]:
         numbers = [n for n in self.documents(task) if n % self.share.count == self.share.rank]
-        at_once = self._at_once(task, length)
+        at_once = max(1, min(self.batch_tokens // length, self.options.batch_rows // len(self.asked(task))))
+
+        def open_cells(number: int) -> tuple[Cell, ...]:
+            cells = tuple(self.options.cells)
+            alone = Batch(task, length, (number,), cells)
+            return tuple(cell for cell in cells if self.questions(alone, cell, done))
+
         for start in range(0, len(numbers), at_once):
-            some = numbers[start : start + at_once]
-            for cells, of_cells in grouped(some, lambda n: self._open_cells(task, length, n, done)):
+            for cells, of_cells in grouped(numbers[start : start + at_once], open_cells):
                 if cells:
                     yield Batch(task, length, tuple(of_cells), cells)
-
-    def _open_cells(self, task: str, length: int, number: int, done: Collection[Key]) -> tuple[Cell, ...]:
-        cells = tuple(self.options.cells)
-        alone = Batch(task, length, (number,), cells)
-        return tuple(cell for cell in cells if self.questions(alone, cell, done))
-
-    def _at_once(self, task: str, length: int) -> int:
-        """Documents that are prefilled together."""
-        return max(1, min(self.batch_tokens // length, self.options.batch_rows // len(self.asked(task))))
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Group]) -> Iterable[tuple[Group, list[Item]]]:

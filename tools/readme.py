@@ -1,0 +1,232 @@
+"""Puts the committed figures into README.md, so that every number there has a file behind it.
+
+python -m tools.readme          # writes them
+python -m tools.readme --check  # fails if they differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsekv.evaluation.committed import RESULTS, TESTBED_RUN, Accuracy, load
+
+README = Path(__file__).parents[1] / "README.md"
+_SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
+_SKETCH = "_sign_sketch"  # what the names of its result files end in
+_ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
+
+Row = Mapping[str, Any]
+
+
+def render(markdown: str) -> str:
+    """The text with every `<!-- figures: NAME -->` section filled from its result file."""
+    return _SECTION.sub(lambda section: f"{section[1]}\n{_TABLES[section['name']]()}\n{section[3]}", markdown)
+
+
+def _load(name: str) -> dict[str, Any]:
+    return load(name, RESULTS)
+
+
+def _table(columns: Mapping[str, str], rows: Iterable[Row]) -> str:
+    """A line per row; `columns` are the format strings of its cells, by heading."""
+    return _markdown(list(columns), [[_cell(form, row) for form in columns.values()] for row in rows])
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
+
+
+def _cell(form: str, row: Row) -> str:
+    """A dash where the figure is missing or None."""
+    try:
+        return form.format_map(row)
+    except (KeyError, TypeError):
+        return "-"
+
+
+def _source(name: str) -> str:
+    result = _load(name)
+    where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
+    measured = [row["measured"]["command"] for row in result["rows"] if row.get("measured")]
+    commands = list(dict.fromkeys(measured)) or [result["command"]]  # rows may be of several
+    what = f"{', '.join(map(_command, commands))}; {where}, torch {result['versions']['torch']}, {result['date']}"
+    return f"\n{what}: [all figures](evaluation/results/{name}.json)\n"
+
+
+def _command(text: str) -> str:
+    """The command that a result was made with, by its name of today."""
+    named = text.replace("python -m evaluation.speed", "sparsekv bench")
+    return f"`{named.replace('python -m evaluation', 'sparsekv eval')}`"
+
+
+def _demo() -> str:
+    columns = {
+        "method, budget": "{method}",
+        "right answers": "{right} of {num_answers}",
+        "cache read per token": "{share:.1%}",
+        "in the sparse layers": "{sparse_share:.1%}",
+        "ms per token": "{ms_per_token:.1f}",
+    }
+    rows = [{**row, "num_answers": len(row["answers"])} for row in _load("demo")["rows"]]
+    return _table(columns, rows) + _source("demo")
+
+
+def _attention_cpu() -> str:
+    columns = {
+        "context": "{context:,}",
+        "dense (SDPA), ms": "{dense_ms:.2f}",
+        "sparsekv, ms": "{sparse_ms:.2f}",
+        "faster": "{speedup:.1f}x",
+        "cache read": "{share:.1%}",
+    }
+    rows = [  # files of before had milliseconds, and called SDPA dense
+        {**row, "dense_ms": row["sdpa_us"] / 1e3, "sparse_ms": row["sparse_us"] / 1e3} if "sdpa_us" in row else row
+        for row in _load("attention_cpu")["rows"]
+    ]
+    return _table(columns, rows) + _source("attention_cpu")
+
+
+def _attention_cuda() -> str:
+    """The shapes of the first row's geometry and budget: other ones are in the file."""
+    rows = _load("attention_cuda")["rows"]
+    columns = {
+        "batch": "{batch}",
+        "context": "{context:,}",
+        "FlashInfer, us": "{flashinfer_us:.1f}",
+        "SDPA, us": "{sdpa_us:.1f}",
+        "shelf, us": "{shelf_us:.1f}",
+        "sparsekv, us": "{sparse_us:.1f}",
+        "faster": "{speedup:.1f}x",
+        "floor, us": "{floor_us:.1f}",
+    }
+    alike = [row for row in rows if "sparse_us" in row and _is_like(row, rows[0], "geometry", "budget")]
+    return _table(columns, alike) + _source("attention_cuda")
+
+
+def _is_like(row: Row, other: Row, *names: str) -> bool:
+    return all(row[name] == other[name] for name in names)
+
+
+def _generate_cuda() -> str:
+    """A row per point: the modes side by side."""
+    columns = {
+        "batch": "{batch}",
+        "context": "{context:,}",
+        "unpatched, ms": "{default}",
+        "static, ms": "{static}",
+        "sparsekv, ms": "{sparse}",
+        "faster": "{speedup:.1f}x",
+        "tokens/s": "{tokens_per_s:,.0f}",
+    }
+    points: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in _load("generate_cuda")["rows"]:
+        found = points.setdefault((row["batch"], row["context"]), {"batch": row["batch"], "context": row["context"]})
+        ms = row["ms_per_token"]
+        found[row["mode"]] = row.get("error", "-") if ms is None else f"{ms:.1f}"
+        if row["mode"] == "sparse":
+            found |= {name: row.get(name) for name in ("speedup", "tokens_per_s")}
+    return _table(columns, points.values()) + _source("generate_cuda")
+
+
+def _sketch_cuda() -> str:
+    """Min/max at the default budget beside the sketch, also at a quarter of it: a layer's step, and a token."""
+    points: dict[tuple[int, int], dict[str, Any]] = {}
+    budgets, of_sketch = set(), []
+    for digest, end in (("minmax", ""), ("sketch", _SKETCH)):
+        rows, result = _load(f"attention_cuda{end}")["rows"], _load(f"generate_cuda{end}")
+        budgets.add(budget := result["settings"]["budget"])
+        for row in rows:
+            if _is_like(row, rows[0], "geometry"):
+                points.setdefault(_point(row), {})[f"us_{digest}_{row['budget']}"] = row["sparse_us"]
+        for row in result["rows"]:
+            if row["mode"] == "sparse":
+                points.setdefault(_point(row), {})[f"ms_{digest}_{budget}"] = row["ms_per_token"]
+                of_sketch += [_point(row)] * (digest == "sketch")
+    low, high = sorted(budgets)
+    columns = {
+        "batch": "{batch}",
+        "context": "{context:,}",
+        f"min/max {high:,}, us": f"{{us_minmax_{high}:.1f}}",
+        f"sketch {high:,}, us": f"{{us_sketch_{high}:.1f}}",
+        f"sketch {low:,}, us": f"{{us_sketch_{low}:.1f}}",
+        f"token: min/max {high:,}, ms": f"{{ms_minmax_{high}:.1f}}",
+        f"token: sketch {low:,}, ms": f"{{ms_sketch_{low}:.1f}}",
+    }
+    table = _table(columns, [{"batch": batch, "context": n, **points[batch, n]} for batch, n in of_sketch])
+    return table + _source(f"attention_cuda{_SKETCH}") + _source(f"generate_cuda{_SKETCH}")
+
+
+def _point(row: Row) -> tuple[int, int]:
+    return row["batch"], row["context"]
+
+
+def _accuracy_testbed() -> str:
+    """Accuracy and share of the bytes read, by method and budget: means of the tasks that all methods were run on."""
+    found = Accuracy(_ACCURACY_LENGTH, folder=RESULTS)
+    rows = [([name], found, name) for name in found.methods]
+    return _accuracies(["budget"], rows, f"{len(found.tasks)} tasks, at least {found.fewest}", TESTBED_RUN)
+
+
+def _dense_layers() -> str:
+    """Accuracy and share of the bytes read, by the number of layers that read everything."""
+    runs = {number: f"{TESTBED_RUN}_dense_layers_{number}" for number in (0, 1)} | {2: TESTBED_RUN}
+    tasks = _load(f"{runs[0]}/manifest")["settings"]["tasks"]
+    found = {number: Accuracy(_ACCURACY_LENGTH, run, tasks, RESULTS) for number, run in runs.items()}
+    rows = [
+        ([method, str(number)], of_run, method) for method in ("quest", "sketch") for number, of_run in found.items()
+    ]
+    what = f"{', '.join(tasks)}, at least {min(of_run.fewest for of_run in found.values())}"
+    return _accuracies(["method", "`dense_layers`"], rows, what, runs[0])
+
+
+def _accuracies(header: list[str], rows: list[tuple[list[str], Accuracy, str]], what: str, run: str) -> str:
+    """A column per budget.
+
+    Args:
+        header, rows: what stands before the figures; of a row also the figures, and the method they are of.
+        run: whose budgets are shown, and whose manifest tells where they were measured.
+    """
+    manifest = _load(f"{run}/manifest")
+    budgets = manifest["settings"]["budgets"]
+    lines = [
+        [*start, *(f"{found.mean(method, b):.1%} ({found.mean(method, b, 'share'):.0%})" for b in budgets)]
+        for start, found, method in rows
+    ]
+    where = f"{manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
+    how = f"{_command(manifest['command'])}, {where}: [all figures](evaluation/results/{run}/tables.md)"
+    return _markdown([*header, *(f"{b:,}" for b in budgets)], lines) + f"\nMeans of {what} questions each. {how}\n"
+
+
+_TABLES: dict[str, Callable[[], str]] = {
+    "demo": _demo,
+    "attention_cpu": _attention_cpu,
+    "attention_cuda": _attention_cuda,
+    "generate_cuda": _generate_cuda,
+    "sketch_cuda": _sketch_cuda,
+    "accuracy_testbed": _accuracy_testbed,
+    "dense_layers": _dense_layers,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes or checks README.md; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a figure differs")
+    args = parser.parse_args(argv)
+    old = README.read_text()
+    new = render(old)
+    if args.check and new != old:
+        print("README.md differs from the committed results: run python -m tools.readme", file=sys.stderr)
+        return 1
+    if not args.check:
+        README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
