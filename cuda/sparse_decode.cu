@@ -33,7 +33,8 @@ struct Room {
         table = select.tiles = reinterpret_cast<int*>(ids);
         select.candidates = reinterpret_cast<u32*>(ids + words(k));
         sums = reused;
-        merge = reused + max(static_cast<int>(end - reused), num_warps() * Words<T, D, HEAD_TILES>(group).count());
+        merge = reused +
+                max(static_cast<int>(end - reused), num_warps() * OutputFragments<T, D, HEAD_TILES>(group).count());
     }
 };
 

@@ -212,12 +212,12 @@ def _score_bytes(head_dim: int, group: int) -> int:
 
 
 def _words(head_dim: int, group: int) -> int:
-    """`Words::count` of cuda/common/merge.cuh."""
+    """`OutputFragments::count` of cuda/common/merge.cuh."""
     return instances.head_tiles(group) * head_dim // 2 * ((min(group, instances.MMA_HEADS) + 1) // 2)
 
 
 def _merge_bytes(head_dim: int, group: int, split: Split) -> tuple[int, int]:
-    """`MergeRoom` of cuda/common/merge.cuh: its own room, and the warps' sums."""
+    """`MergeBuffers` of cuda/common/merge.cuh: its own room, and the warps' sums."""
     words, ctas = _words(head_dim, group), split.cluster
     heads = 8 * instances.head_tiles(group) * instances.MMA_HEADS
     return (ctas + split.warps) * heads + 16 * ctas * (-(-words // ctas) + 1), 16 * split.warps * words
