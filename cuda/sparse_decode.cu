@@ -11,11 +11,11 @@
 #include "common/select.cuh"
 #include "common/sketch_score.cuh"
 
-// What a CTA works with in shared memory. Other CTAs write into `select.keys` and the room of the merge.
+// What a CTA works with in shared memory. Other CTAs write into `select.priorities` and the room of the merge.
 template <typename T, int D, int HEAD_TILES>
 struct Room {
     uint4 *query, *score_query;  // as attention and as scoring want it
-    SelectRoom select;
+    SelectBuffers select;
     int* table;          // [max_pages] the pages' ids, where there is room for all pages' keys
     void *merge, *sums;  // the merge's own room; the warps' sums, in the place of what selecting needed
 
@@ -29,7 +29,7 @@ struct Room {
         uint4* const ids = keys + words(direct ? max_pages : ceil_div(max_pages, TILE));
         uint4* const end = ids + (direct ? words(max_pages) : words(k) + words(TILE * k));
         select.chosen = reinterpret_cast<int*>(reused);
-        select.keys = reinterpret_cast<u32*>(keys);
+        select.priorities = reinterpret_cast<u32*>(keys);
         table = select.tiles = reinterpret_cast<int*>(ids);
         select.candidates = reinterpret_cast<u32*>(ids + words(k));
         sums = reused;
@@ -65,19 +65,19 @@ __device__ void score_share(const Pages& pages, int max_pages, const Digests& di
         const float2 pooled = pool_heads<Scorer>(by_head, group, pooling);
         const int mine =
             slot + lane_id() % 2 * 8;  // even lanes hold the page's score, odd ones that of the page 8 later
-        u32 key = forced.has(mine) ? FORCED : sort_key(lane_id() % 2 ? pooled.y : pooled.x);
+        u32 priority = forced.has(mine) ? FORCED : priority_of(lane_id() % 2 ? pooled.y : pooled.x);
         if (!waited) cluster_wait();
         waited = true;
         if (keys == nullptr) {  // four lanes share the two pages: two lanes to a page, each serves half of the CTAs
 #pragma unroll 1
             for (int to = lane_id() % 4 / 2; to < size && mine < count; to += 2)
-                store_remote(remote_address(room.select.keys + mine, to), key);
+                store_remote(remote_address(room.select.priorities + mine, to), priority);
             continue;
         }
-        if (mine >= count) key = NO_PAGE;
-        if (lane_id() % 4 < 2 && mine < count) keys[mine] = key;
-        key = __reduce_max_sync(ALL_LANES, key);
-        if (lane_id() < size) store_remote(remote_address(room.select.keys + tile, lane_id()), key);
+        if (mine >= count) priority = NO_PAGE;
+        if (lane_id() % 4 < 2 && mine < count) keys[mine] = priority;
+        priority = __reduce_max_sync(ALL_LANES, priority);
+        if (lane_id() < size) store_remote(remote_address(room.select.priorities + tile, lane_id()), priority);
     }
     if (!waited) cluster_wait();
 }
