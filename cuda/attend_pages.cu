@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     Partial<D, HEAD_TILES>* const part = partials ? partials + i64(item) * gridDim.x + blockIdx.x : nullptr;
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group, part);
     cluster_wait();
-    const int sums = num_warps() * Words<T, D, HEAD_TILES>(group).count();
+    const int sums = num_warps() * OutputFragments<T, D, HEAD_TILES>(group).count();
     merge_cluster(attention, staged + max(sums, QUERY_WORDS<D, HEAD_TILES>), staged, result, [] {});
 }
 
@@ -55,16 +55,15 @@ __global__ void __launch_bounds__(256) merge_attention(const Partial<D, HEAD_TIL
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int head = blockIdx.y, item = blockIdx.z * gridDim.y + head;
-    const int all = Words<T, D, HEAD_TILES>(group).count(), words = ceil_div(all, gridDim.x),
+    const int all = OutputFragments<T, D, HEAD_TILES>(group).count(), words = ceil_div(all, gridDim.x),
               first = blockIdx.x * words;
     const Partial<D, HEAD_TILES>* const mine = partials + i64(item) * count;
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group);
     write_merged<T>(
         count, first, min(words, all - first), result,
-        [&](int part, int head) {  // their outputs are divided by the weights' sum already: it is 1, or 0
-            const float* lse = mine[part].lse + head;
-            return float4{fmaxf(lse[0], LOWEST), float(lse[0] > LOWEST), fmaxf(lse[1], LOWEST),
-                          float(lse[1] > LOWEST)};
+        [&](int part, int head) {  // their outputs are divided by l already: m is the log-sum-exp, l is 1, or 0
+            const float lse = mine[part].lse[head];
+            return HeadStats{fmaxf(lse, LOWEST), float(lse > LOWEST)};
         },
-        [&](int part, int word) { return mine[part].sums[word]; });
+        [&](int part, int fragment) { return mine[part].out[fragment]; });
 }

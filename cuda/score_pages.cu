@@ -4,31 +4,31 @@
 
 // What a warp scores: tiles first, first + stride, ... of one sequence and kv head. The digests of a page's heads lie
 // side by side, and the warps of a CTA take neighbouring heads of the same pages, which memory likes.
-struct Share {
+struct WarpShare {
     int row, head, num_kv_heads, first, stride;
-    int of_head, warps;  // this warp's number among the CTA's warps with the same head, and theirs
-    uint4* query;        // staged, of this warp's head
+    int warp_of_head, warps;  // this warp's number among the CTA's warps with the same head, and how many those are
+    uint4* query;             // staged, of this warp's head
 
     // Heads of a CTA: a power of two that divides the number of kv heads and the number of warps.
-    __device__ Share(uint4* staged, int staged_words, int heads, int num_kv_heads) : num_kv_heads(num_kv_heads) {
-        const int of_cta = warp_id() & (heads - 1);
+    __device__ WarpShare(uint4* staged, int staged_words, int heads, int num_kv_heads) : num_kv_heads(num_kv_heads) {
+        const int head_of_cta = warp_id() & (heads - 1);
         warps = num_warps() / heads;
-        of_head = warp_id() / heads;
+        warp_of_head = warp_id() / heads;
         row = blockIdx.z;
-        head = blockIdx.x * heads + of_cta;
-        first = blockIdx.y * warps + of_head;
+        head = blockIdx.x * heads + head_of_cta;
+        first = blockIdx.y * warps + warp_of_head;
         stride = gridDim.y * warps;
-        query = staged + of_cta * staged_words;
+        query = staged + head_of_cta * staged_words;
     }
     __device__ int item() const { return row * num_kv_heads + head; }
 };
 
 // Scores a warp's share; `take(tile, scores by head)` gets them, a tile at a time, tiles without pages too.
 template <typename Scorer, int HEAD_TILES, typename Take>
-__device__ void score_share(Scorer& scorer, const Share& share, const u16* query /* [group, d] */, int group,
+__device__ void score_tiles(Scorer& scorer, const WarpShare& share, const u16* query /* [group, d] */, int group,
                             const int* table, int count, int max_pages, Take take) {
     TileIds ids(table, count, max_pages, share.first * TILE, share.stride * TILE);
-    scorer.stage(share.query, query, group, share.of_head, share.warps, [&] {
+    scorer.stage(share.query, query, group, share.warp_of_head, share.warps, [&] {
         ids.aim(scorer);
         if (share.first * TILE < count) scorer.load_first();
     });
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
     wait_for_previous_kernel();
     let_next_kernel_start();
     using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
-    const Share share(staged, Scorer::STAGED, heads, num_kv_heads);
+    const WarpShare share(staged, Scorer::STAGED, heads, num_kv_heads);
     check_shared_end(staged + heads * Scorer::STAGED);
     Scorer scorer(digests, num_kv_heads, share.head, page_shift);
     const i64 item = share.item();
@@ -77,5 +77,5 @@ __global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
             scores[item * max_pages + page] = page >= count ? -infinity() : lane_id() % 4 ? pooled.y : pooled.x;
     };
     const int* const table = block_table + i64(share.row) * max_pages;
-    score_share<Scorer, HEAD_TILES>(scorer, share, query + item * group * D, group, table, count, max_pages, take);
+    score_tiles<Scorer, HEAD_TILES>(scorer, share, query + item * group * D, group, table, count, max_pages, take);
 }

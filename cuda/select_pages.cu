@@ -7,10 +7,10 @@ __global__ void __launch_bounds__(512)
                  const int* seq_lens,  // [b]
                  const int* limits,    // [b] fewer than k for some; null: k
                  int* slots,           // [b, hkv, k] ascending, then -1
-                 u32* keys,            // [b, hkv, max_pages] scratch
+                 u32* priorities,      // [b, hkv, max_pages] scratch
                  int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens) {
     extern __shared__ __align__(16)
-        u32 base[];  // tile keys [ceil(max_pages / 16)], candidates [16 k], tiles [k], chosen [k]
+        u32 base[];  // tiles' priorities [ceil(max_pages / 16)], candidates [16 k], tiles [k], chosen [k]
     __shared__ SelectScratch scratch;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -18,12 +18,12 @@ __global__ void __launch_bounds__(512)
     const i64 item = i64(row) * num_kv_heads + head;
     const int length = seq_lens[row], count = min((length + (1 << page_shift) - 1) >> page_shift, max_pages);
     const Forced forced(length, page_shift, sink_tokens, recent_tokens);
-    SelectRoom room;
-    room.keys = base;  // each part at a multiple of 16 bytes
-    room.candidates = base + ceil_div(max_pages, TILE * 4) * 4;
-    room.tiles = reinterpret_cast<int*>(room.candidates + k * TILE);
-    room.chosen = room.tiles + k;
-    check_shared_end(room.chosen + k);
+    SelectBuffers buffers;
+    buffers.priorities = base;  // each part at a multiple of 16 bytes
+    buffers.candidates = base + ceil_div(max_pages, TILE * 4) * 4;
+    buffers.tiles = reinterpret_cast<int*>(buffers.candidates + k * TILE);
+    buffers.chosen = buffers.tiles + k;
+    check_shared_end(buffers.chosen + k);
 #pragma unroll 4
     for (int base = warp_id() * WARP * 4; base < count;
          base += blockDim.x * 4) {  // four pages to a lane, a tile to four
@@ -32,16 +32,16 @@ __global__ void __launch_bounds__(512)
 #pragma unroll
         for (int slot = first; slot < first + 4; ++slot) {
             if (slot >= count) continue;
-            const u32 key = forced.has(slot) ? FORCED : sort_key(scores[item * max_pages + slot]);
-            keys[item * max_pages + slot] = key;
-            best = max(best, key);
+            const u32 priority = forced.has(slot) ? FORCED : priority_of(scores[item * max_pages + slot]);
+            priorities[item * max_pages + slot] = priority;
+            best = max(best, priority);
         }
         best = max(best, __shfl_xor_sync(ALL_LANES, best, 1));
         best = max(best, __shfl_xor_sync(ALL_LANES, best, 2));
-        if (lane_id() % 4 == 0 && first < count) room.keys[first / TILE] = best;
+        if (lane_id() % 4 == 0 && first < count) buffers.priorities[first / TILE] = best;
     }
     __syncthreads();
-    const int most = limits ? limits[row] : k;
-    const int found = choose_pages(room, keys + item * max_pages, count, k, most, scratch);
-    for (int i = threadIdx.x; i < k; i += blockDim.x) slots[item * k + i] = i < found ? room.chosen[i] : -1;
+    const int limit = limits ? limits[row] : k;
+    const int found = choose_pages(buffers, priorities + item * max_pages, count, k, limit, scratch);
+    for (int i = threadIdx.x; i < k; i += blockDim.x) slots[item * k + i] = i < found ? buffers.chosen[i] : -1;
 }

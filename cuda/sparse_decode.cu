@@ -20,7 +20,7 @@ struct StepParams {
     Digests digests;
     const int* limits;  // [b] fewer than k pages for some; null: k
     const void* sinks;  // [hq] or null, float32 or as the query
-    u32* keys;          // [b, hkv, max_pages] scratch; null: they fit shared memory
+    u32* priorities;    // [b, hkv, max_pages] scratch; null: they fit shared memory
     int* slots;         // [b, hkv, k] what was read
     u16* out;           // [b, hq, d]
     float* lse;         // [b, hq]
@@ -30,11 +30,11 @@ struct StepParams {
 };
 
 // What a CTA works with in shared memory, as `step_bytes` of sparsekv/ops/rooms.py counts it. Other CTAs write into
-// `select.keys` and the room of the merge.
+// `select.priorities` and the room of the merge.
 template <typename T, int D, int HEAD_TILES, int STAGED>
 struct StepShared {
     uint4 *query, *score_query;  // as attention and as scoring want it
-    SelectRoom select;
+    SelectBuffers select;
     int* table;          // [max_pages] the pages' ids, where there is room for all pages' keys
     void *merge, *sums;  // the merge's own room; the warps' sums, in the place of what selecting needed
 
@@ -44,23 +44,24 @@ struct StepShared {
         query = base;
         score_query = query + QUERY_WORDS<D, HEAD_TILES>;
         uint4* const reused = score_query + STAGED;
-        uint4* const keys = reused + words(k);
-        uint4* const ids = keys + words(direct ? max_pages : ceil_div(max_pages, TILE));
+        uint4* const priorities = reused + words(k);
+        uint4* const ids = priorities + words(direct ? max_pages : ceil_div(max_pages, TILE));
         uint4* const end = ids + (direct ? words(max_pages) : words(k) + words(TILE * k));
         select.chosen = reinterpret_cast<int*>(reused);
-        select.keys = reinterpret_cast<u32*>(keys);
+        select.priorities = reinterpret_cast<u32*>(priorities);
         table = select.tiles = reinterpret_cast<int*>(ids);
         select.candidates = reinterpret_cast<u32*>(ids + words(k));
         sums = reused;
-        merge = reused + max(static_cast<int>(end - reused), num_warps() * Words<T, D, HEAD_TILES>(group).count());
+        merge = reused +
+                max(static_cast<int>(end - reused), num_warps() * OutputFragments<T, D, HEAD_TILES>(group).count());
     }
 };
 
-// Scores this CTA's share of the pages. `keys` is null if every CTA has room for the pages' keys; else they go there,
-// and to the CTAs the best of each tile. The first store to another CTA waits until all of them run.
+// Scores this CTA's share of the pages. `priorities` is null if every CTA has room for those of all pages; else they
+// go there, and to the CTAs the best of each tile. The first store to another CTA waits until all of them run.
 template <typename Scorer, int HEAD_TILES, typename Shared>
-__device__ void score_own_pages(const StepParams& p, const Pages& pages, const Shared& room, u32* keys, const u16* query,
-                            const Forced& forced) {
+__device__ void score_own_pages(const StepParams& p, const Pages& pages, const Shared& room, u32* priorities,
+                                const u16* query, const Forced& forced) {
     const int size = cluster_size(), count = pages.count(), stride = size * num_warps();
     int tile = cluster_rank() * num_warps() + warp_id();
     TileIds ids(pages.block_table, count, p.max_pages, tile * TILE, stride * TILE);
@@ -80,19 +81,20 @@ __device__ void score_own_pages(const StepParams& p, const Pages& pages, const S
         const float2 pooled = pool_heads<Scorer>(by_head, p.group, GroupPooling(p.pooling));
         const int mine =
             slot + lane_id() % 2 * 8;  // even lanes hold the page's score, odd ones that of the page 8 later
-        u32 key = forced.has(mine) ? FORCED : sort_key(lane_id() % 2 ? pooled.y : pooled.x);
+        u32 priority = forced.has(mine) ? FORCED : priority_of(lane_id() % 2 ? pooled.y : pooled.x);
         if (!waited) cluster_wait();
         waited = true;
-        if (keys == nullptr) {  // four lanes share the two pages: two lanes to a page, each serves half of the CTAs
+        if (priorities ==
+            nullptr) {  // four lanes share the two pages: two lanes to a page, each serves half of the CTAs
 #pragma unroll 1
             for (int to = lane_id() % 4 / 2; to < size && mine < count; to += 2)
-                store_remote(remote_address(room.select.keys + mine, to), key);
+                store_remote(remote_address(room.select.priorities + mine, to), priority);
             continue;
         }
-        if (mine >= count) key = NO_PAGE;
-        if (lane_id() % 4 < 2 && mine < count) keys[mine] = key;
-        key = __reduce_max_sync(ALL_LANES, key);
-        if (lane_id() < size) store_remote(remote_address(room.select.keys + tile, lane_id()), key);
+        if (mine >= count) priority = NO_PAGE;
+        if (lane_id() % 4 < 2 && mine < count) priorities[mine] = priority;
+        priority = __reduce_max_sync(ALL_LANES, priority);
+        if (lane_id() < size) store_remote(remote_address(room.select.priorities + tile, lane_id()), priority);
     }
     if (!waited) cluster_wait();
 }
@@ -107,17 +109,17 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
     const Pages pages = {p.block_table + i64(row) * p.max_pages, p.seq_lens[row], p.page_shift, num_kv_heads, head};
-    const bool direct = p.keys == nullptr;
+    const bool direct = p.priorities == nullptr;
     const StepShared<T, D, HEAD_TILES, Scorer::STAGED> room(base, p.max_pages, p.k, direct, p.group);
-    const int count = min(pages.count(), p.max_pages), most = min(p.limits ? p.limits[row] : p.k, p.k);
-    const bool choose = count > most;
+    const int count = min(pages.count(), p.max_pages), limit = min(p.limits ? p.limits[row] : p.k, p.k);
+    const bool choose = count > limit;
     const int warps = cluster_size() * num_warps(), first = cluster_rank() * num_warps() + warp_id();
     const u16* const my_query = p.query + i64(item) * p.group * D;
-    u32* const my_keys = direct ? nullptr : p.keys + i64(item) * p.max_pages;
+    u32* const my_priorities = direct ? nullptr : p.priorities + i64(item) * p.max_pages;
 
     if (choose) {
         const Forced forced(pages.length, p.page_shift, p.sink_tokens, p.recent_tokens);
-        score_own_pages<Scorer, HEAD_TILES>(p, pages, room, my_keys, my_query, forced);
+        score_own_pages<Scorer, HEAD_TILES>(p, pages, room, my_priorities, my_query, forced);
         cluster_arrive();
     }
     for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     for (int i = threadIdx.x; direct && choose && i < count; i += blockDim.x)
         copy_async(room.table + i, pages.block_table + i);
     const int newest = pages.length - 1, offset = newest & ((1 << p.page_shift) - 1);
-    const int newest_unit = ((max(min(count, most), 1) - 1) << pages.unit_shift()) + offset / UNIT;
+    const int newest_unit = ((max(min(count, limit), 1) - 1) << pages.unit_shift()) + offset / UNIT;
     const auto newest_page = [&] {
         return Page(p.kv_pool, pages.block_table[newest >> p.page_shift], head, num_kv_heads, p.page_shift, D);
     };
@@ -136,11 +138,11 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
         store_token<D>(newest_page(), offset, p.key + row * p.key_batch + head * p.key_head,
                        p.value + row * p.value_batch + head * p.value_head);
     __syncwarp();
-    cluster_wait();  // for all keys, or if nothing is chosen for all CTAs to run
+    cluster_wait();  // for all priorities, or if nothing is chosen for all CTAs to run
     __syncthreads();
 
     int found = count;
-    if (choose) found = choose_pages(room.select, my_keys, count, p.k, most, scratch);
+    if (choose) found = choose_pages(room.select, my_priorities, count, p.k, limit, scratch);
     if (cluster_rank() == 0)
 #pragma unroll 1
         for (int i = threadIdx.x; i < p.k; i += blockDim.x)

@@ -44,7 +44,7 @@ struct Attention {
     static constexpr int ROWS = D / 16, STEP_ROWS = STEP / 16;  // tiles of sixteen channels
 
     float out[HEAD_TILES][ROWS][4];
-    float peak[HEAD_TILES], mass[HEAD_TILES];
+    float m[HEAD_TILES], l[HEAD_TILES];    // largest logit, share of the weights' sum
     uint4 keys[2][STEP / 32];              // of tokens r and r + 8
     uint4 values[4][BLOCKS ? BLOCKS : 1];  // of tokens 2c, 2c + 1, 2c + 8, 2c + 9
     uint2 tail[4];
@@ -52,8 +52,8 @@ struct Attention {
     __device__ Attention() {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
-            peak[tile] = LOWEST;
-            mass[tile] = 0.f;
+            m[tile] = LOWEST;
+            l[tile] = 0.f;
 #pragma unroll
             for (int row = 0; row < ROWS; ++row)
                 out[tile][row][0] = out[tile][row][1] = out[tile][row][2] = out[tile][row][3] = 0.f;
@@ -101,7 +101,7 @@ struct Attention {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float x[4];
-            float largest = peak[tile];
+            float largest = m[tile];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 x[i] = value_token(i) < count ? logits(dots[i / 2][tile * 2 + i % 2]) : -infinity();
@@ -109,12 +109,12 @@ struct Attention {
             }
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-            const float shrink = exp2_fast(peak[tile] - largest);
-            peak[tile] = largest;
+            const float shrink = exp2_fast(m[tile] - largest);
+            m[tile] = largest;
             float sum = 0.f;
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum += x[i] = exp2_fast(x[i] - largest);
-            mass[tile] = mass[tile] * shrink + sum;
+            l[tile] = l[tile] * shrink + sum;
             weights[tile][0] = T::pack(x[0], x[1]);
             weights[tile][1] = T::pack(x[2], x[3]);
             if (__any_sync(ALL_LANES, shrink != 1.f)) rescale(tile, shrink);

@@ -1,6 +1,6 @@
 // The sign sketch (sparsekv/digests/sign_sketch.py, which has the source): one bit per channel of every key, the sign
 // of what is left of it, rotated, after its page's mean, a factor, and the mean in whole numbers. Here is how it is
-// made and where it lies; sketch_score.cuh scores it.
+// made and where it lies; sketch_query.cuh stages a query for it, sketch_score.cuh scores it.
 #pragma once
 #include "common/digest.cuh"
 
@@ -26,7 +26,7 @@ __device__ inline float sum_of_warp(float x) {
     return x;
 }
 
-// Of numbers that are not negative.
+// The largest over a warp's lanes of numbers that are not negative: their bits sort as they do.
 __device__ inline float largest_of_warp(float x) {
     return __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(x)));
 }
@@ -83,8 +83,8 @@ struct Rotation {
 
 template <int D>
 struct SketchLayout {
-    static constexpr int BYTES = D / 32;                      // of a lane's part of a token
-    static constexpr int TOKENS = D == 96 ? 16 : 32 / BYTES;  // whose parts lie side by side
+    static constexpr int BYTES = D / 32;                      // of a token that one lane scores, a quarter
+    static constexpr int TOKENS = D == 96 ? 16 : 32 / BYTES;  // whose quarters for that lane lie side by side
 
     // Where byte `i` of a token lies in its page.
     __device__ static int place(int token, int i) {
@@ -153,7 +153,7 @@ struct SketchSummary {
     }
 
   private:
-    // The mean in whole numbers, and what 1 of them is worth.
+    // `mean` becomes the mean in whole numbers; returns what 1 of them is worth.
     __device__ float round_mean(int count, float (&mean)[N]) const {
         constexpr int LANES = D / 8, TOKENS = WARP / LANES;
         float largest = 0.f;
@@ -167,8 +167,8 @@ struct SketchSummary {
                 sum += __shfl_sync(ALL_LANES, sums[channel], lane_id() % LANES + other * LANES);
 #pragma unroll
             for (int i = 0; i < N; ++i) {  // from the first lanes, which sum in the order of tokens
-                const float mine = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
-                if (lane_id() % 8 == channel) mean[i] = mine;
+                const float channel_sum = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
+                if (lane_id() % 8 == channel) mean[i] = channel_sum;
             }
         }
 #pragma unroll

@@ -1,17 +1,30 @@
-// Scores sketches: the estimate of a token's dot product is q . mean of its page + f * sum over channels of +-q, the
-// latter q rotated and rounded to whole numbers up to 40, and a page scores its best token.
+// Scores sketches. The estimate of a token's dot product with a query q is
 //
-// The bits stay bits. A whole number has balanced digits at base 3: -1, 0 or 1. A digit's sum of +-1 over the
-// channels is twice the number of ones that meet a 1 and of zeros that meet a -1, minus the number of digits that are
-// not 0. The tensor core counts these meetings for eight columns at a time, two digits of four heads: ones of (bits,
-// ~bits) AND (where the digit is 1, where it is -1), 256 bits to a product. What a lane loads is the operand: sixteen
-// pages to a product, token after token, so that the best of a page stays in a register. Of the four lanes of a page,
-// each holds its part of a token's channels.
+//     q . mean of its page + f * sum over channels of s * q'
+//
+// where s are the token's signs (+1 or -1), f is its factor and q' is q rotated. A page scores its best token.
+//
+// The bits stay bits. q' is in whole numbers with digits t of -1, 0 or 1 (sketch_query.cuh). Of a digit, let M be the
+// number of channels in which a sign is equal to a digit that is not 0, and Z the number of digits that are not 0:
+// then M meetings add 1 each, Z - M subtract 1, and the sum over channels of s * t is 2 M - Z. The tensor core counts
+// M for eight columns at a time, two digits of four heads: it is the ones of (bits, ~bits) AND (where the digit is 1,
+// where it is -1), 256 bits to a product. What a lane loads is the operand: sixteen pages to a product, token after
+// token, so that the best of a page stays in a register. Of the four lanes of a page, each holds its part of a
+// token's channels.
+//
+// Counts become floats at no cost. The sum over channels of s * q' is 2 (sum of 3^i M_i - sum of 3^i Z_i / 2), where
+// M_i is an integer in a register. The bits of an integer M below 2^23, read as a float32 (__int_as_float), have the
+// exponent 0: they are a denormal float, which is worth exactly M * 2^-149. So fmaf(__int_as_float(M), 3^i * 2^112,
+// sum) adds 3^i M * 2^-37, without a conversion of every count, which would be an instruction more and of a slower
+// kind. Nothing is rounded: with at most 256 channels, and digits that make up at most 40, every partial sum is a
+// multiple of 2^-38 below 2^14 * 2^-37, and so has 15 bits where a float has 24. It is 2^112, not 2^149, as 27 *
+// 2^149 is no float; the query's unit takes back the 2^-37 that is left (COUNT_UNIT) and the 2. All of it rests on
+// multiply-adds that do not flush denormal operands to zero: sparsekv/ops/compiler.py compiles with ftz=False.
 //
 // Means are whole numbers of eight bits, and so are a query's two digits at base 128: their products are the tensor
 // core's, too, two columns for a head as above.
 #pragma once
-#include "common/sketch.cuh"
+#include "common/sketch_query.cuh"
 
 // c[16 x 8] = ones of a[16 x 256 bits] AND b[256 bits x 8], plus c. Of lane l, r = l / 4 and q = l % 4: a0, a2 hold
 // row r, a1, a3 row r + 8, b0, b1 column r; a0, a1, b0 the bits from 32 q on, the others those 128 later. c as in
@@ -34,30 +47,21 @@ __device__ inline void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-constexpr int QUERY_LIMIT = 40;  // the largest number: of four digits, all 1
-constexpr int ROUNDS = 2;        // of two digits, as a product has two columns for a head
-constexpr int MEAN_BASE = 128;   // of the digits that meet a mean, from -127 to 127 and from -64 to 64
-
-// `MOST_HEADS`: query heads of a kv head for which there is room; four to a product.
-template <typename T, int D, int HEAD_TILES, int MOST_HEADS>
+// `MAX_HEADS`: query heads of a kv head for which there is room; four to a tile.
+template <typename T, int D, int HEAD_TILES, int MAX_HEADS>
 struct SketchScorer {
     using Layout = SketchLayout<D>;
-    static constexpr int N = D / WARP, TILES = MOST_HEADS / 4;
-    static constexpr int WORDS = D == 256 ? 4 : 2;  // a lane's words of two columns: where they are 1, then -1
-    static constexpr int OPERANDS = ROUNDS * WORDS * WARP;  // words of four heads, which are followed by
-    static constexpr int CONSTANTS = 4 * (ROUNDS + 2);      // of each head: half counts of ones by round, and units
-    static constexpr int MEAN_UNITS = OPERANDS + 4 * (ROUNDS + 1), MEAN_OPERANDS = MEAN_UNITS + 4;
-    static constexpr int MEAN_WORDS = D / 16;  // of a lane's part of a mean, two to a product
-    static constexpr int TILE_WORDS = (MEAN_OPERANDS + MEAN_WORDS * WARP) / 4;
-    static constexpr int STAGED = TILES * TILE_WORDS;   // words of 16 bytes of a staged query
-    static constexpr int VECTORS = D / 32, GROUP = 16;  // 16 bytes each; tokens that are loaded at once
-    // A count's bits are a float of that many times 2^-149; this makes sums of them normal.
-    static constexpr float COUNT = 0x1p112f, ONE = 0x1p-37f;
+    using Query = SketchQuery<D>;
+    static constexpr int N = Query::N, WORDS = Query::WORDS, MEAN_WORDS = Query::MEAN_WORDS;
+    static constexpr int TILES = MAX_HEADS / TILE_HEADS;
+    static constexpr int STAGED = TILES * Query::TILE_WORDS;  // words of 16 bytes of a staged query
+    static constexpr int VECTORS = D / 32, GROUP = 16;        // 16 bytes each; tokens that are loaded at once
+    static constexpr float COUNT_SCALE = 0x1p112f;            // makes 2^-149 a COUNT_UNIT
 
     u32 low[4 * VECTORS], high[4 * VECTORS];  // signs of pages lane / 4 and lane / 4 + 8, this lane's part
     u32 low_factors[8], high_factors[8];
-    u32 query[TILES][ROUNDS][WORDS];
-    float half[TILES], unit[TILES];  // of this lane's head: half of the digits' sum, and what 1 is worth
+    u32 digits[TILES][DIGIT_PAIRS][WORDS];
+    float offset[TILES], unit[TILES];  // of this lane's head
     const uint4* staged;
     const char *low_page, *high_page, *signs;
     const u16 *low_factor, *high_factor, *factors;
@@ -83,7 +87,7 @@ struct SketchScorer {
     template <typename Begin>
     __device__ void stage(uint4* staged /* [STAGED] */, const u16* query /* [group, d] */, int group, int first,
                           int stride, Begin begin) {
-        constexpr int PIECES = ROUNDS + 1;
+        constexpr int PIECES = DIGIT_PAIRS + 1;
         float x[N];
         int loaded = first / PIECES;
         bool rotated = false;
@@ -95,17 +99,17 @@ struct SketchScorer {
         load_head(loaded);
         begin();
 #pragma unroll 1
-        for (int item = first; item < MOST_HEADS * PIECES; item += stride) {
+        for (int item = first; item < MAX_HEADS * PIECES; item += stride) {
             const int i = item / PIECES, piece = item % PIECES;
-            u32* const tile = reinterpret_cast<u32*>(staged + i / 4 * TILE_WORDS);
+            u32* const tile = reinterpret_cast<u32*>(staged + i / TILE_HEADS * Query::TILE_WORDS);
             if (i != loaded) load_head(loaded = i), rotated = false;
             if (piece == 0) {
-                stage_for_means(tile, i % 4, x);
+                Query::stage_for_means(tile, i % TILE_HEADS, x);
                 continue;
             }
             if (!rotated) rotate(x);
             rotated = true;
-            stage_digits(tile, i % 4, piece - 1, x);
+            Query::stage_digits(tile, i % TILE_HEADS, piece - 1, x);
         }
     }
 
@@ -113,14 +117,15 @@ struct SketchScorer {
         staged = words;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-            const u32* const words = reinterpret_cast<const u32*>(staged + tile * TILE_WORDS);
-            const float* const constants = reinterpret_cast<const float*>(words + OPERANDS) + lane_id() % 4;
-            half[tile] = 0.f;
+            const u32* const words = reinterpret_cast<const u32*>(staged + tile * Query::TILE_WORDS);
+            const float* const constants = reinterpret_cast<const float*>(words + Query::OFFSETS) + lane_id() % 4;
+            offset[tile] = 0.f;
 #pragma unroll
-            for (int i = 0; i < ROUNDS * WORDS; ++i) query[tile][i / WORDS][i % WORDS] = words[i * WARP + lane_id()];
+            for (int i = 0; i < DIGIT_PAIRS * WORDS; ++i)
+                digits[tile][i / WORDS][i % WORDS] = words[i * WARP + lane_id()];
 #pragma unroll
-            for (int round = 0; round < ROUNDS; ++round) half[tile] += constants[4 * round];
-            unit[tile] = constants[4 * ROUNDS];
+            for (int pair = 0; pair < DIGIT_PAIRS; ++pair) offset[tile] += constants[TILE_HEADS * pair];
+            unit[tile] = constants[TILE_HEADS * DIGIT_PAIRS];
         }
     }
 
@@ -158,8 +163,8 @@ struct SketchScorer {
         float best[TILES][2];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) best[tile][0] = best[tile][1] = -infinity();
-        float2 of_mean[TILES];
-        multiply_means(of_mean);
+        float2 mean_products[TILES];
+        multiply_means(mean_products);
         const int groups = 1 << page_shift >> 4;
 #pragma unroll 1
         for (int group = 1; group <= groups; ++group) {
@@ -179,67 +184,16 @@ struct SketchScorer {
         }
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES * 2; ++tile) {
-            float (&both)[4] = scores[tile / 2];
-            both[tile % 2] = both[2 + tile % 2] = 0.f;
+            float &low_score = scores[tile / 2][tile % 2], &high_score = scores[tile / 2][2 + tile % 2];
+            low_score = high_score = 0.f;
             if (tile >= TILES) continue;
-            both[tile % 2] = fmaf(best[tile % TILES][0], unit[tile % TILES], of_mean[tile % TILES].x);
-            both[2 + tile % 2] = fmaf(best[tile % TILES][1], unit[tile % TILES], of_mean[tile % TILES].y);
+            low_score = fmaf(best[tile % TILES][0], unit[tile % TILES], mean_products[tile % TILES].x);
+            high_score = fmaf(best[tile % TILES][1], unit[tile % TILES], mean_products[tile % TILES].y);
         }
     }
 
   private:
-    using Counts = int[TILES][ROUNDS][4];
-
-    // Digits 2 round and 2 round + 1 of the tile's head `i`, as operands, and their part of the constants.
-    __device__ static void stage_digits(u32* tile, int i, int round, const float (&x)[N]) {
-        float largest = 0.f;
-#pragma unroll
-        for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
-        largest = largest_of_warp(largest);
-        const float inverse = largest > 0.f ? QUERY_LIMIT / largest : 0.f;
-        int count[2] = {0, 0};
-#pragma unroll
-        for (int second = 0; second < 2; ++second) {
-            u32 ones[N], minus[N];
-#pragma unroll
-            for (int j = 0; j < N; ++j) {
-                const u32 number = __float2int_rn(x[j] * inverse) + QUERY_LIMIT,
-                          pair = round ? number / 9 : number % 9;
-                const u32 digit = second ? pair / 3 : pair % 3;  // 0 to 2 for -1 to 1
-                ones[j] = __ballot_sync(ALL_LANES, digit == 2);
-                minus[j] = __ballot_sync(ALL_LANES, digit == 0);
-                count[second] += __popc(ones[j]) + __popc(minus[j]);
-            }
-            u32* const operands = tile + round * WORDS * WARP + (2 * i + second) * 4;  // column 2 i + second
-            store_plane(operands, ones);
-            store_plane(operands + WORDS / 2 * WARP, minus);
-        }
-        if (lane_id() > 0) return;
-        float* const constants = reinterpret_cast<float*>(tile + OPERANDS) + i;
-        constants[4 * round] = 0.5f * ONE * (round ? 9 : 1) * (count[0] + 3 * count[1]);
-        constants[4 * ROUNDS] = largest / QUERY_LIMIT * (2.f / ONE);
-    }
-
-    // The tile's head `i`, not rotated, in two digits: columns 2 i and 2 i + 1.
-    __device__ static void stage_for_means(u32* tile, int i, const float (&x)[N]) {
-        constexpr int MOST = 127 * MEAN_BASE;
-        float largest = 0.f;
-#pragma unroll
-        for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
-        largest = largest_of_warp(largest);
-        const float inverse = largest > 0.f ? MOST / largest : 0.f;
-        i8* const numbers = reinterpret_cast<i8*>(tile + MEAN_OPERANDS);
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const int number = __float2int_rn(x[j] * inverse), high = (number + MEAN_BASE / 2) >> 7;
-            const int channel = j * WARP + lane_id(), word = channel % (D / 4) / 4;
-            const int lane = channel / (D / 4);  // of the four that share a page
-            i8* const place = numbers + 4 * (word * WARP + 8 * i + lane) + channel % 4;
-            place[0] = high;
-            place[16] = number - high * MEAN_BASE;  // the next column's, which the next four lanes hold
-        }
-        if (lane_id() == 0) reinterpret_cast<float*>(tile)[MEAN_UNITS + i] = largest / MOST;
-    }
+    using Counts = int[TILES][DIGIT_PAIRS][4];
 
     // Products of the means of the pages aimed at with this lane's heads: .x of its first page. Before anything of
     // the next tile is loaded: what waits for these loads would wait for those, as the hardware has few counters of
@@ -252,14 +206,14 @@ struct SketchScorer {
         load_mean(high_mean, means + high_item * D);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-            const u32* const words = reinterpret_cast<const u32*>(staged + tile * TILE_WORDS);
-            const u32* const query = words + MEAN_OPERANDS + lane_id();
+            const u32* const words = reinterpret_cast<const u32*>(staged + tile * Query::TILE_WORDS);
+            const u32* const query = words + Query::MEAN_DIGITS + lane_id();
             int c[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int i = 0; i < MEAN_WORDS; i += 2)
                 multiply_bytes(c, low_mean[i], high_mean[i], low_mean[i + 1], high_mean[i + 1], query[i * WARP],
                                query[(i + 1) * WARP]);
-            const float unit = __uint_as_float(words[MEAN_UNITS + lane_id() % 4]);
+            const float unit = __uint_as_float(words[Query::MEAN_UNITS + lane_id() % 4]);
             products[tile] = {(c[0] * MEAN_BASE + c[1]) * (unit * low_unit),
                               (c[2] * MEAN_BASE + c[3]) * (unit * high_unit)};
         }
@@ -284,23 +238,6 @@ struct SketchScorer {
     // Where a page lies, counted in digests, whose factors begin there.
     __device__ i64 item_of(const u16* factor) const { return (factor - factors) >> page_shift; }
 
-    // Ones of all channels as the operands of the four lanes that share a column.
-    __device__ static void store_plane(u32* operands, const u32 (&ones)[N]) {
-        unrolled<4>([&](auto part) {
-            if (lane_id() != part.value) return;
-            constexpr int FIRST = part.value * (D / 4) / 32, SHIFT = part.value * (D / 4) % 32;
-            if constexpr (D == 64) {
-                operands[part.value] = ones[FIRST] >> SHIFT & 0xFFFF;
-            } else if constexpr (D == 96) {
-                operands[part.value] =
-                    __funnelshift_r(ones[FIRST], ones[FIRST < 2 ? FIRST + 1 : 2], SHIFT) & 0xFFFFFF;
-            } else {
-#pragma unroll
-                for (int j = 0; j < N / 4; ++j) operands[j * WARP + part.value] = ones[FIRST + j];
-            }
-        });
-    }
-
     template <int I>
     __device__ void load() {
         const uint4 a = load16_of_line<Layout::vector(I)>(low_page), b = load16_of_line<Layout::vector(I)>(high_page);
@@ -311,9 +248,9 @@ struct SketchScorer {
     template <int I>
     __device__ void load_factors() {
         const uint4 a = load16_of_line<I * 16>(low_factor), b = load16_of_line<I * 16>(high_factor);
-        u32 *const mine = low_factors + 4 * I, *const other = high_factors + 4 * I;
-        mine[0] = a.x, mine[1] = a.y, mine[2] = a.z, mine[3] = a.w;
-        other[0] = b.x, other[1] = b.y, other[2] = b.z, other[3] = b.w;
+        u32 *const low = low_factors + 4 * I, *const high = high_factors + 4 * I;
+        low[0] = a.x, low[1] = a.y, low[2] = a.z, low[3] = a.w;
+        high[0] = b.x, high[1] = b.y, high[2] = b.z, high[3] = b.w;
     }
 
     // This lane's bits of a token, word `I`; where it has fewer than 32, others follow that meet no digit.
@@ -338,13 +275,13 @@ struct SketchScorer {
     __device__ void count_token(Counts& counts) {
         const Bits<TOKEN> bits(low, high);
 #pragma unroll
-        for (int i = 0; i < TILES * ROUNDS; ++i)
-            bits.count(counts[i / ROUNDS][i % ROUNDS], query[i / ROUNDS][i % ROUNDS]);
+        for (int i = 0; i < TILES * DIGIT_PAIRS; ++i)
+            bits.count(counts[i / DIGIT_PAIRS][i % DIGIT_PAIRS], digits[i / DIGIT_PAIRS][i % DIGIT_PAIRS]);
         constexpr int FROM = TOKEN * D / 512, TO = (TOKEN + 1) * D / 512;
         unrolled<TO - FROM>([&](auto i) { load<FROM + i.value>(); });
     }
 
-    // What a token's counts amount to.
+    // What a token's counts amount to: they are read as floats.
     template <int TOKEN>
     __device__ void add_token(float (&best)[TILES][2], const Counts& counts) {
         const float factors[2] = {factor_of<TOKEN>(low_factors), factor_of<TOKEN>(high_factors)};
@@ -353,10 +290,10 @@ struct SketchScorer {
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
                 const int (&a)[4] = counts[tile][0], (&b)[4] = counts[tile][1];
-                float sum = fmaf(__int_as_float(a[2 * row]), COUNT, -half[tile]);
-                sum = fmaf(__int_as_float(a[2 * row + 1]), 3 * COUNT, sum);
-                sum = fmaf(__int_as_float(b[2 * row]), 9 * COUNT, sum);
-                sum = fmaf(__int_as_float(b[2 * row + 1]), 27 * COUNT, sum);
+                float sum = fmaf(__int_as_float(a[2 * row]), COUNT_SCALE, -offset[tile]);
+                sum = fmaf(__int_as_float(a[2 * row + 1]), 3 * COUNT_SCALE, sum);
+                sum = fmaf(__int_as_float(b[2 * row]), 9 * COUNT_SCALE, sum);
+                sum = fmaf(__int_as_float(b[2 * row + 1]), 27 * COUNT_SCALE, sum);
                 best[tile][row] = fmaxf(best[tile][row], factors[row] * sum);  // a NaN is never the largest
             }
         }
@@ -388,10 +325,10 @@ struct SketchScorer {
     };
 };
 
-template <int MOST_HEADS>
+template <int MAX_HEADS>
 struct Sketch {
     template <typename T, int D>
     using Summary = SketchSummary<T, D>;
     template <typename T, int D, int HEAD_TILES>
-    using Scorer = SketchScorer<T, D, HEAD_TILES, MOST_HEADS>;
+    using Scorer = SketchScorer<T, D, HEAD_TILES, MAX_HEADS>;
 };

@@ -17,8 +17,8 @@ def query_bytes(head_dim: int, group: int) -> int:
 
 
 def merge_bytes(head_dim: int, group: int, ctas: int, warps: int) -> tuple[int, int]:
-    """`MergeRoom` of cuda/common/merge.cuh: the merge's own, and the warps' sums, which may take the place of what is
-    not needed any more."""
+    """`MergeBuffers` of cuda/common/merge.cuh: the merge's own, and the warps' sums, which may take the place of what
+    is not needed any more."""
     words = head_tiles(group) * head_dim // 2 * ((min(group, MMA_HEADS) + 1) // 2)
     of_heads = 8 * head_tiles(group) * MMA_HEADS  # a largest logit and a sum of weights for each
     return (ctas + warps) * of_heads + UNIT * ctas * (-(-words // ctas) + 1), UNIT * warps * words
