@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
@@ -12,6 +13,7 @@ from sparsekv.cache.layer_kinds import plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
+from sparsekv.pages import FORMATS, RESIDENCIES
 from sparsekv.policies import POLICIES, Reads
 
 
@@ -22,13 +24,16 @@ def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None
         model_config: the model's; of a multimodal model its text part is used.
 
     Raises:
-        UnknownNameError: there is no such digest or policy.
-        ConfigError: `dense_layers` names a layer that the model does not have, or the digest cannot be kept of heads
-            of this size.
+        UnknownNameError: there is no such digest, policy, page format or residency.
+        ConfigError: `dense_layers` names a layer that the model does not have, or there are no such pages, or no such
+            digests, of heads of this size.
     """
     digest, policy, plain = DIGESTS.get(config.digest)(), POLICIES.get(config.policy), plain_layers(model_config)
-    head_dim = _head_dim(model_config)
+    head_dim, kind = _head_dim(model_config), FORMATS.get(config.page_format)()
+    RESIDENCIES.get(config.residency)
     _check_dense_layers(config, len(DynamicCache(config=model_config).layers))
+    if head_dim is not None:
+        kind.record(config.page_size, head_dim, torch.float16)
     is_scored = policy.reads is Reads.DIGESTS and len(config.dense_among(plain)) < len(plain)
     if is_scored and head_dim is not None:
         digest.fields(config.page_size, head_dim)
