@@ -1,8 +1,6 @@
 // append_kv: writes new tokens into their pages and brings the digests of the pages they touch up to date. A warp
 // takes one page of one kv head, for a prompt of any length and for one new token alike.
 #include "common/append.cuh"
-#include "common/minmax.cuh"
-#include "common/sketch_score.cuh"
 
 template <typename T, int D, typename Kind>
 __global__ void __launch_bounds__(256)
@@ -13,9 +11,8 @@ __global__ void __launch_bounds__(256)
               const int* block_table,  // [b, max_pages]
               const int* seq_lens,     // [b] after the append
               u16* kv_pool,            // [num_pages, 2, hkv, page_size, d]
-              void* digest, u16* factors, i8* means, float* units, const float* flips,  // see Digests
-              i64 key_batch, i64 key_head, i64 key_token, i64 value_batch, i64 value_head, i64 value_token, int t,
-              int num_kv_heads, int page_shift, int max_pages, int most_touched) {
+              Digests digests, i64 key_batch, i64 key_head, i64 key_token, i64 value_batch, i64 value_head,
+              i64 value_token, int t, int num_kv_heads, int page_shift, int max_pages, int most_touched) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int row = blockIdx.y, item = blockIdx.x * num_warps() + warp_id();
@@ -26,6 +23,5 @@ __global__ void __launch_bounds__(256)
     const Page page(kv_pool, block_table[i64(row) * max_pages + slot], head, num_kv_heads, page_shift, D);
     const NewTokens fresh = {key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
                              columns ? columns + i64(row) * t : nullptr, key_token, value_token};
-    append_to_page<T, D, Kind>(page, {digest, factors, means, units, flips}, fresh, first, start, length,
-                               1 << page_shift);
+    append_to_page<T, D, Kind>(page, digests, fresh, first, start, length, 1 << page_shift);
 }

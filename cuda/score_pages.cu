@@ -1,7 +1,6 @@
 // score_pages: a score per (sequence, kv head, page), -inf past a sequence's end. A warp takes sixteen pages at a
 // time; the CTAs split the pages of every sequence and head.
-#include "common/minmax.cuh"
-#include "common/sketch_score.cuh"
+#include "common/digest.cuh"
 
 // What a warp scores: tiles first, first + stride, ... of one sequence and kv head. The digests of a page's heads lie
 // side by side, and the warps of a CTA take neighbouring heads of the same pages, which memory likes.
@@ -45,18 +44,19 @@ __device__ void score_share(Scorer& scorer, const Share& share, const u16* query
 
 template <typename T, int D, int HEAD_TILES, typename Kind>
 __global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
-    score_pages(const u16* query,                                                         // [b, hq, d]
-                void* digest, u16* factors, i8* means, float* units, const float* flips,  // see Digests
-                const int* block_table,                                                   // [b, max_pages]
-                const int* seq_lens,                                                      // [b]
-                float* scores,  // [b, hkv, max_pages]; POOL_NONE: [b, hq, max_pages]
+    score_pages(const u16* query,  // [b, hq, d]
+                Digests digests,
+                const int* block_table,  // [b, max_pages]
+                const int* seq_lens,     // [b]
+                float* scores,           // [b, hkv, max_pages]; POOL_NONE: [b, hq, max_pages]
                 int num_kv_heads, int heads, int group, int page_shift, int max_pages, int pooling) {
     extern __shared__ uint4 staged[];
     wait_for_previous_kernel();
     let_next_kernel_start();
     using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
     const Share share(staged, Scorer::STAGED, heads, num_kv_heads);
-    Scorer scorer({digest, factors, means, units, flips}, num_kv_heads, share.head, page_shift);
+    check_shared_end(staged + heads * Scorer::STAGED);
+    Scorer scorer(digests, num_kv_heads, share.head, page_shift);
     const i64 item = share.item();
     const int count = (seq_lens[share.row] + (1 << page_shift) - 1) >> page_shift;
     const auto take = [&](int tile, const float (&by_head)[HEAD_TILES][4]) {

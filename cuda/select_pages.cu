@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(512)
     room.candidates = base + ceil_div(max_pages, TILE * 4) * 4;
     room.tiles = reinterpret_cast<int*>(room.candidates + k * TILE);
     room.chosen = room.tiles + k;
+    check_shared_end(room.chosen + k);
 #pragma unroll 4
     for (int base = warp_id() * WARP * 4; base < count;
          base += blockDim.x * 4) {  // four pages to a lane, a tile to four

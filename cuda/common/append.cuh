@@ -48,7 +48,7 @@ __device__ void append_to_page(const Page& page, const Digests& digests, const N
         }
     }
     __syncwarp();
-    if (digests.first) summary.store(page, digests, end - first, page_size, part, parts);
+    summary.store(page, digests, end - first, page_size, part, parts);
 }
 
 // One new token into a page, at `offset` tokens from its start. The digest is left as it is.

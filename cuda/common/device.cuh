@@ -23,6 +23,17 @@ __device__ inline int warp_id() { return threadIdx.x / WARP; }
 __device__ inline int num_warps() { return blockDim.x / WARP; }
 __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// What a kernel lays out in its dynamic shared memory ends here, and nowhere else: sparsekv/ops/rooms.py has counted
+// the same. A debug build (SPARSEKV_DEBUG=1) stops where that is not so.
+__device__ inline void check_shared_end([[maybe_unused]] const void* end) {
+#ifdef SPARSEKV_DEBUG
+    extern __shared__ char dynamic_shared[];
+    u32 bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    if (end != dynamic_shared + bytes) __trap();
+#endif
+}
+
 // The hardware's own: one instruction each, good to about two units in the last place.
 __device__ inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));

@@ -1,30 +1,31 @@
-// What the kernels know of a digest: where its tensors lie, and two parts that a kind of digest has (minmax.cuh,
-// sketch.cuh). A kind is a type with, for element type T and head size D,
+// What the kernels know of a digest: where its tensors lie, and the two parts of its kind. A kind is a type in a
+// header that includes this one; the digest's class names both (DigestKernel of sparsekv/ops/formulas.py), and they
+// are compiled into every kernel that keeps or scores digests. It has, for element type T and head size D,
 //
 // - `Summary<T, D>`, made by a warp while it appends to a page: `WHOLE`, whether all of the page's keys are needed,
 //   `SHARED`, whether several warps may share the work, `take(8 channels of a key)` and
 //   `store(page, digests, count, page_size, part, parts)`, part of what `parts` warps store together;
 // - `Scorer<T, D, HEAD_TILES>`, a warp that scores tiles of sixteen pages, one after the other: `stage` and `use` a
-//   query, `aim` at the next tile's pages, `load_first`, and `score`, which loads the next tile as it goes.
+//   query, which takes `STAGED` words of 16 bytes, `aim` at the next tile's pages, `load_first`, and `score`, which
+//   loads the next tile as it goes.
 #pragma once
 #include "common/device.cuh"
 
 constexpr int TILE = 16;      // pages that a warp scores at once
 constexpr int MMA_HEADS = 8;  // query heads of one matrix product
 
-// Words of 16 bytes that a query takes which is staged to be scored by, at most.
-template <int D, int HEAD_TILES>
-constexpr int SCORE_WORDS = HEAD_TILES * (2 * D + 8);
-
 enum GroupPooling { POOL_MAX = 0, POOL_SUM = 1, POOL_NONE = 2 };
 
-// A digest's tensors; what a kind does not have is null. Without `first`, none is kept.
+// A digest's tensors, contiguous, in the order of its class: its fields [num_pages, hkv, ...], then its fixed state
+// [hkv, ...]. `digests.at<u16>(i)` is the i-th.
 struct Digests {
-    void* first;         // min/max: [num_pages, hkv, 2, d]; sketch: signs [num_pages, hkv, page_size * d / 8]
-    u16* factors;        // sketch: [num_pages, hkv, page_size]
-    i8* means;           // sketch: [num_pages, hkv, d]
-    float* units;        // sketch: [num_pages, hkv], what 1 of a mean is worth
-    const float* flips;  // sketch: [hkv, 2, d]
+    static constexpr int MAX_TENSORS = 8;
+    void* tensors[MAX_TENSORS];
+
+    template <typename Element>
+    __device__ Element* at(int i) const {
+        return static_cast<Element*>(tensors[i]);
+    }
 };
 
 // A page of one kv head.
@@ -41,6 +42,16 @@ struct Page {
 };
 
 __device__ inline void store16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
+
+// Of a layer whose pages are never scored.
+struct NoDigest {
+    template <typename T, int D>
+    struct Summary {
+        static constexpr bool WHOLE = false, SHARED = false;
+        __device__ void take(uint4) const {}
+        __device__ void store(const Page&, const Digests&, int, int, int, int) const {}
+    };
+};
 
 // The ids of pages, tile by tile. A lane loads from two, slots lane / 4 and lane / 4 + 8, and asks for one of the
 // tile after, slot lane % 16. They are read a tile ahead, so that no load of a digest waits for one of the table.

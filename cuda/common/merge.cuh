@@ -107,6 +107,7 @@ struct MergeRoom {
         slices = reinterpret_cast<float4*>(of_cta + ctas);
         of_warp = reinterpret_cast<Heads<HEADS>*>(slices + ctas * (width + 1));
         sums = static_cast<float4*>(reused);
+        check_shared_end(of_warp + num_warps());
     }
 };
 

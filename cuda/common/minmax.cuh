@@ -1,4 +1,4 @@
-// Min/max digests: the channel-wise minimum and maximum of a page's keys, in the keys' type.
+// Min/max digests: the channel-wise minimum and maximum of a page's keys, in the keys' type, [num_pages, hkv, 2, d].
 //
 // They give Quest's bound of a page's best dot product: sum over channels of max(q * min, q * max), which is q- * min
 // + q+ * max and hence a matrix product on the tensor cores: pages [16, 2 d] x query heads [2 d, 8]. Products of
@@ -45,7 +45,7 @@ struct MinMaxSummary {
             high = max8<T>(high, shuffle8(high, lane_id() % LANES + other * LANES));
         }
         if (lane_id() >= LANES) return;
-        u16* const digest = static_cast<u16*>(digests.first) + page.item * 2 * D + lane_id() * 8;
+        u16* const digest = digests.at<u16>(0) + page.item * 2 * D + lane_id() * 8;
         store16(digest, low);
         store16(digest + D, high);
     }
@@ -70,7 +70,7 @@ struct MinMaxScorer {
     const u16 *low_page, *high_page;
 
     __device__ MinMaxScorer(const Digests& digests, int num_kv_heads, int head, int)
-        : digests(static_cast<const u16*>(digests.first)), num_kv_heads(num_kv_heads), head(head) {}
+        : digests(digests.at<u16>(0)), num_kv_heads(num_kv_heads), head(head) {}
 
     // The query head that this lane's scores[tile][i] and scores[tile][2 + i] belong to.
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + lane_id() % 4 * 2 + i; }

@@ -4,6 +4,22 @@
 #pragma once
 #include "common/digest.cuh"
 
+// The tensors of SignSketch, in its order. Kernels rotate by the flips alone, without the matrix.
+struct SketchTensors {
+    char* signs;         // [num_pages, hkv, page_size * d / 8]
+    u16* factors;        // [num_pages, hkv, page_size]
+    i8* means;           // [num_pages, hkv, d]
+    float* units;        // [num_pages, hkv], what 1 of a mean is worth
+    const float* flips;  // [hkv, 2, d]; before it lies the rotation, [hkv, d, d]
+
+    __device__ SketchTensors(const Digests& digests)
+        : signs(digests.at<char>(0)),
+          factors(digests.at<u16>(1)),
+          means(digests.at<i8>(2)),
+          units(digests.at<float>(3)),
+          flips(digests.at<float>(5)) {}
+};
+
 __device__ inline float sum_of_warp(float x) {
 #pragma unroll
     for (int step = 1; step < WARP; step *= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
@@ -98,21 +114,22 @@ struct SketchSummary {
 
     // Every warp makes the mean, and the signs of every `parts`-th token. Lane l has channels l, l + 32, ...
     __device__ void store(const Page& page, const Digests& digests, int count, int page_size, int part, int parts) {
+        const SketchTensors tensors(digests);
         float mean[N];
         const float unit = round_mean(count, mean);
-        u16* const factors = digests.factors + page.item * page_size;
+        u16* const factors = tensors.factors + page.item * page_size;
         if (part == 0) {
-            i8* const means = digests.means + page.item * D;
+            i8* const means = tensors.means + page.item * D;
 #pragma unroll
             for (int i = 0; i < N; ++i) means[i * WARP + lane_id()] = __float2int_rn(mean[i]);
-            if (lane_id() == 0) digests.units[page.item] = unit;
+            if (lane_id() == 0) tensors.units[page.item] = unit;
             for (int token = count + lane_id(); token < page_size; token += WARP)
                 factors[token] = 0x7FFF;  // NaN: none
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = __fmul_rn(mean[i], unit);
-        char* const signs = static_cast<char*>(digests.first) + page.item * page_size * (D / 8);
-        const Rotation<D> rotate(digests.flips + page.head * 2 * D);
+        char* const signs = tensors.signs + page.item * page_size * (D / 8);
+        const Rotation<D> rotate(tensors.flips + page.head * 2 * D);
 #pragma unroll 1
         for (int token = part; token < count; token += parts) {
             float x[N], squares = 0.f, sizes = 0.f;

@@ -65,12 +65,12 @@ struct SketchScorer {
     const float *units, *flips;
     int num_kv_heads, head, page_shift;
 
-    __device__ SketchScorer(const Digests& digests, int num_kv_heads, int head, int page_shift)
-        : signs(static_cast<const char*>(digests.first) + Layout::lane_offset(lane_id())),
-          factors(digests.factors),
-          means(digests.means),
-          units(digests.units),
-          flips(digests.flips + head * 2 * D),
+    __device__ SketchScorer(const SketchTensors& tensors, int num_kv_heads, int head, int page_shift)
+        : signs(tensors.signs + Layout::lane_offset(lane_id())),
+          factors(tensors.factors),
+          means(tensors.means),
+          units(tensors.units),
+          flips(tensors.flips + head * 2 * D),
           num_kv_heads(num_kv_heads),
           head(head),
           page_shift(page_shift) {}

@@ -12,7 +12,7 @@ from sparsekv.errors import SparseKVError
 from sparsekv.ops import reference
 from sparsekv.ops.formulas import formula
 from sparsekv.ops.step import sparse_decode
-from sparsekv.testing.soak import TIE, same_summary
+from sparsekv.testing.soak import same_summary, tolerance_of
 
 from .attention_inputs import Inputs
 
@@ -147,7 +147,7 @@ class Check:
         valid = (position < self.point.context).repeat(self.rows.stop, 1)
         expected = [x.to(field.dtype) for x, field in zip(self._summarize(pages, valid), layer.summary, strict=True)]
         try:
-            same_summary("digests", [field[pages] for field in layer.summary], expected, self.point)
+            same_summary(self.step.digest, [field[pages] for field in layer.summary], expected, "digests", self.point)
         except SparseKVError as error:
             message = f"Digests after the {name} step are not those of their pages: no speed."
             raise SparseKVError(message) from error
@@ -164,7 +164,7 @@ class Check:
             query, None, None, *lengths, layer.kv_pool, layer.summary, layer.state, None, self.step.digest, "max",
             point.k, point.config.sinks, point.config.recent_tokens, point.scaling, 0.0, self.inputs.sinks,
         )[2]  # fmt: skip
-        if not same_pages(slots[self.rows], expected, scores, max(NEAR_TIE, TIE[self.step.digest])):
+        if not same_pages(slots[self.rows], expected, scores, max(NEAR_TIE, tolerance_of(self.step.digest))):
             raise SparseKVError(f"The {name} step reads other pages than the reference chooses: no speed.")
 
     def _output(self, name: str, out: Tensor, slots: Tensor | None) -> None:

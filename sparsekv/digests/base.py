@@ -2,7 +2,8 @@
 
 A new digest is one file here: a subclass of `Digest` under `@register("name")`, imported in `__init__`. It may keep
 any number of tensors per page and kv head (per-token summaries have the page size in their shape), in any dtype, and
-tensors per kv head that are fitted once to a prompt and stay fixed.
+tensors per kv head that are fitted once to a prompt and stay fixed. On a GPU it runs in plain torch, or in the
+kernels if its class names a header that says how (`kernel`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sparsekv.ops import FORMULAS, Formula
+from sparsekv.ops import FORMULAS, DigestKernel, Formula
 from sparsekv.registry import Registry
+
+__all__ = ["DIGESTS", "Digest", "DigestKernel", "Field", "register"]
 
 
 @dataclass(frozen=True)

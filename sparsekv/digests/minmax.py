@@ -11,12 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sparsekv.digests.base import Digest, Field, register
+from sparsekv.digests.base import Digest, DigestKernel, Field, register
 
 
 @register("minmax")
 class MinMax(Digest):
     """One field `[2, d]` per page and kv head, in the keys' dtype: the minimum, then the maximum."""
+
+    kernel = DigestKernel("common/minmax.cuh", "MinMax", (None,), staged=lambda d, heads: 2 * d * -(-heads // 8))
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         return [Field((2, head_dim))]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sparsekv.digests.base import Digest, Field, register
+from sparsekv.digests.base import Digest, DigestKernel, Field, register
 from sparsekv.errors import ConfigError
 
 ROTATION_SEED = 0
@@ -52,6 +52,15 @@ class SignSketch(Digest):
     # 1 had a rotation by QR decomposition and did not round the query; 2 centred all keys on the mean of the first
     # prompt's, and left q.mean out.
     revision = 3
+    # The query becomes whole numbers up to 40: a channel half-way between two of them may go either way, at a percent
+    # of the scores of its head.
+    kernel = DigestKernel(
+        "common/sketch_score.cuh",
+        "Sketch<{heads}>",
+        (torch.uint8, torch.float16, torch.int8, *[torch.float32] * 3),
+        staged=lambda head_dim, heads: heads // 4 * _tile_words(head_dim),
+        tolerance=2e-2,
+    )
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         if head_dim % 8:
@@ -95,6 +104,25 @@ class SignSketch(Digest):
         of_mean = torch.einsum("bhgd,bnhd->bhgn", query, mean.float()) * rearrange(unit, "b pages h -> b h 1 pages")
         return best + of_mean * of_query
 
+    def why_unlike(self, summary: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+        """Up to the order of sums: it decides about means half-way between two whole numbers, signs of channels near
+        zero, and the last bits of factors."""
+        signs, factors, means, units = summary
+        expected_signs, expected_factors, expected_means, expected_units = expected
+        if not torch.allclose(units, expected_units, rtol=1e-5, equal_nan=True):
+            return "other units of means"
+        same = (means == expected_means).all(-1)  # where a channel is half-way, all else may differ
+        if int((~same).sum()) > 2 + 1e-2 * same.numel():
+            return f"{int((~same).sum())} of {same.numel()} means are others"
+        if not torch.allclose(factors[same], expected_factors[same], rtol=4e-3, atol=1e-6, equal_nan=True):
+            return "other factors"
+        by_token = rearrange(signs ^ expected_signs, "m h block part token byte -> m h (block token) (part byte)")
+        differ = by_token[same][expected_factors[same].isfinite()]
+        bits = (differ[..., None] >> torch.arange(8, device=differ.device, dtype=torch.uint8)) & 1
+        if int(bits.sum()) > 2 + 1e-4 * bits.numel():
+            return f"{int(bits.sum())} of {bits.numel()} signs are others"
+        return None
+
 
 def _layout(page_size: int, head_dim: int) -> tuple[int, int, int, int]:
     """Blocks of a page, parts of a token, tokens of a block, and bytes of a token's part."""
@@ -102,6 +130,13 @@ def _layout(page_size: int, head_dim: int) -> tuple[int, int, int, int]:
     size = head_dim // 8 // parts
     tokens = math.gcd(page_size, 1 << (-(-LANE_BYTES // size) - 1).bit_length())
     return page_size // tokens, parts, tokens, size
+
+
+def _tile_words(head_dim: int) -> int:
+    """Words of 16 bytes of four heads' query in a kernel: digits as planes of bits for two products, in every lane;
+    half counts and units; and the bytes that meet a mean, in every lane."""
+    planes = 2 * (4 if head_dim == 256 else 2) * 32
+    return (planes + 16 + head_dim // 16 * 32) // 4
 
 
 def _mixing(head_dim: int) -> Tensor:

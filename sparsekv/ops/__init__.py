@@ -13,9 +13,10 @@ import torch
 
 from sparsekv.ops import schema
 from sparsekv.ops.cuda import why_reference
-from sparsekv.ops.formulas import FORMULAS, Formula
+from sparsekv.ops.formulas import FORMULAS, DigestKernel, Formula
+from sparsekv.ops.step import StepArguments
 
-__all__ = ["FORMULAS", "Formula", "for_backend", "why_reference"]
+__all__ = ["FORMULAS", "DigestKernel", "Formula", "StepArguments", "for_backend", "why_reference"]
 
 _PLAIN = SimpleNamespace(**schema.PLAIN)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.ops import instances
-from sparsekv.ops.launch import arguments, launch, readable, usable
+from sparsekv.ops.launch import launch, readable, usable
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,15 +66,9 @@ def rotate_on_gpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple
     turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
     rows = [0 if len(x) == 1 else x.stride(0) for x in (cos, sin)]
     strides = [np.int64(n) for n in (*query.stride()[:2], *key.stride()[:2], *rows)]
-    args = [*arguments(*tensors, *turned), *strides, *arguments(num_q_heads, num_kv_heads, d)]
-    warps = 8
-    launch(
-        instances.elementwise("rotate", query.dtype),
-        query,
-        (-(-(num_q_heads + num_kv_heads) // warps), b, 1),
-        warps,
-        args,
-    )
+    args, warps = [*tensors, *turned, *strides, num_q_heads, num_kv_heads, d], 8
+    grid = (-(-(num_q_heads + num_kv_heads) // warps), b, 1)
+    launch(instances.elementwise("rotate", query.dtype), query, grid, warps, args)
     return turned[0], turned[1]
 
 
@@ -86,7 +80,7 @@ def rms_norm_on_gpu(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return rms_norm(x, weight, epsilon)
     rows = readable(x.reshape(-1, d))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    args = [*arguments(rows, weight, out), np.int64(rows.stride(0)), *arguments(d, float(epsilon))]
+    args = [rows, weight, out, np.int64(rows.stride(0)), d, float(epsilon)]
     warps = min(max(-(-d // (8 * 32)), 1), 32)
     launch(instances.elementwise("rms_norm", x.dtype), x, (len(rows), 1, 1), warps, args)
     return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,16 +26,28 @@ if TYPE_CHECKING:
 OLDEST_CAPABILITY = (8, 0)  # bf16 arithmetic and asynchronous copies
 # Of cuda.core.ProgramOptions, beside the architecture and the include path. Generic lambdas must be device code.
 OPTIONS: dict[str, Any] = {"std": "c++17", "device_as_default_execution_space": True}
+DEBUG = os.environ.get("SPARSEKV_DEBUG") == "1"  # kernels that check how much shared memory they were given
+if DEBUG:
+    OPTIONS["define_macro"] = "SPARSEKV_DEBUG"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One instantiation of a kernel template."""
+    """One instantiation of a kernel template.
 
-    source: str  # a file of `cuda/`, such as "attend_pages.cu"
-    expression: str  # what NVRTC is asked for, such as "attend_pages<bf16, 128, 1>"
+    Attributes:
+        source: a file of `cuda/`, such as "attend_pages.cu".
+        expression: what NVRTC is asked for, such as "attend_pages<bf16, 128, 1>".
+        headers: what is included before the source: below `cuda/`, or absolute.
+        claim: an expression in C++ that must be true; what Python has counted for the kernel, say.
+    """
+
+    source: str
+    expression: str
+    headers: tuple[str, ...] = ()
+    claim: str = "true"
 
     def __str__(self) -> str:
         return f"{self.expression} of {self.source}"
@@ -147,10 +160,10 @@ def compile_cubin(spec: KernelSpec, arch: str) -> Cubin:
     from cuda.core import Program, ProgramOptions
 
     _log.info("compiling %s for %s", spec, arch)
-    text = _read_source(spec).decode()
     try:
-        options = ProgramOptions(name=spec.source, arch=arch, include_path=str(sources_dir()), **OPTIONS)
-        code = Program(text, "c++", options).compile("cubin", name_expressions=(spec.expression,))
+        folders = [str(sources_dir()), *(str(path.parent) for path in _own_headers(spec))]
+        options = ProgramOptions(name=spec.source, arch=arch, include_path=folders, **OPTIONS)
+        code = Program(_text(spec), "c++", options).compile("cubin", name_expressions=(spec.expression,))
     except Exception as error:  # cuda-core has no public name for the class it raises
         log = str(error).strip()
         raise KernelCompileError(f"NVRTC {nvrtc_version()} does not compile {spec} for {arch}: {log}") from error
@@ -163,11 +176,23 @@ def _require_available(device: int | None = None) -> None:
         raise KernelCompileError(reason)
 
 
-def _read_source(spec: KernelSpec) -> bytes:
+def _text(spec: KernelSpec) -> str:
+    """What is compiled."""
+    includes = "".join(f'#include "{header}"\n' for header in spec.headers)
+    source = _read(spec, sources_dir() / spec.source).decode()
+    return f'{includes}#line 1 "{spec.source}"\n{source}\nstatic_assert({spec.claim});\n'
+
+
+def _own_headers(spec: KernelSpec) -> list[Path]:
+    """Those that are not below `cuda/`."""
+    return [Path(header) for header in spec.headers if Path(header).is_absolute()]
+
+
+def _read(spec: KernelSpec, path: Path) -> bytes:
     try:
-        return (sources_dir() / spec.source).read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise KernelCompileError(f"The source of {spec} cannot be read: {error}") from error
+        raise KernelCompileError(f"A source of {spec} cannot be read: {error}") from error
 
 
 def cached_cubin(spec: KernelSpec, arch: str) -> Cubin:
@@ -198,8 +223,9 @@ def _key(spec: KernelSpec, arch: str) -> str:
     must not end up under the key of what it was before.
     """
     headers = sorted(path for path in (sources_dir() / "common").rglob("*") if path.is_file())
-    contents = [(path.name, sha256(path.read_bytes()).hex()) for path in headers]
-    parts = (kernel_files.FORMAT, nvrtc_version(), OPTIONS, arch, spec, sha256(_read_source(spec)).hex(), contents)
+    beside = [path for own in _own_headers(spec) for path in sorted(own.parent.glob("*.cuh"))]
+    contents = [(path.name, sha256(_read(spec, path)).hex()) for path in (*headers, *_own_headers(spec), *beside)]
+    parts = (kernel_files.FORMAT, nvrtc_version(), OPTIONS, arch, spec, sha256(_text(spec).encode()).hex(), contents)
     return sha256(repr(parts).encode()).hex()
 
 

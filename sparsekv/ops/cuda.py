@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.ops import compiler, instances, reference
-from sparsekv.ops.launch import arguments, launch, readable, usable
+from sparsekv.ops import compiler, instances, reference, rooms
+from sparsekv.ops.formulas import MAX_TENSORS, DigestKernel, kernel_of, with_kernels
+from sparsekv.ops.launch import launch, readable, usable
 from sparsekv.ops.plans import UNIT, Split, attend_plan, score_plan, selectable, step_plan
-from sparsekv.ops.step import step_by_step
+from sparsekv.ops.step import Result, StepArguments, step_by_step
 
 POOLINGS = {"max": 0, "sum": 1}
 PER_HEAD = 2  # in place of a pooling: a score for every query head
@@ -37,8 +38,8 @@ def why_reference(
         return f"there are kernels for CUDA, and the device is {device.type}"
     head_dim, group = geometry or (instances.HEAD_DIMS[0], 1)
     reason = compiler.unavailable(device.index or 0) or instances.why_not(dtype, head_dim, group, page_size)
-    if reason is None and digest not in instances.DIGESTS:
-        known = ", ".join(map(repr, instances.DIGESTS))
+    if reason is None and kernel_of(digest) is None:
+        known = ", ".join(map(repr, with_kernels()))
         return f"digest {digest!r} is appended and scored in plain torch (kernels: {known})"
     return reason
 
@@ -64,8 +65,8 @@ def append_kv(
     digest: str,
 ) -> None:
     """See `reference.append_kv`."""
-    other_digest = bool(summary) and not _keeps(digest, summary, state, kv_pool)
-    if other_digest or not _served(key, kv_pool):
+    kernel = _kernel(digest, summary, state, kv_pool) if summary else instances.NO_DIGEST
+    if kernel is None or not _served(key, kv_pool):
         reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest)
         return
     key, value = readable(key), readable(value)
@@ -78,14 +79,9 @@ def append_kv(
     warps = 4
     grid = (-(-touched * num_kv_heads // warps), b, 1)
     strides = [np.int64(stride) for tensor in (key, value) for stride in tensor.stride()[:3]]
-    args = arguments(key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool)
-    args += [
-        *_digests(digest, summary, state),
-        *strides,
-        *arguments(t, num_kv_heads, _log2(page_size), block_table.shape[1], touched),
-    ]
-    spec = instances.append_kv(kv_pool.dtype, head_dim, digest if summary else instances.DIGESTS[0])
-    launch(spec, kv_pool, grid, warps, args)
+    args: list[Any] = [key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool]
+    args += [*_digests(summary, state), *strides, t, num_kv_heads, _log2(page_size), block_table.shape[1], touched]
+    launch(instances.append_kv(kv_pool.dtype, head_dim, kernel), kv_pool, grid, warps, args)
 
 
 def score_pages(
@@ -103,43 +99,36 @@ def score_pages(
     num_kv_heads, max_pages = reference.kv_heads_of(summary), block_table.shape[1]
     b, num_q_heads, head_dim = query.shape
     group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
-    served = instances.why_not(query.dtype, head_dim, group, page_size) is None
-    served = served and _keeps(digest, summary, state, query)
-    if not served or not usable(query.device.index):
+    served, kernel = instances.why_not(query.dtype, head_dim, group, page_size) is None, None
+    if served and usable(query.device.index):
+        kernel = _kernel(digest, summary, state, query)
+    if kernel is None:
         return reference.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
         )
     rows = num_q_heads if pooling == PER_HEAD else num_kv_heads
     scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
-    args = arguments(_log2(page_size), max_pages, pooling)
-    plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, digest, max_pages)
-    given = [*arguments(query.contiguous()), *_digests(digest, summary, state)]
-    given += arguments(_int32s(block_table), _int32s(seq_lens), scores, num_kv_heads, plan.heads, group)
+    plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, kernel, max_pages)
+    args: list[Any] = [query.contiguous(), *_digests(summary, state), _int32s(block_table), _int32s(seq_lens), scores]
+    args += [num_kv_heads, plan.heads, group, _log2(page_size), max_pages, pooling]
     grid = (num_kv_heads // plan.heads, plan.chunks, b)
-    launch(plan.spec, query, grid, plan.warps, [*given, *args], plan.shared)
+    launch(plan.spec, query, grid, plan.warps, args, plan.shared)
     if pooling != PER_HEAD:
         return scores
     by_head = scores.unflatten(1, (num_kv_heads, group))
     return reference.pool_group(by_head, seq_lens, page_size, group_pooling, scaling)
 
 
-def _keeps(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like: Tensor) -> bool:
-    """Whether it is a digest that the kernels keep, in their layout; False if none is kept."""
-    if digest == "minmax":
-        expected = [like.dtype]
-    elif digest == "sign_sketch":
-        expected = [torch.uint8, torch.float16, torch.int8, *[torch.float32] * 3]
-    else:
-        return False
-    tensors = [*summary, *state]
-    return [x.dtype for x in tensors] == expected and all(x.is_contiguous() for x in tensors)
+def _kernel(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like: Tensor) -> DigestKernel | None:
+    """How kernels keep and score these tensors of a digest, or None if they do not."""
+    kernel = kernel_of(digest)
+    return kernel if kernel is not None and kernel.serves([*summary, *state], like) else None
 
 
-def _digests(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:
+def _digests(summary: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:
     """`Digests` of cuda/common/digest.cuh."""
-    if digest == "sign_sketch" and summary:
-        return arguments(*summary, state[1])
-    return arguments(summary[0] if summary else None, None, None, None, None)
+    tensors = [*summary, *state]
+    return [*tensors, *[None] * (MAX_TENSORS - len(tensors))]
 
 
 def select_pages(
@@ -157,10 +146,9 @@ def select_pages(
     if not served or not usable(scores.device.index):
         return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
-    args = arguments(scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots)
-    args += arguments(torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens)
-    shared = 16 * -(-max_pages // (4 * UNIT)) + 4 * k * (UNIT + 2)
-    launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, shared)
+    args: list[Any] = [scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots]
+    args += [torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens]
+    launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, rooms.select_bytes(max_pages, k))
     return slots
 
 
@@ -186,66 +174,54 @@ def attend_pages(
     partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
     sinks, wide = _sink_logits(sinks, query)
     slots = None if slots is None else _int32s(slots)
-    args = arguments(query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), slots, sinks, out, lse)
-    args += arguments(partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide)
+    args: list[Any] = [query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), slots, sinks, out, lse]
+    args += [partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide]
     launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.cluster)
     if partials is not None:
-        args = arguments(partials, sinks, out, lse, split.ctas, group, wide)
+        args = [partials, sinks, out, lse, split.ctas, group, wide]
         spec = instances.grouped("merge_attention", query.dtype, head_dim, group, source="attend_pages")
         launch(spec, query, (4, num_kv_heads, b), 8, args)
     return out, lse
 
 
-def sparse_decode(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_pool: Tensor,
-    summary: Sequence[Tensor],
-    state: Sequence[Tensor],
-    limits: Tensor | None,
-    digest: str,
-    group_pooling: str,
-    k: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    scaling: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_decode(*args: Any) -> Result:
     """See `step.sparse_decode`: one kernel where it serves the call, else the ops one after the other."""
-    num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
-    (b, num_q_heads, head_dim), max_pages = query.shape, block_table.shape[1]
+    step = StepArguments(*args)
+    query, kv_pool, max_pages = step.query, step.kv_pool, step.block_table.shape[1]
+    (b, num_q_heads, head_dim), num_kv_heads = query.shape, kv_pool.shape[2]
     group, plan = num_q_heads // num_kv_heads, None
-    if _keeps(digest, summary, state, query) and group_pooling in POOLINGS and _served(query, kv_pool):
-        plan = step_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, digest, max_pages, k)
+    kernel = _kernel(step.digest, step.summary, step.state, query)
+    if kernel is not None and step.group_pooling in POOLINGS and _served(query, kv_pool):
+        shape = (b * num_kv_heads, head_dim, group)
+        plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k)
     if plan is None:
-        new = (key, value, block_table, seq_lens, kv_pool, summary, state, limits, digest, group_pooling)
-        chosen = (k, sink_tokens, recent_tokens, scaling, softcap, sinks)
-        return step_by_step(torch.ops.sparsekv, query, *new, *chosen)
-    key, value = (None if x is None else readable(x.to(kv_pool.dtype)) for x in (key, value))
+        return step_by_step(torch.ops.sparsekv, step)
     out, lse = _outputs(query)
-    slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=query.device)
-    sinks, wide = _sink_logits(sinks, query)
-    limits = None if limits is None else _int32s(limits)
-    query, block_table, seq_lens = query.contiguous(), _int32s(block_table), _int32s(seq_lens)
+    slots = torch.empty(b, num_kv_heads, step.k, dtype=torch.int32, device=query.device)
     keys = None
     if not plan.direct:
         keys = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
-    strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
-    args = arguments(query, key, value, block_table, seq_lens, kv_pool)
-    args += [
-        *_digests(digest, summary, state),
-        *arguments(limits, sinks, keys, slots, out, lse),
-        *strides,
-        *arguments(group, _log2(page_size), max_pages, k),
-    ]
-    args += arguments(sink_tokens, recent_tokens, POOLINGS[group_pooling], float(scaling), float(softcap), wide)
-    split = plan.split
-    launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.ctas)
+    params, split = _step_params(step, keys, slots, out, lse), plan.split
+    launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, params, plan.shared, split.ctas)
     return out, lse, slots
+
+
+def _step_params(step: StepArguments, keys: Tensor | None, slots: Tensor, out: Tensor, lse: Tensor) -> list[Any]:
+    """`StepParams` of cuda/sparse_decode.cu."""
+    (_, num_q_heads, _), (_, _, num_kv_heads, page_size, _) = step.query.shape, step.kv_pool.shape
+    key, value = (None if x is None else readable(x.to(step.kv_pool.dtype)) for x in (step.key, step.value))
+    strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
+    sinks, wide = _sink_logits(step.sinks, step.query)
+    limits = None if step.limits is None else _int32s(step.limits)
+    return [
+        *(step.query.contiguous(), key, value, _int32s(step.block_table), _int32s(step.seq_lens), step.kv_pool),
+        *_digests(step.summary, step.state),
+        *(limits, sinks, keys, slots, out, lse),
+        *strides,
+        *(num_q_heads // num_kv_heads, _log2(page_size), step.block_table.shape[1], step.k),
+        *(step.sink_tokens, step.recent_tokens, POOLINGS[step.group_pooling], wide),
+        *(float(step.scaling), float(step.softcap)),
+    ]
 
 
 def _partials(query: Tensor, rows: int, split: Split, group: int) -> Tensor:

@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops.formulas import DigestKernel, kernel_of, with_kernels
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 96, 128, 256)
@@ -14,7 +15,7 @@ PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MMA_HEADS = 8  # query heads of one matrix product
 MAX_PAGES, MAX_SELECTED = 65_536, 1_024  # of one sequence; in a selection
-DIGESTS = ("minmax", "sign_sketch")  # those the kernels keep and score
+NO_DIGEST = DigestKernel("common/digest.cuh", "NoDigest", (), staged=lambda head_dim, heads: 0)
 
 
 def head_tiles(group: int) -> int:
@@ -22,14 +23,21 @@ def head_tiles(group: int) -> int:
     return -(-group // MMA_HEADS)
 
 
-def _kind(digest: str, group: int) -> str:
-    """The kernels' type for a digest; that of the sketch says how many query heads it has room for."""
-    return "MinMax" if digest == "minmax" else f"Sketch<{max(4, 1 << (group - 1).bit_length())}>"
+def _heads(group: int) -> int:
+    """Query heads that a digest's type has room for."""
+    return max(4, 1 << (group - 1).bit_length())
 
 
-def append_kv(dtype: torch.dtype, head_dim: int, digest: str) -> KernelSpec:
+def staged_words(kernel: DigestKernel, head_dim: int, group: int) -> int:
+    """Words of 16 bytes that a query of a group takes when it is staged to be scored."""
+    return kernel.staged(head_dim, _heads(group))
+
+
+def append_kv(dtype: torch.dtype, head_dim: int, kernel: DigestKernel) -> KernelSpec:
     """Appending."""
-    return KernelSpec("append_kv.cu", f"append_kv<{ELEMENTS[dtype]}, {head_dim}, {_kind(digest, 1)}>")
+    kind = kernel.type_name.format(heads=_heads(1))
+    expression = f"append_kv<{ELEMENTS[dtype]}, {head_dim}, {kind}>"
+    return KernelSpec("append_kv.cu", expression, (str(kernel.header),))
 
 
 def grouped(name: str, dtype: torch.dtype, head_dim: int, group: int, source: str | None = None) -> KernelSpec:
@@ -37,10 +45,12 @@ def grouped(name: str, dtype: torch.dtype, head_dim: int, group: int, source: st
     return KernelSpec(f"{source or name}.cu", f"{name}<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}>")
 
 
-def scoring(name: str, dtype: torch.dtype, head_dim: int, group: int, digest: str) -> KernelSpec:
+def scoring(name: str, dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> KernelSpec:
     """What scores digests: `score_pages`, and the whole step."""
-    shape = f"{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}, {_kind(digest, group)}"
-    return KernelSpec(f"{name}.cu", f"{name}<{shape}>")
+    kind = kernel.type_name.format(heads=_heads(group))
+    shape = f"{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}"
+    claim = f"{kind}::Scorer<{shape}>::STAGED == {staged_words(kernel, head_dim, group)}"
+    return KernelSpec(f"{name}.cu", f"{name}<{shape}, {kind}>", (str(kernel.header),), claim)
 
 
 def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
@@ -51,22 +61,22 @@ def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
 SELECT_PAGES = KernelSpec("select_pages.cu", "select_pages")
 
 
-def of_model(dtype: torch.dtype, head_dim: int, group: int, digest: str) -> list[KernelSpec]:
+def of_model(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> list[KernelSpec]:
     """All kernels that one geometry can need."""
     return [
-        append_kv(dtype, head_dim, digest),
+        *(append_kv(dtype, head_dim, kept) for kept in (kernel, NO_DIGEST)),
         *(elementwise(name, dtype) for name in ("rotate", "rms_norm")),
         SELECT_PAGES,
-        *(scoring(name, dtype, head_dim, group, digest) for name in ("score_pages", "sparse_decode")),
+        *(scoring(name, dtype, head_dim, group, kernel) for name in ("score_pages", "sparse_decode")),
         grouped("attend_pages", dtype, head_dim, group),
         grouped("merge_attention", dtype, head_dim, group, source="attend_pages"),
     ]
 
 
 def promised() -> list[KernelSpec]:
-    """Every instantiation, each once."""
-    groups = (MMA_HEADS // 2, MMA_HEADS, MAX_GROUP)
-    geometries = itertools.product(ELEMENTS, HEAD_DIMS, groups, DIGESTS)
+    """Every instantiation, each once, for every digest that has a kernel."""
+    groups, kernels = (MMA_HEADS // 2, MMA_HEADS, MAX_GROUP), filter(None, map(kernel_of, with_kernels()))
+    geometries = itertools.product(ELEMENTS, HEAD_DIMS, groups, kernels)
     return list(dict.fromkeys(spec for geometry in geometries for spec in of_model(*geometry)))
 
 

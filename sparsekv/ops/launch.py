@@ -1,11 +1,17 @@
-"""How a kernel gets onto a GPU: what the GPU can do, arguments in C's types, and the launch itself."""
+"""How a kernel gets onto a GPU: what the GPU can do, arguments as C lays them out, and the launch itself.
+
+The launch is the driver's, as cuda-core's own takes no structs.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import struct
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +24,8 @@ from sparsekv.ops import compiler
 from sparsekv.ops.compiler import KernelSpec
 
 if TYPE_CHECKING:
-    from cuda.core import Kernel, LaunchConfig, Stream
+    from cuda.bindings.driver import CUlaunchAttribute, CUlaunchConfig
+    from cuda.core import Kernel
 
 WARP = 32
 STATIC_SHARED = 12_288  # bytes of shared memory, at most, that a kernel has without asking
@@ -57,24 +64,17 @@ def usable(device: int) -> bool:
     return obstacle is None
 
 
-@functools.lru_cache(4096)
-def _int32(number: int) -> np.int32:
-    return np.int32(number)
+def packed(args: Sequence[Any]) -> bytes:
+    """Kernel arguments one behind the other, as C lays them out, whether the kernel takes them one by one or as the
+    members of one struct: tensors and None are pointers, ints `int`, numpy's int64 `long long`, floats `float`."""
+    values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in args]
+    return struct.pack("@" + "".join(map(_format, args)), *values)
 
 
-def arguments(*values: Any) -> list[Any]:
-    """Kernel arguments in C's types: tensors and None become pointers, ints int and floats float."""
-    return [_argument(value) for value in values]
-
-
-def _argument(value: Any) -> Any:
-    if value is None:
-        return 0
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    if isinstance(value, int):
-        return _int32(value)
-    return np.float32(value) if isinstance(value, float) else value
+def _format(arg: Any) -> str:
+    if arg is None or isinstance(arg, Tensor):
+        return "P"
+    return "q" if isinstance(arg, np.int64) else "f" if isinstance(arg, float) else "i"
 
 
 def readable(tokens: Tensor) -> Tensor:
@@ -88,55 +88,74 @@ def launch(
     like: Tensor,
     grid: tuple[int, int, int],
     warps: int,
-    args: list[Any],
+    args: Sequence[Any],
     shared: int = 0,
     cluster: int = 1,
 ) -> None:
-    """Launches on the current stream of a tensor's device; grid in CTAs, shared memory in bytes.
+    """Launches on the current stream of a tensor's device; grid in CTAs, shared memory in bytes, `args` for `packed`.
 
     Raises:
         KernelError: CUDA refuses the launch.
         KernelCompileError: the kernel cannot be built.
     """
-    from cuda.core import launch as launch_kernel
+    from cuda.bindings import driver
 
-    device = like.device.index
+    device, values = like.device.index, packed(args)
     kernel = _ready(spec, device)
-    config = _config(grid, cluster, warps, shared, gpu(device).capability >= (9, 0))
+    buffer, size = (ctypes.c_char * len(values)).from_buffer_copy(values), ctypes.c_size_t(len(values))
+    # CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END, each but the last followed by what it names.
+    extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
     with _current(device):
-        stream = _stream(torch.cuda.current_stream(device).cuda_stream)
-        try:
-            launch_kernel(stream, config, kernel, *args)
-        except Exception as error:
-            message = (
-                f"{spec} cannot be launched (grid {grid}, {warps} warps, {shared} bytes of shared memory): {error}"
-            )
-            raise KernelError(message) from error
+        stream = torch.cuda.current_stream(device).cuda_stream
+        config = _config(grid, cluster, warps, shared, stream, gpu(device).capability >= (9, 0))
+        function = driver.CUfunction(int(kernel.handle))
+        (status,) = driver.cuLaunchKernelEx(config, function, 0, ctypes.addressof(extra))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        size_of = f"grid {grid}, clusters of {cluster}, {warps} warps, {shared} bytes of shared memory"
+        raise KernelError(f"{spec} cannot be launched ({size_of}): {status.name}")
 
 
 @functools.cache
 def capacity(spec: KernelSpec, device: int, cluster: int, warps: int, shared: int) -> int:
     """How many clusters of a kernel the device runs at once."""
-    stream = _stream(torch.cuda.default_stream(device).cuda_stream)
+    from cuda.bindings import driver
+
     with _current(device):
-        config = _config((cluster, 1, 1), cluster, warps, shared, True)
-        return _ready(spec, device).occupancy.max_active_clusters(config, stream=stream)
+        config = _config((cluster, 1, 1), cluster, warps, shared, 0, True)
+        status, count = driver.cuOccupancyMaxActiveClusters(
+            driver.CUfunction(int(_ready(spec, device).handle)), config
+        )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise KernelError(f"{spec}: no clusters of {cluster} CTAs with {warps} warps: {status.name}")
+    return int(count)
 
 
 @functools.lru_cache(1024)
-def _config(grid: tuple[int, int, int], cluster: int, warps: int, shared: int, modern: bool) -> LaunchConfig:
-    from cuda.core import LaunchConfig
+def _config(
+    grid: tuple[int, int, int], cluster: int, warps: int, shared: int, stream: int, modern: bool
+) -> CUlaunchConfig:
+    from cuda.bindings import driver
 
-    clusters = {"grid": (grid[0] // cluster, *grid[1:]), "cluster": (cluster, 1, 1)} if modern else {"grid": grid}
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = warps * WARP, 1, 1
+    config.sharedMemBytes, config.hStream = shared, driver.CUstream(stream)
+    config.attrs = _attributes(cluster) if modern else []
+    config.numAttrs = len(config.attrs)
+    return config
+
+
+def _attributes(cluster: int) -> list[CUlaunchAttribute]:
+    from cuda.bindings import driver
+
+    clustered, early = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    clustered.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size = clustered.value.clusterDim
+    size.x, size.y, size.z = cluster, 1, 1
     # A kernel may be set up while the one before ends: ours wait for its results by themselves.
-    return LaunchConfig(block=warps * WARP, shmem_size=shared, programmatic_stream_serialization=modern, **clusters)
-
-
-@functools.lru_cache(256)
-def _stream(handle: int) -> Stream:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    return [clustered, early]
 
 
 _seen = threading.local()

@@ -1,4 +1,4 @@
-"""How work is split over a GPU, and the shared memory that takes.
+"""How work is split over a GPU.
 
 Plans depend on shapes alone, never on lengths, which live on the device: a captured launch stays right while its
 sequences grow.
@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparsekv.ops import instances
-from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops import instances, rooms
+from sparsekv.ops.compiler import DEBUG, KernelSpec
+from sparsekv.ops.formulas import DigestKernel
 from sparsekv.ops.launch import Gpu, capacity, gpu
+from sparsekv.ops.rooms import UNIT
 
-UNIT = 16  # tokens that a warp attends to at a time; also pages that it scores at a time
 MAX_SPLITS = 128  # parts that merge_attention puts together
 LONG = 1024  # units of a sequence beyond which a second launch is worth an even load
 DIRECT_PAGES = 8192  # pages whose keys and ids the fused kernel keeps in shared memory
 FITTING = 8  # CTAs, and warps of each, that attend to all of a short sequence
-WIDTHS = 512  # tables are planned for in steps of so many pages, so that a growing one seldom needs another plan
+# Tables are planned for in steps of so many pages, so that a growing one seldom needs another plan.
+WIDTHS = 1 if DEBUG else 512
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Plan:
 def planned_attention(split: Split, dtype: torch.dtype, head_dim: int, group: int) -> Plan:
     """attend_pages over a given split."""
     spec = instances.grouped("attend_pages", dtype, head_dim, group)
-    return Plan(spec, split, _attend_bytes(split, head_dim, group))
+    return Plan(spec, split, rooms.attend_bytes(head_dim, group, split.cluster, split.warps))
 
 
 @functools.lru_cache(1024)
@@ -111,24 +113,40 @@ def attend_plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group
     """attend_pages for `rows` (sequence, kv head) pairs of up to `units` of sixteen tokens."""
     facts = gpu(device)
     split = split_attention(facts, rows, units, max_warps(head_dim, group))
-    split = fitted(split, facts, lambda split: _attend_bytes(split, head_dim, group))
+    split = fitted(split, facts, lambda split: planned_attention(split, dtype, head_dim, group).shared)
     return planned_attention(split, dtype, head_dim, group)
 
 
 def planned_step(
-    split: Split, dtype: torch.dtype, head_dim: int, group: int, digest: str, max_pages: int, k: int, direct: bool
+    split: Split,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    kernel: DigestKernel,
+    max_pages: int,
+    k: int,
+    direct: bool,
 ) -> Plan:
     """sparse_decode over a given split."""
-    spec = instances.scoring("sparse_decode", dtype, head_dim, group, digest)
-    return Plan(spec, split, _step_bytes(split, head_dim, group, max_pages, k, direct), direct)
+    spec = instances.scoring("sparse_decode", dtype, head_dim, group, kernel)
+    staged = instances.staged_words(kernel, head_dim, group)
+    shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, staged, max_pages, k, direct)
+    return Plan(spec, split, shared, direct)
 
 
 def step_plan(
-    device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, digest: str, max_pages: int, k: int
+    device: int,
+    dtype: torch.dtype,
+    rows: int,
+    head_dim: int,
+    group: int,
+    kernel: DigestKernel,
+    max_pages: int,
+    k: int,
 ) -> Plan | None:
     """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better."""
     width = -(-max_pages // WIDTHS) * WIDTHS
-    return _step_plan(device, dtype, rows, head_dim, group, digest, width, k, k >= max_pages)
+    return _step_plan(device, dtype, rows, head_dim, group, kernel, width, k, k >= max_pages)
 
 
 @functools.lru_cache(1024)
@@ -138,7 +156,7 @@ def _step_plan(
     rows: int,
     head_dim: int,
     group: int,
-    digest: str,
+    kernel: DigestKernel,
     width: int,
     k: int,
     fits: bool,
@@ -149,7 +167,7 @@ def _step_plan(
     direct = width <= DIRECT_PAGES
 
     def plan(ctas: int, warps: int) -> Plan:
-        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, digest, width, k, direct)
+        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, kernel, width, k, direct)
 
     def room(ctas: int, warps: int) -> int:
         made = plan(ctas, warps)
@@ -184,55 +202,15 @@ def score_plan(
     num_kv_heads: int,
     head_dim: int,
     group: int,
-    digest: str,
+    kernel: DigestKernel,
     max_pages: int,
 ) -> ScorePlan:
     """score_pages for b sequences of up to `max_pages` pages."""
-    warps, staged = 8, _score_bytes(head_dim, group)
+    warps, staged = 8, UNIT * instances.staged_words(kernel, head_dim, group)
     heads = math.gcd(num_kv_heads, warps)
     while heads * staged > 64_000:
         heads //= 2
     tiles = -(-max_pages * heads // (UNIT * warps))
     chunks = min(tiles, max(1, 2 * gpu(device).sms * heads // (b * num_kv_heads)))
-    spec = instances.scoring("score_pages", dtype, head_dim, group, digest)
+    spec = instances.scoring("score_pages", dtype, head_dim, group, kernel)
     return ScorePlan(spec, heads, chunks, warps, heads * staged)
-
-
-# -- shared memory, as the kernels lay it out
-
-
-def _query_bytes(head_dim: int, group: int) -> int:
-    """`QUERY_WORDS` of cuda/common/attend.cuh: a query staged for attention."""
-    return instances.head_tiles(group) * head_dim * UNIT
-
-
-def _score_bytes(head_dim: int, group: int) -> int:
-    """`SCORE_WORDS` of cuda/common/digest.cuh: one staged for scoring."""
-    return instances.head_tiles(group) * (2 * head_dim + 8) * UNIT
-
-
-def _words(head_dim: int, group: int) -> int:
-    """`Words::count` of cuda/common/merge.cuh."""
-    return instances.head_tiles(group) * head_dim // 2 * ((min(group, instances.MMA_HEADS) + 1) // 2)
-
-
-def _merge_bytes(head_dim: int, group: int, split: Split) -> tuple[int, int]:
-    """`MergeRoom` of cuda/common/merge.cuh: its own room, and the warps' sums."""
-    words, ctas = _words(head_dim, group), split.cluster
-    heads = 8 * instances.head_tiles(group) * instances.MMA_HEADS
-    return (ctas + split.warps) * heads + 16 * ctas * (-(-words // ctas) + 1), 16 * split.warps * words
-
-
-def _attend_bytes(split: Split, head_dim: int, group: int) -> int:
-    """Of cuda/attend_pages.cu."""
-    own, sums = _merge_bytes(head_dim, group, split)
-    return own + max(sums, _query_bytes(head_dim, group))
-
-
-def _step_bytes(split: Split, head_dim: int, group: int, max_pages: int, k: int, direct: bool) -> int:
-    """`Room` of cuda/sparse_decode.cu."""
-    own, sums = _merge_bytes(head_dim, group, split)
-    selected = 16 * -(-k // 4)
-    keys = 16 * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
-    select = selected + keys + (keys if direct else selected + 4 * UNIT * k)
-    return _query_bytes(head_dim, group) + _score_bytes(head_dim, group) + max(select, sums) + own

@@ -64,22 +64,10 @@ def _fake_attend_pages(query: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=wide)
 
 
-def _fake_sparse_decode(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_pool: Tensor,
-    summary: list[Tensor],
-    state: list[Tensor],
-    limits: Tensor | None,
-    digest: str,
-    group_pooling: str,
-    k: int,
-    *args: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    slots = query.new_empty(query.shape[0], kv_pool.shape[2], k, dtype=torch.int32)
+def _fake_sparse_decode(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = step.StepArguments(*args)
+    query, num_kv_heads = given.query, given.kv_pool.shape[2]
+    slots = query.new_empty(query.shape[0], num_kv_heads, given.k, dtype=torch.int32)
     return *_fake_attend_pages(query), slots
 
 

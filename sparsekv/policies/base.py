@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsekv.config import SparseConfig
 from sparsekv.errors import ConfigError
+from sparsekv.ops import StepArguments
 from sparsekv.ops.formats import KEYS, page_format
 from sparsekv.ops.step import every_slot
 from sparsekv.registry import Registry
@@ -157,26 +158,27 @@ class DecodeStep:
             return self.attend(slots, softcap, sinks), slots
         if not self.fits:
             self._check_digests()
-        out, _, slots = self.ops.sparse_decode(
-            self.query,
-            self.key,
-            self.value,
-            self.block_table,
-            self.seq_lens,
-            self.kv_pool,
-            self.summary,
-            self.state,
-            None if self.fits else self._limits(),
-            config.digest,
-            config.group_pooling,
-            self.block_table.shape[1] if self.fits else self.k,
-            config.sinks,
-            config.recent_tokens,
-            self.scaling,
-            softcap,
-            sinks,
-            config.page_format,
+        step = StepArguments(
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            block_table=self.block_table,
+            seq_lens=self.seq_lens,
+            kv_pool=self.kv_pool,
+            summary=self.summary,
+            state=self.state,
+            limits=None if self.fits else self._limits(),
+            digest=config.digest,
+            group_pooling=config.group_pooling,
+            k=self.block_table.shape[1] if self.fits else self.k,
+            sink_tokens=config.sinks,
+            recent_tokens=config.recent_tokens,
+            scaling=self.scaling,
+            softcap=softcap,
+            sinks=sinks,
+            format=config.page_format,
         )
+        out, _, slots = self.ops.sparse_decode(*step)
         return out, slots
 
     def _limits(self) -> Tensor | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsekv.ops import instances
+from sparsekv.ops.formulas import with_kernels
 from sparsekv.testing.pages import Pages, random_pages
 
 
@@ -57,7 +58,7 @@ class Case:
             with_limits=rng.random() < 0.2,
             num_new=rng.choice([1, 1, page_size, rng.randint(2, 100)]),
             padded=rng.random() < 0.5,
-            digest=rng.choice(instances.DIGESTS),
+            digest=rng.choice(with_kernels()),
             seed=rng.randrange(1 << 31),
         )
 

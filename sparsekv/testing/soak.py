@@ -17,23 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from rich.progress import track
 from torch import Tensor
 
 import sparsekv
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import SparseKVError
-from sparsekv.ops import reference
+from sparsekv.ops import StepArguments, reference
+from sparsekv.ops.formulas import formula, kernel_of
 from sparsekv.testing.cases import Case
 from sparsekv.testing.pages import NAN, Pages, fitted_state, fresh_summary
 
 OPS: Any = torch.ops.sparsekv
-
-# Relative error of scores: Frobenius norm, and of one score. For a sketch the query becomes whole numbers up to 40: a
-# channel half-way between two of them may go either way, at a percent of the scores of its head.
-SCORE_ERROR = {"minmax": 1e-4, "sign_sketch": 2e-2}
-TIE = {"minmax": 1e-4, "sign_sketch": 2e-2}
 
 # Relative error (Frobenius norm) of an output. Weights are rounded to 16 bits, which is most of it.
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -95,7 +90,7 @@ def check_append(case: Case, device: torch.device) -> None:
         written.append((pool, summary))
     (pool, summary), (expected_pool, expected_summary) = written
     _same("append_kv: pool", pool, expected_pool, case)
-    same_summary("append_kv: digests", summary, expected_summary, case)
+    same_summary(case.digest, summary, expected_summary, "append_kv: digests", case)
 
 
 def _state(case: Case, pages: Pages) -> list[Tensor]:
@@ -138,7 +133,8 @@ def check_parts(inputs: Inputs, tally: Tally) -> tuple[Tensor, Tensor]:
     rest = (case.page_size, case.digest, case.pooling, inputs.scaling)
     score: tuple[Any, ...] = (inputs.query, inputs.summary, inputs.state, *inputs.where, *rest)
     scores: Tensor = OPS.score_pages(*score)
-    tally.add(f"score_pages, {case.digest}", scores, reference.score_pages(*score), SCORE_ERROR[case.digest], case)
+    allowed = tolerance_of(case.digest)
+    tally.add(f"score_pages, {case.digest}", scores, reference.score_pages(*score), allowed, case)
     select = (inputs.pages.seq_lens, case.page_size, case.k, case.sink_tokens, case.recent_tokens, inputs.limits)
     slots: Tensor = OPS.select_pages(scores, *select)
     _same("select_pages", slots, reference.select_pages(scores, *select), case)
@@ -156,26 +152,32 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
     key, value = pages.kv_pool[page, :, :, offset].unbind(1)  # [b, hkv, d]
     pool, summary = pages.kv_pool.clone(), _summary_before(1, case, pages, inputs.state)
     pool[page, :, :, offset] = NAN
-    settings = (inputs.limits, case.digest, case.pooling, case.k, case.sink_tokens, case.recent_tokens)
-    out, lse, chosen = OPS.sparse_decode(
-        inputs.query,
-        key[:, :, None],
-        value[:, :, None],
-        *inputs.where,
-        pool,
-        summary,
-        inputs.state,
-        *settings,
-        inputs.scaling,
-        case.softcap,
-        inputs.sinks,
+    step = StepArguments(
+        query=inputs.query,
+        key=key[:, :, None],
+        value=value[:, :, None],
+        block_table=pages.block_table,
+        seq_lens=pages.seq_lens,
+        kv_pool=pool,
+        summary=summary,
+        state=inputs.state,
+        limits=inputs.limits,
+        digest=case.digest,
+        group_pooling=case.pooling,
+        k=case.k,
+        sink_tokens=case.sink_tokens,
+        recent_tokens=case.recent_tokens,
+        scaling=inputs.scaling,
+        softcap=case.softcap,
+        sinks=inputs.sinks,
     )
+    out, lse, chosen = OPS.sparse_decode(*step)
     _same("sparse_decode: pool", pool, pages.kv_pool, case)
     # A last page needs no digest before it is full: what lies there is not compared.
     unfinished = page[(newest + 1) % case.page_size > 0]
     for one, other in zip(summary, inputs.summary, strict=True):
         one[unfinished] = other[unfinished]
-    same_summary("sparse_decode: digests", summary, inputs.summary, case)
+    same_summary(case.digest, summary, inputs.summary, "sparse_decode: digests", case)
     _check_attention("sparse_decode", (out, lse), inputs, chosen, tally)
     same_slots("sparse_decode: slots", chosen, slots, scores, case, case.digest)
 
@@ -193,31 +195,22 @@ def _same(name: str, actual: Tensor, expected: Tensor, case: object) -> None:
         raise SparseKVError(f"{name} differs from the reference: {case}")
 
 
-def same_summary(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor], case: object) -> None:
-    """Digests are the same; of a sketch, up to the order of sums: means half-way between two whole numbers, signs of
-    channels near zero, last bits of factors.
+def same_summary(digest: str, actual: Sequence[Tensor], expected: Sequence[Tensor], name: str, case: object) -> None:
+    """A digest's fields are what they should be.
 
     Raises:
         SparseKVError: they are not.
     """
-    if actual[0].dtype != torch.uint8:
-        for mine, theirs in zip(actual, expected, strict=True):
-            _same(name, mine, theirs, case)
-        return
-    signs, factors, means, units = actual
-    expected_signs, expected_factors, expected_means, expected_units = expected
-    if not torch.allclose(units, expected_units, rtol=1e-5, equal_nan=True):
-        raise SparseKVError(f"{name}: other units of means than the reference's: {case}")
-    same = (means == expected_means).all(-1)  # where a channel is half-way between two numbers, all else may differ
-    if int((~same).sum()) > 2 + 1e-2 * same.numel():
-        raise SparseKVError(f"{name}: {int((~same).sum())} of {same.numel()} means are others: {case}")
-    if not torch.allclose(factors[same], expected_factors[same], rtol=4e-3, atol=1e-6, equal_nan=True):
-        raise SparseKVError(f"{name}: other factors than the reference's: {case}")
-    by_token = rearrange(signs ^ expected_signs, "m h block part token byte -> m h (block token) (part byte)")
-    differ = by_token[same][expected_factors[same].isfinite()]
-    bits = (differ[..., None] >> torch.arange(8, device=differ.device, dtype=torch.uint8)) & 1
-    if int(bits.sum()) > 2 + 1e-4 * bits.numel():
-        raise SparseKVError(f"{name}: {int(bits.sum())} of {bits.numel()} signs are others: {case}")
+    fault = formula(digest).why_unlike(actual, expected)
+    if fault is not None:
+        raise SparseKVError(f"{name}: {fault}: {case}")
+
+
+def tolerance_of(digest: str) -> float:
+    """The relative error of scores that a digest's kernel may make."""
+    kernel = kernel_of(digest)
+    assert kernel is not None
+    return kernel.tolerance
 
 
 def same_slots(
@@ -234,7 +227,8 @@ def same_slots(
     def listed(slots: Tensor) -> Tensor:
         return scores.gather(2, slots.clamp_min(0).long()).masked_fill(slots < 0, 0.0).sort(-1).values
 
-    if not torch.allclose(listed(actual), listed(expected), rtol=TIE[digest], atol=TIE[digest]):
+    tie = tolerance_of(digest)
+    if not torch.allclose(listed(actual), listed(expected), rtol=tie, atol=tie):
         raise SparseKVError(f"{name} differ from the reference: {case}")
 
 

@@ -4,30 +4,46 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from sparsekv import ops
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
-from sparsekv.ops import around, compiler, cuda, instances, plans, reference
+from sparsekv.ops import around, compiler, cuda, launch, plans, reference
 from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops.formulas import MAX_TENSORS, kernel_of, with_kernels
 from sparsekv.ops.launch import Gpu
 from sparsekv.ops.plans import Split
 from sparsekv.testing.pages import fitted_state, fresh_summary, random_pages
 
-TYPES = {"i64": np.int64, "int": np.int32, "float": np.float32}
+FORMATS = {"i64": "q", "int": "i", "float": "f"}  # of Python's `struct`; a pointer is "P"
 
 
-def parameter_types(spec: KernelSpec) -> list[type]:
-    """Of a kernel, read from its source; a pointer is a Python int."""
+def parameter_format(spec: KernelSpec) -> str:
+    """Of a kernel, read from its source."""
     name = spec.expression.partition("<")[0]
     source = re.sub(r"//.*", "", (compiler.sources_dir() / spec.source).read_text())
     found = re.search(rf"__global__[^;{{]*?\b{name}\s*\(([^{{]*)\)\s*{{", source)
     assert found is not None, spec
-    parameters = [parameter.split() for parameter in re.sub(r"<[^>]*>", "", found[1]).split(",")]
-    return [int if "*" in " ".join(words) else TYPES[words[0]] for words in parameters]
+    parameters = re.sub(r"<[^>]*>", "", found[1]).split(",")
+    if parameters == ["const StepParams p"]:
+        members = re.search(r"struct StepParams {(.*?)};", source, re.DOTALL)
+        assert members is not None
+        parameters = [part for line in members[1].split(";") for part in declared(line)]
+    return "".join(format_of(parameter.split()) for parameter in parameters)
+
+
+def declared(line: str) -> list[str]:
+    """`int a, b` is two."""
+    first, *others = line.strip().split(",")
+    return [first, *(f"{first.split()[0]} {other}" for other in others)] if first else []
+
+
+def format_of(words: list[str]) -> str:
+    if "*" in " ".join(words):
+        return "P"
+    return "P" * MAX_TENSORS if words[0] == "Digests" else FORMATS[words[0]]
 
 
 class Launches:
@@ -46,7 +62,8 @@ class Launches:
         shared: int = 0,
         cluster: int = 1,
     ) -> None:
-        assert [type(argument) for argument in args] == parameter_types(spec), spec
+        assert "".join(map(launch._format, args)) == parameter_format(spec), spec
+        assert len(launch.packed(args)) % 4 == 0
         assert min(grid) > 0
         assert grid[0] % cluster == 0
         assert warps in (4, 8, 16)
@@ -92,7 +109,7 @@ def arguments(group: int, head_dim: int, page_size: int = 16, digest: str = "min
 
 @pytest.mark.parametrize("group", [1, 5, 16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("digest", instances.DIGESTS)
+@pytest.mark.parametrize("digest", with_kernels())
 @pytest.mark.parametrize("name", ["append_kv", "score_pages", "select_pages", "attend_pages", "sparse_decode"])
 def test_arguments_are_those_of_the_source(
     name: str, digest: str, head_dim: int, group: int, launches: Launches
@@ -132,7 +149,7 @@ def test_what_no_kernel_serves_launches_none(name: str, change: dict[int, Any], 
 
 def test_a_gpu_without_clusters_takes_the_step_op_by_op(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "gpu", lambda device: Gpu(108, (8, 0), 150_000))
-    assert plans.step_plan(0, torch.bfloat16, 8, 128, 4, "minmax", 2048, 128) is None
+    assert plans.step_plan(0, torch.bfloat16, 8, 128, 4, kernel_of("minmax"), 2048, 128) is None
     assert plans.attend_plan(0, torch.bfloat16, 8, 128, 4, 128).split.cluster == 1
 
 
@@ -156,12 +173,12 @@ def test_pages_without_digests_cannot_be_scored(op: Any, launches: Launches) -> 
 
 
 @pytest.mark.parametrize(
-    ("launch", "inputs"),
+    ("op", "inputs"),
     [
         (around.rotate_on_gpu, (torch.randn(2, 4, 1, 64), torch.randn(2, 2, 1, 64), *torch.randn(2, 1, 1, 64))),
         (around.rms_norm_on_gpu, (torch.randn(2, 3, 1024), torch.randn(1024), 1e-6)),
     ],
 )
-def test_arguments_of_what_lies_around(launch: Any, inputs: tuple[Any, ...], launches: Launches) -> None:
-    launch(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs))
-    assert launches.made == [launch.__name__.removesuffix("_on_gpu")]
+def test_arguments_of_what_lies_around(op: Any, inputs: tuple[Any, ...], launches: Launches) -> None:
+    op(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs))
+    assert launches.made == [op.__name__.removesuffix("_on_gpu")]

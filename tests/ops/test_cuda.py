@@ -1,7 +1,10 @@
 """The kernels against the reference and against float64, on a GPU. Run by `make test-gpu`."""
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -13,6 +16,7 @@ from sparsekv import ops
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import KernelError
 from sparsekv.ops import cuda, instances, launch, plans, reference
+from sparsekv.ops.formulas import with_kernels
 from sparsekv.ops.plans import Split
 from sparsekv.testing import naive
 from sparsekv.testing.cases import Case
@@ -37,7 +41,7 @@ def lengths(page_size: int) -> list[int]:
 def test_grid(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
     """All ops; every feature meets every shape, as the features take turns."""
     rng = random.Random(f"{dtype} {head_dim} {group} {page_size}")
-    for digest, pooling in itertools.product(instances.DIGESTS, ["max", rng.choice(["sum", "mean_softmax"])]):
+    for digest, pooling in itertools.product(with_kernels(), ["max", rng.choice(["sum", "mean_softmax"])]):
         drawn = Case.draw(rng)
         geometry = {"dtype": dtype, "head_dim": head_dim, "group": group, "page_size": page_size}
         case = Case(**vars(drawn) | geometry | {"lengths": lengths(page_size), "pooling": pooling, "digest": digest})
@@ -94,8 +98,8 @@ def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("direct", [True, False])
 def test_any_cluster_gives_the_same_step(ctas: int, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, *rest: Any) -> plans.Plan:
-        group, digest, width, k = rest
-        return plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, digest, width, k, direct)
+        group, kernel, width, k = rest
+        return plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, kernel, width, k, direct)
 
     monkeypatch.setattr(cuda, "step_plan", plan)
     rng = random.Random(ctas)
@@ -181,7 +185,7 @@ def test_the_sketchs_scores_are_exact_but_where_a_channel_is_half_way(head_dim: 
     assert error.max() < 2e-2
 
 
-@pytest.mark.parametrize("digest", instances.DIGESTS)
+@pytest.mark.parametrize("digest", with_kernels())
 def test_a_captured_step_follows_growing_lengths(digest: str) -> None:
     """Captured once; lengths then change in place, and every replay equals the reference."""
     num_pages, table = 48, torch.randperm(48, device=CUDA).int().view(2, 24)
@@ -216,7 +220,7 @@ def test_a_captured_step_follows_growing_lengths(digest: str) -> None:
         _, _, expected_slots = step(ops.for_backend("reference"), expected_pool, expected_summary)
         assert torch.equal(pool, expected_pool)
         full = table[:, : length // 16].flatten()[: length // 16].long()  # the first row's, which is the longer
-        same_summary("digests", [x[full] for x in summary], [x[full] for x in expected_summary], length)
+        same_summary(digest, [x[full] for x in summary], [x[full] for x in expected_summary], "digests", length)
         score = (query[:, :, 0], summary, state, table, seq_lens, 16, digest, "max", 0.1)
         same_slots("slots", slots, expected_slots, reference.score_pages(*score), length, digest)
         attended, expected_lse = reference.attend_pages(query[:, :, 0], pool, table, seq_lens, slots, 0.1)
@@ -256,3 +260,23 @@ def test_another_thread_and_another_stream() -> None:
 def test_launches_say_what_was_wrong() -> None:
     with pytest.raises(KernelError, match="select_pages"):
         launch.launch(instances.SELECT_PAGES, torch.zeros(1, device=CUDA), (1, 1, 1), 64, [], 0)
+
+
+COUNTED_WRONGLY = """
+from sparsekv.ops import rooms
+counted = rooms.select_bytes
+rooms.select_bytes = lambda *shape: counted(*shape) + 16
+from sparsekv.testing.soak import main
+main(["--shapes", "1"])
+"""
+
+
+def test_kernels_lay_out_the_shared_memory_that_was_counted() -> None:
+    """A debug build stops where they do not; it is other code, so it runs in other processes."""
+    for program, fails in (
+        ("from sparsekv.testing.soak import main; main(['--shapes', '12'])", False),
+        (COUNTED_WRONGLY, True),
+    ):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env={**os.environ, "SPARSEKV_DEBUG": "1"}, capture_output=True, text=True)
+        assert (done.returncode != 0) == fails, done.stderr[-2000:]

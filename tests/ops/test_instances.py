@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsekv.ops import compiler, instances
+from sparsekv.ops.formulas import kernel_of, with_kernels
 
 needs_nvrtc = pytest.mark.skipif(
     compiler._no_compiler() is not None, reason="needs the cuda extra: pip install '.[cuda]'"
@@ -29,8 +30,8 @@ def test_promised_are_all_shapes_that_are_served() -> None:
         for head_dim in (64, 96, 128, 256):
             for group in range(1, 17):
                 assert all(instances.why_not(dtype, head_dim, group, page) is None for page in (16, 32, 64))
-                for digest in instances.DIGESTS:
-                    assert set(instances.of_model(dtype, head_dim, group, digest)) <= set(instances.promised())
+                for kernel in map(kernel_of, with_kernels()):
+                    assert set(instances.of_model(dtype, head_dim, group, kernel)) <= set(instances.promised())
 
 
 @pytest.mark.parametrize(

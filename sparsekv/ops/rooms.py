@@ -1,0 +1,51 @@
+"""The dynamic shared memory of every kernel, in bytes: this file counts it, and the kernels lay it out.
+
+A debug build checks on the device that both agree: with SPARSEKV_DEBUG=1 a kernel stops unless what it has laid out
+ends where its shared memory does (`check_shared_end` of cuda/common/device.cuh).
+"""
+
+from __future__ import annotations
+
+from sparsekv.ops.instances import MMA_HEADS, head_tiles
+
+UNIT = 16  # tokens that a warp attends to at a time; pages that it scores at a time; bytes of a word
+
+
+def query_bytes(head_dim: int, group: int) -> int:
+    """`QUERY_WORDS` of cuda/common/attend.cuh: a query staged for attention."""
+    return head_tiles(group) * head_dim * UNIT
+
+
+def merge_bytes(head_dim: int, group: int, ctas: int, warps: int) -> tuple[int, int]:
+    """`MergeRoom` of cuda/common/merge.cuh: the merge's own, and the warps' sums, which may take the place of what is
+    not needed any more."""
+    words = head_tiles(group) * head_dim // 2 * ((min(group, MMA_HEADS) + 1) // 2)
+    of_heads = 8 * head_tiles(group) * MMA_HEADS  # a largest logit and a sum of weights for each
+    return (ctas + warps) * of_heads + UNIT * ctas * (-(-words // ctas) + 1), UNIT * warps * words
+
+
+def attend_bytes(head_dim: int, group: int, ctas: int, warps: int) -> int:
+    """Of cuda/attend_pages.cu, by `ctas` in a cluster."""
+    own, sums = merge_bytes(head_dim, group, ctas, warps)
+    return own + max(sums, query_bytes(head_dim, group))
+
+
+def select_bytes(max_pages: int, k: int) -> int:
+    """Of cuda/select_pages.cu: keys of tiles, candidates, tiles and pages that were chosen."""
+    return UNIT * -(-max_pages // (4 * UNIT)) + 4 * k * (UNIT + 2)
+
+
+def step_bytes(
+    head_dim: int, group: int, ctas: int, warps: int, staged: int, max_pages: int, k: int, direct: bool
+) -> int:
+    """`StepShared` of cuda/sparse_decode.cu.
+
+    Args:
+        staged: words of a query that is staged to be scored.
+        direct: whether the keys and ids of all pages lie there.
+    """
+    own, sums = merge_bytes(head_dim, group, ctas, warps)
+    selected = UNIT * -(-k // 4)
+    keys = UNIT * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
+    select = selected + keys + (keys if direct else selected + 4 * UNIT * k)
+    return query_bytes(head_dim, group) + UNIT * staged + max(select, sums) + own
