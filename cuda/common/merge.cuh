@@ -170,8 +170,8 @@ __device__ void write_merged(int count, int first, int words, const Result<D, HE
 // `own` is the same place in every CTA and used for nothing else: a CTA that is ahead writes into those behind.
 // `reused` may be what this CTA's warps read while they attended. `meanwhile()` is done before the barrier is waited
 // for.
-template <typename T, int D, int HEAD_TILES, typename Meanwhile>
-__device__ void merge_cluster(Attention<T, D, HEAD_TILES>& mine, void* own, void* reused,
+template <typename T, int D, int HEAD_TILES, typename Format, typename Meanwhile>
+__device__ void merge_cluster(Attention<T, D, HEAD_TILES, Format>& mine, void* own, void* reused,
                               const Result<D, HEAD_TILES>& result, Meanwhile meanwhile) {
     const Words<T, D, HEAD_TILES> shape(result.group);
     const int rank = cluster_rank(), size = cluster_size(), words = shape.count();

@@ -175,7 +175,7 @@ def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:
     if config.backend == "reference":
         return "plain torch (backend='reference')"
     geometry = _geometry(text_config(model))
-    reason = why_reference(model.device, model.dtype, geometry, config.page_size, config.digest)
+    reason = why_reference(model.device, model.dtype, geometry, config.page_size, config.digest, config.page_format)
     if reason is not None:
         return f"plain torch ({reason})"
     return "CUDA kernels" if geometry else "CUDA kernels, in layers whose head size they serve"

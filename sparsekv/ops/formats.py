@@ -1,12 +1,14 @@
-"""What a page of keys and values looks like in memory: the interface of a page format.
+"""What a page of keys and values looks like in memory: the interface of a page format, and plain pages.
 
-Formats are filed here under their name, because an op's schema can carry a name but not a callable; the one that
-ships, and the decorator for others, are in `sparsekv/pages/formats.py`.
+Formats are filed here under their name, because an op's schema can carry a name but not a callable. Others than plain
+pages belong where pages do: `sparsekv/pages/formats.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,19 @@ from torch import Tensor
 from sparsekv.registry import Registry
 
 KEYS, VALUES = 0, 1  # where they lie in a pool
+
+
+@dataclass(frozen=True)
+class FormatKernel:
+    """How kernels read and write pages: a C++ type that is compiled into them, see cuda/common/format.cuh.
+
+    Attributes:
+        header: the file that has the type, absolute or below `cuda/`.
+        type_name: of it. The compiler holds its `record` and `Element` against `PageFormat.record`.
+    """
+
+    header: str | Path
+    type_name: str
 
 
 class PageFormat(ABC):
@@ -26,9 +41,11 @@ class PageFormat(ABC):
     Attributes:
         by_token: whether a token's record is made of that token alone. Then new tokens are encoded and written by
             themselves; else all of the pages that they come to is decoded and encoded anew.
+        kernel: what does the same on a GPU; None: plain torch does, and kernels for the rest of a step only.
     """
 
     by_token: bool = False
+    kernel: FormatKernel | None = None
 
     @abstractmethod
     def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
@@ -69,6 +86,28 @@ class PageFormat(ABC):
 
 
 FORMATS: Registry[PageFormat] = Registry("page_format")
+
+
+@FORMATS.register("plain")
+class Plain(PageFormat):
+    """Keys and values as they are."""
+
+    by_token = True
+    kernel = FormatKernel("common/format.cuh", "Plain")
+
+    def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        return head_dim, dtype
+
+    def encode(self, states: Tensor, valid: Tensor | None, which: int) -> Tensor:
+        return states
+
+    def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
+        return stored.to(dtype)
+
+
+def formats_with_kernels() -> list[str]:
+    """The formats that kernels read and write."""
+    return [name for name in FORMATS if FORMATS.get(name).kernel is not None]
 
 
 def page_format(name: str) -> PageFormat:

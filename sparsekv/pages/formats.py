@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
+from sparsekv.ops.formats import FORMATS, KEYS, VALUES, FormatKernel, PageFormat, Plain
 
-from sparsekv.ops.formats import FORMATS, KEYS, VALUES, PageFormat
-
-__all__ = ["FORMATS", "KEYS", "VALUES", "PageFormat", "Plain", "register"]
+__all__ = ["FORMATS", "KEYS", "VALUES", "FormatKernel", "PageFormat", "Plain", "register"]
 
 
 def register(name: str) -> Callable[[type[PageFormat]], type[PageFormat]]:
@@ -19,19 +16,3 @@ def register(name: str) -> Callable[[type[PageFormat]], type[PageFormat]]:
         ConfigError: another format has that name.
     """
     return FORMATS.register(name)
-
-
-@register("plain")
-class Plain(PageFormat):
-    """Keys and values as they are."""
-
-    by_token = True
-
-    def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-        return head_dim, dtype
-
-    def encode(self, states: Tensor, valid: Tensor | None, which: int) -> Tensor:
-        return states
-
-    def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
-        return stored.to(dtype)
