@@ -43,8 +43,10 @@ $(READY): pyproject.toml setup.cfg constraints.txt
 demo: $(READY) ## show sparse attention beside dense on a small model (CPU, a minute)
 	$(BIN)/sparsekv demo $(ARGS)
 
-.PHONY: test
-test: $(READY) ## run the tests
+.PHONY: test test-all
+test: $(READY) ## run the tests, but for those that are wide by nature
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not wide" $(ARGS)
+test-all: $(READY) ## run all tests, as CI does
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # A GPU machine's own Python, torch and pytest, with nothing fetched and nothing in it changed: sparsekv is installed,

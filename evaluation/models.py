@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_accelerate_available, is_gguf_available
 
 from sparsekv.errors import ConfigError
 
-from . import testbed
 from .report import choose_device
 
 AUTO = "auto"
+TESTBED, TESTBED_DIR = "testbed", Path(__file__).parent / "testbed" / "model"  # the small model that ships
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 WHAT = "model id on the hub, a folder, a .gguf file, or testbed: the small model that ships"
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -23,7 +25,7 @@ _ALLOWED = (
     "Give the id of a causal language model on the hub, a .gguf file, or a folder with its config, tokenizer and "
     "weights."
 )
-_MOST_SIGNS = 200  # of what transformers says
+_MAX_SIGNS = 200  # of what transformers says
 
 
 def add_arguments(parser: argparse.ArgumentParser, default: str | None = AUTO) -> None:
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, default: str | None = AUTO) -
     )  # fmt: skip
 
 
-def load(name: str, device: str = AUTO, dtype: str = AUTO) -> tuple[Any, Any]:
+def load(name: str, device: str = AUTO, dtype: str | torch.dtype = AUTO) -> tuple[Any, Any]:
     """A model, on its device and ready for inference, and its tokenizer.
 
     Args:
@@ -51,13 +53,10 @@ def load(name: str, device: str = AUTO, dtype: str = AUTO) -> tuple[Any, Any]:
         ConfigError: there is no such model or device.
     """
     place = choose_device(device)
-    if name == testbed.NAME:
-        return testbed.load(place, None if dtype == AUTO else getattr(torch, dtype))
-    import transformers
-
-    tokenizer = pretrained(transformers.AutoTokenizer, name)
-    model = pretrained(transformers.AutoModelForCausalLM, name, dtype=dtype)
-    return model.to(place).eval(), tokenizer
+    if name == TESTBED and dtype == AUTO:
+        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    tokenizer = pretrained(AutoTokenizer, name)
+    return pretrained(AutoModelForCausalLM, name, dtype=dtype).to(place).eval(), tokenizer
 
 
 def pretrained(factory: Any, name: str, **options: Any) -> Any:
@@ -73,7 +72,7 @@ def pretrained(factory: Any, name: str, **options: Any) -> Any:
         raise
     except Exception as error:  # damaged files, unknown kinds and missing packages raise whatever their readers raise
         why = " ".join(str(error).split()) or type(error).__name__
-        why = why if len(why) <= _MOST_SIGNS else f"{why[:_MOST_SIGNS]}..."
+        why = why if len(why) <= _MAX_SIGNS else f"{why[:_MAX_SIGNS]}..."
         why = why if Path(source).exists() else f"there is no such folder here; {why}"
         raise ConfigError(f"--model {name} cannot be loaded ({why}). {_ALLOWED}") from error
 
@@ -84,7 +83,7 @@ def located(name: str) -> tuple[str, dict[str, str]]:
     Raises:
         ConfigError: it is neither, a folder has several GGUFs, or the packages are missing that read one.
     """
-    path = Path(testbed.path_of(name)).expanduser()
+    path = TESTBED_DIR if name == TESTBED else Path(name).expanduser()
     if path.is_dir():
         file = _lone_gguf(path)
     elif path.is_file() or path.suffix.lower() == _GGUF or not _HUB_ID.fullmatch(name):
@@ -93,7 +92,11 @@ def located(name: str) -> tuple[str, dict[str, str]]:
         return name, {}
     if file is None:
         return str(path), {}
-    _check_packages(file)
+    if not (is_gguf_available() and is_accelerate_available()):
+        raise ConfigError(
+            f"--model {file} is a GGUF, which needs more packages (gguf, accelerate): pip install '.[gguf]' in the "
+            "clone"
+        )
     return str(file.parent), {"gguf_file": file.name}
 
 
@@ -116,13 +119,3 @@ def _checked(path: Path, name: str) -> Path:
     if kind == "folder":
         raise ConfigError(f"--model {name} is a file, and of files only a GGUF holds a whole model. {_ALLOWED}")
     return path
-
-
-def _check_packages(file: Path) -> None:
-    from transformers.utils import is_accelerate_available, is_gguf_available
-
-    if not (is_gguf_available() and is_accelerate_available()):
-        raise ConfigError(
-            f"--model {file} is a GGUF, which needs more packages (gguf, accelerate): pip install '.[gguf]' in the "
-            "clone"
-        )

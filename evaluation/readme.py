@@ -44,6 +44,7 @@ def _source(name: str, result: dict[str, Any]) -> str:
     where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
     measured = [row["measured"]["command"] for row in result["rows"] if row.get("measured")]
     commands = list(dict.fromkeys(measured)) or [result["command"]]  # rows may be of several
+    commands = [command.replace("python -m evaluation.speed", "sparsekv bench") for command in commands]  # as it was
     how = (
         ", ".join(f"`{command}`" for command in commands)
         + f"; {where}, torch {result['versions']['torch']}, {result['date']}"
@@ -72,8 +73,8 @@ def _attention_cpu() -> str:
     rows = [
         [
             f"{row['context']:,}",
-            f"{row['dense_ms']:.2f}",
-            f"{row['sparse_ms']:.2f}",
+            f"{_in_ms(row, 'sdpa_us', 'dense_ms'):.2f}",
+            f"{_in_ms(row, 'sparse_us', 'sparse_ms'):.2f}",
             f"{row['speedup']:.1f}x",
             f"{row['share']:.1%}",
         ]
@@ -81,6 +82,11 @@ def _attention_cpu() -> str:
     ]
     header = ["context", "dense (SDPA), ms", "sparsekv, ms", "faster", "cache read"]
     return _table(header, rows) + _source("attention_cpu", result)
+
+
+def _in_ms(row: dict[str, Any], us: str, ms: str) -> float:
+    """Files of before had milliseconds, and called SDPA dense."""
+    return float(row[us] / 1e3 if us in row else row[ms])
 
 
 def _attention_cuda() -> str:

@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "commands",
         "cli",
         "__main__",
+        "tools",
     )
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -43,7 +44,7 @@ FREE_OF_TRANSFORMERS = {"errors", "config", "registry", "command_line", "ops", "
 
 
 def sources() -> list[Path]:
-    return sorted([*ROOT.glob("sparsekv/**/*.py"), *ROOT.glob("evaluation/**/*.py")])
+    return sorted(path for room in ("sparsekv", "evaluation", "tools") for path in ROOT.glob(f"{room}/**/*.py"))
 
 
 def module_name(path: Path) -> str:
@@ -55,8 +56,9 @@ def module_name(path: Path) -> str:
 
 
 def component(module: str) -> str:
-    """`sparsekv.ops.schema` -> `ops`; `sparsekv` itself stays."""
-    return module.split(".")[min(1, module.count("."))]
+    """`sparsekv.ops.schema` -> `ops`, `tools.testbed.train` -> `tools`; `sparsekv` itself stays."""
+    top, *rest = module.split(".")
+    return rest[0] if rest and top == "sparsekv" else top
 
 
 MODULES = {module_name(path) for path in sources()}
@@ -89,7 +91,7 @@ def complaints(source: str, module: str, where: str, is_package: bool = False) -
             found.append(f"{where}:{line}: import it as sparsekv.evaluation: evaluation exists only in a checkout")
         if top == "transformers" and here in FREE_OF_TRANSFORMERS:
             found.append(f"{where}:{line}: {here} must not know transformers")
-        if top != "sparsekv" or there == here:
+        if top not in ("sparsekv", "tools") or there == here:
             continue
         allowed = RANK.get(there, -1) < RANK[here] and here in ONLY_IMPORTED_BY.get(there, {here})
         if not allowed:
@@ -136,6 +138,8 @@ def test_imports_run_one_way(path: Path) -> None:
         ("sparsekv.hf.patch", "from sparsekv.doctor import report", False),
         ("sparsekv.hf.patch", "import transformers", True),
         ("sparsekv.something_new", "", False),
+        ("tools.testbed.train", "import sparsekv.cli, sparsekv.evaluation.testbed", True),
+        ("sparsekv.evaluation.demo", "from tools.testbed import train", False),
     ],
 )
 def test_the_check_itself(module: str, source: str, allowed: bool) -> None:

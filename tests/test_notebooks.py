@@ -63,7 +63,7 @@ def test_committed_executed_and_tidy(path: Path) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.timeout(240)
 @each_notebook
 def test_runs_with_small_sizes(path: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def notebook_of(*sources: str) -> NotebookNode:
     return new_notebook(cells=[new_markdown_cell("# Title"), *map(new_code_cell, sources)])
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_runs_this_python_in_an_empty_folder_and_leaves_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -91,14 +91,14 @@ def test_runs_this_python_in_an_empty_folder_and_leaves_nothing(tmp_path: Path) 
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize(("code", "wrong"), [("plot([1, 2])", "title, no x label"), ("xlabel('x')", "title, no y")])
 def test_a_figure_without_labels_is_told(code: str, wrong: str, tmp_path: Path) -> None:
     notebook = executed(notebook_of("%matplotlib inline\nfrom matplotlib.pyplot import *", f"{code};"), tmp_path)
     assert wrong in "\n".join(notebooks.complaints(notebook))
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_a_failing_cell_fails_the_run_with_its_traceback() -> None:
     with pytest.raises(CellExecutionError, match="number = 1 / 0"):
         notebooks.execute(notebook_of("number = 1 / 0"))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 # Where each folder of the repository lies in the wheel.
@@ -18,7 +19,7 @@ BUILD_LEFTOVERS = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__
 DEMO = ("demo", "--quick")
 
 # One worker builds the wheel for all of these.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = [pytest.mark.wide, pytest.mark.xdist_group("packaging")]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -88,6 +89,22 @@ def test_wheel_has_nothing_else(wheel: Path) -> None:
     assert "sparsekv/cuda/__init__.py" not in inside
     strangers = [name for name in inside if ".dist-info/" not in name and name not in set(shipped())]
     assert not strangers
+
+
+def test_the_workflow_runs_what_is_run_before_a_change_is_handed_in() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.13"]
+    assert job["steps"][-1] == {"run": "bash .ci/run"}
+
+
+def test_every_linter_of_make_runs_before_a_commit() -> None:
+    hooks = [hook for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+             for hook in repo["hooks"]]  # fmt: skip
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    linters = re.findall(r"\$\(BIN\)/([\w-]+(?: [a-z]+)?)", recipe)
+    assert linters == ["ruff check", "ruff format", "clang-format", "mypy"]
+    assert all(any(hook["entry"].startswith(f".venv/bin/{linter}") for hook in hooks) for linter in linters)
 
 
 def test_cuda_folder_does_not_hide_nvidias_package() -> None:

@@ -49,7 +49,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "export",
         help="the examples of a run as a file, for other programs to answer",
         description="Writes DIR/examples.jsonl: the documents, questions and answers of a run with these options, in "
-        "tokens, a document a line. evaluation/kvpress_peer.py answers them.",
+        "tokens, a document a line. tools/kvpress_peer.py answers them.",
     )
     add_arguments(export)
     export.set_defaults(run=_export)

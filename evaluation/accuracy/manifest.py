@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekv.cache import heads_of
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.report import circumstances
 from sparsekv.evaluation.tasks import Task
@@ -38,17 +39,15 @@ def describe(
         settings: as `RunOptions.settings` gives them; of methods that do not ship, the code is told by its hash.
         tasks: by name; of those that read files, the content is told by its hash.
     """
-    config = text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = heads_of(model.config)
     return {
         **circumstances(command),
         "model": {
             "name": name,
             "sha256": model_hash(model),
-            "num_layers": config.num_hidden_layers,
-            "num_kv_heads": heads,
-            "head_dim": head_dim,
+            "num_layers": text_config(model).num_hidden_layers,
+            "num_kv_heads": heads and heads.num_kv_heads,
+            "head_dim": heads and heads.head_dim,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "prefix_ids": list(prefix_ids),

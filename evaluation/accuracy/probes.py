@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparsekv import DecodeStep
+from sparsekv.ops.reference import listed
 from sparsekv.policies.oracle import exact_scores
 
 MOST_ROWS = 8  # of a batch
@@ -46,9 +47,9 @@ class Probe:
         if not self.is_looking or slots is None:
             return
         step, slots = _first_rows(step), slots[:MOST_ROWS]
-        read = _as_mask(slots, step.block_table.shape[1])
+        read = listed(slots, step.block_table.shape[1])
         self.mass[step.layer_idx].append(_mass(step, read).mean((0, 2)).cpu())
-        best = _as_mask(step.select(exact_scores(step)), read.shape[2])
+        best = listed(step.select(exact_scores(step)), read.shape[2])
         self.overlap[step.layer_idx].append(((best & read).sum(2) / best.sum(2)).mean(0).cpu())
 
     def lines(self) -> list[dict[str, Any]]:
@@ -67,13 +68,6 @@ class Probe:
 def _first_rows(step: DecodeStep) -> DecodeStep:
     table, lengths = step.block_table[:MOST_ROWS], step.seq_lens[:MOST_ROWS]
     return replace(step, query=step.query[:MOST_ROWS], key=None, value=None, block_table=table, seq_lens=lengths)
-
-
-def _as_mask(slots: Tensor, num_pages: int) -> Tensor:
-    """`[b, hkv, num_pages]` bool: which pages are listed."""
-    mask = torch.zeros(*slots.shape[:2], num_pages + 1, dtype=torch.bool, device=slots.device)
-    mask.scatter_(2, slots.long() % (num_pages + 1), True)  # -1, for none, is the last column
-    return mask[..., :-1]
 
 
 def _mass(step: DecodeStep, read: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """How long a decode step and a token of `generate` take, beside the competitors, in one run."""
 
-from .command import add_commands, main, measure
+from .command import add_commands, measure
 
-__all__ = ["add_commands", "main", "measure"]
+__all__ = ["add_commands", "measure"]

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .attention_points import Point
+from sparsekv import ops
+from sparsekv.policies import DecodeStep
+
+from .attention_points import LayerPoint
 
 # Pools are filled in pieces of so many elements: what is needed beside them stays small.
 CHUNK_ELEMENTS = 1 << 28
 FITTED_TOKENS = 1024  # of the prompt that a digest is fitted to
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's inputs and cache.
-
-    Attributes:
-        query: `[b, hq, d]`; key, value: `[b, hkv, 1, d]`, the new token.
-        kv_pool: `[num_pages, 2, hkv, p, d]`; summary, state: the pages' digests, and what is fixed of them.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    kv_pool: Tensor
-    summary: list[Tensor]
-    state: list[Tensor]
-
-
 class Inputs:
-    """Layers with caches of their own and, as in a model, one table for all of them; its pages are shuffled.
+    """A decode step of several layers with caches of their own and, as in a model, one table for all of them; its
+    pages are shuffled.
 
     Attributes:
+        layers: the policies' step of each layer. Digests are there if the policy looks at them.
         block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
         sinks: `[hq]` logits, or None.
     """
 
-    def __init__(self, point: Point, num_layers: int, device: torch.device) -> None:
+    def __init__(self, point: LayerPoint, num_layers: int, device: torch.device) -> None:
         self.point, self.device = point, device
         self.generator = torch.Generator(device).manual_seed(point.context)
         num_pages = point.batch * point.num_pages
@@ -47,7 +35,7 @@ class Inputs:
         self.block_table = order.int().view(point.batch, point.num_pages)
         self.seq_lens = torch.full((point.batch,), point.context, dtype=torch.int32, device=device)
         self.sinks = self._random(point.geometry.num_q_heads) if point.geometry.sinks else None
-        self.layers = [self._layer(num_pages) for _ in range(num_layers)]
+        self.layers = [self._step(i, *self._pages(num_pages)) for i in range(num_layers)]
 
     def contiguous(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values as SDPA reads them, each `[b, hkv, n, d]`."""
@@ -59,25 +47,51 @@ class Inputs:
             dense[:, row] = tokens[:, :, : point.context]
         return dense[0], dense[1]
 
-    def _layer(self, num_pages: int) -> Layer:
-        b, geometry = self.point.batch, self.point.geometry
+    def exact(self, rows: slice) -> DecodeStep:
+        """The first layer's step of some sequences, by the reference and in float32, the new token in its page."""
+        step = self.layers[0]
+        return replace(
+            step, query=step.query[rows].float(), block_table=step.block_table[rows], seq_lens=step.seq_lens[rows],
+            ops=ops.for_backend("reference"), key=None, value=None,
+        )  # fmt: skip
+
+    def _pages(self, num_pages: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Keys and values, their digests, and what is fixed of these."""
+        geometry, page_size, digest = self.point.geometry, self.point.config.page_size, self.point.digest
         heads, d = geometry.num_kv_heads, geometry.head_dim
-        pool = torch.empty(
-            num_pages, 2, heads, self.point.config.page_size, d, dtype=geometry.dtype, device=self.device
-        )
-        digest = self.point.digest
-        fields = digest.fields(self.point.config.page_size, d)
+        pool = torch.empty(num_pages, 2, heads, page_size, d, dtype=geometry.dtype, device=self.device)
+        fields = [] if digest is None else digest.fields(page_size, d)
         summary = [pool.new_empty(num_pages, heads, *f.shape, dtype=f.dtype or pool.dtype) for f in fields]
-        state = digest.fit(self._random(1, heads, FITTED_TOKENS, d), None)
+        state = [] if digest is None else digest.fit(self._random(1, heads, FITTED_TOKENS, d), None)
         chunk = max(1, CHUNK_ELEMENTS // pool[0].numel())
         for first in range(0, num_pages, chunk):
             pages = pool[first : first + chunk].normal_(generator=self.generator)
+            if digest is None:
+                continue
             # A last page that is partly filled is summarised anew by every append.
-            every = torch.ones(len(pages), pages.shape[3], dtype=torch.bool, device=self.device)
+            every = torch.ones(len(pages), page_size, dtype=torch.bool, device=self.device)
             for field, computed in zip(summary, digest.summarize(pages[:, 0], every, state), strict=True):
                 field[first : first + chunk] = computed
-        new = [self._random(b, heads, 1, d) for _ in range(2)]
-        return Layer(self._random(b, geometry.num_q_heads, d), new[0], new[1], pool, summary, state)
+        return pool, summary, state
+
+    def _step(self, layer_idx: int, kv_pool: Tensor, summary: list[Tensor], state: list[Tensor]) -> DecodeStep:
+        point, geometry = self.point, self.point.geometry
+        key, value = (self._random(point.batch, geometry.num_kv_heads, 1, geometry.head_dim) for _ in range(2))
+        return DecodeStep(
+            layer_idx=layer_idx,
+            query=self._random(point.batch, geometry.num_q_heads, geometry.head_dim),
+            kv_pool=kv_pool,
+            summary=summary,
+            state=state,
+            block_table=self.block_table,
+            seq_lens=self.seq_lens,
+            k=point.k,
+            scaling=point.scaling,
+            config=point.config,
+            ops=ops.for_backend(point.config.backend),
+            key=key,
+            value=value,
+        )
 
     def _random(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.device, dtype=torch.float32).to(

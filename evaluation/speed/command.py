@@ -2,10 +2,11 @@
 
     sparsekv bench attention --device cpu --contexts 64k 256k --budget 1024
     sparsekv bench attention --device cuda --preset full --out results
+    sparsekv bench attention --policy recent --contexts 32k
     sparsekv bench generate --device cuda --preset bars   # a token of a whole model
 
-On a CPU a whole cache layer is timed beside PyTorch's scaled_dot_product_attention (SDPA); on a GPU the operators
-are, as CUDA graphs, beside FlashInfer, SDPA, what can be assembled from parts off the shelf, and the memory's speed.
+The policy's own step is timed beside PyTorch's scaled_dot_product_attention (SDPA) and the memory's speed; on a GPU
+all are CUDA graphs, and FlashInfer and what can be assembled from parts off the shelf stand beside it, too.
 Every step is checked before it is timed: no speed is printed of one that computes something else.
 """
 
@@ -13,103 +14,116 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from sparsekv import SparseConfig
-from sparsekv.command_line import EXIT_CODES, Parser, add_json_option, run_to_exit_code, with_json
-from sparsekv.digests import DIGESTS
+import torch
+
+from sparsekv.command_line import Parser, add_json_option, with_json
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.report import choose_device, positive, tokens
 
-from . import attention_cpu, attention_gpu, generate_bench, generate_points
-from .attention_points import GEOMETRIES, PRESETS, Geometry, Point, geometries, grid, preset_points
+from . import attention_bench, generate_bench, generate_points
+from .attention_points import PRESETS, K, LayerPoint, grid, preset_points
 from .competitors import COMPETITORS
+from .geometry import GEOMETRIES, Geometry, named
 
-_CPU_ONLY = ("q_heads", "kv_heads", "head_dim")
-_GPU_ONLY = ("preset", "geometry", "model", "bandwidth", "against", "check_only")
-_SET_BY_PRESET = ("geometry", "model", "contexts", "batches", "budgets")
+_HEADS = ("q_heads", "kv_heads", "head_dim")
+_SET_BY_PRESET = ("geometry", "model", *_HEADS, "contexts", "batches", "budgets")
 _QUICK_REPEATS, _REPEATS = 5, 20
 
 
+_ALL = list(COMPETITORS)
+# What is measured where nothing else is asked for; fewer and smaller points on a CPU.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"contexts": [8 * K, 32 * K, 128 * K], "budgets": [2 * K], "against": _ALL, "heads": (32, 8, 128)},
+    "cpu": {"contexts": [4 * K, 16 * K, 64 * K, 256 * K], "budgets": [K], "against": ["sdpa"], "heads": (8, 2, 64)},
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `sparsekv bench attention` and `python -m evaluation.speed attention`."""
+    """The options of `sparsekv bench attention`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
-    _add_sizes(parser)
+    _add_shapes(parser)
     parser.add_argument("--page-size", type=positive, default=16, help="tokens per page (default %(default)s)")
+    parser.add_argument("--policy", default="top_k", help="which pages a step reads (default %(default)s)")
     parser.add_argument("--digest", default="minmax", help="page digest (default %(default)s)")
     parser.add_argument(
         "--repeats", type=positive, help=f"timed calls, of which the median counts (default {_REPEATS})"
     )
+    parser.add_argument("--against", nargs="*", choices=_ALL, help="competitors (default: all, on a CPU sdpa)")
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="TB/s",
+        help="of the memory, for the floors (default: 4.39 on an H200, else measured)",
+    )  # fmt: skip
+    parser.add_argument("--check-only", action="store_true", help="check all shapes, time none")
     parser.add_argument("--out", metavar="DIR", help="write DIR/attention_DEVICE.json and .png")
     add_json_option(parser)
-    cpu = parser.add_argument_group("on a CPU")
-    cpu.add_argument("--q-heads", type=positive, help="query heads (default 8)")
-    cpu.add_argument("--kv-heads", type=positive, help="kv heads (default 2)")
-    cpu.add_argument("--head-dim", type=positive, help="channels per head (default 64)")
-    _add_gpu_options(parser.add_argument_group("on a GPU"))
 
 
-def _add_sizes(parser: argparse.ArgumentParser) -> None:
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contexts", type=tokens, nargs="+", metavar="TOKENS", help="32768, 32k or 1M (k: 1024 tokens)"
     )
     parser.add_argument(
         "--budget", "--budgets", dest="budgets", type=tokens, nargs="+", metavar="TOKENS",
-        help="tokens read per kv head (default 1024 on a CPU, 2048 on a GPU); several on a GPU",
+        help="tokens read per kv head (default 2048, on a CPU 1024)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", "--batches", dest="batches", type=positive, nargs="+", metavar="N",
-        help="sequences (default 1); several on a GPU",
-    )  # fmt: skip
-
-
-def _add_gpu_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--preset", choices=PRESETS, help="a fixed set of shapes instead of those named by options")
-    group.add_argument(
+        "--batch", "--batches", dest="batches", type=positive, nargs="+", metavar="N", help="sequences (default 1)"
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="a fixed set of shapes for a GPU instead of these options")
+    parser.add_argument(
         "--quick", dest="preset", action="store_const", const="quick", help="the same as --preset quick"
     )
-    layers = group.add_mutually_exclusive_group()
+    layers = parser.add_mutually_exclusive_group()
     layers.add_argument("--model", metavar="ID_OR_PATH", help="layers like those of this model, whose config is read")
     layers.add_argument(
-        "--geometry", nargs="+", metavar="NAME", help=f"layers like those of {', '.join(GEOMETRIES)} (default: first)"
-    )
-    group.add_argument("--against", nargs="*", choices=list(COMPETITORS), help="competitors (default: all)")
-    group.add_argument(
-        "--bandwidth",
-        type=float,
-        metavar="TB/s",
-        help="of the memory, for the floors (default: 4.39 on an H200, else measured)",
-    )
-    group.add_argument("--check-only", action="store_true", default=None, help="check all shapes, time none")
+        "--geometry", nargs="+", metavar="NAME",
+        help=f"layers like those of {', '.join(GEOMETRIES)} (default on a GPU: the first)",
+    )  # fmt: skip
+    parser.add_argument("--q-heads", type=positive, help="query heads (default on a CPU: 8)")
+    parser.add_argument("--kv-heads", type=positive, help="kv heads (default on a CPU: 2)")
+    parser.add_argument("--head-dim", type=positive, help="channels per head (default on a CPU: 64)")
 
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures, prints the tables and writes the files asked for; returns what the JSON file holds."""
     device = choose_device(args.device)
-    if device.type == "cuda":
-        _refuse(args, _CPU_ONLY, "is for --device cpu; on a GPU --geometry names the heads")
-        repeats = args.repeats or (_QUICK_REPEATS if args.preset == "quick" else _REPEATS)
-        against = list(COMPETITORS) if args.against is None else args.against
-        options = attention_gpu.Options(repeats, against, args.bandwidth, bool(args.check_only), args.out)
-        return attention_gpu.run(points_of(args), options, device, command)
-    shape = attention_cpu.Shape(_single(args.batches, 1), args.q_heads or 8, args.kv_heads or 2, args.head_dim or 64)
-    _refuse(args, _GPU_ONLY, "is for --device cuda")
-    config = SparseConfig(budget=_single(args.budgets, 1024), page_size=args.page_size, digest=args.digest)
-    contexts = args.contexts or [4096, 16384, 65536, 262144]
-    return attention_cpu.run(shape, config, contexts, args.repeats or _REPEATS, device, command, args.out)
+    against = _defaults(device)["against"] if args.against is None else args.against
+    repeats = args.repeats or (_QUICK_REPEATS if args.preset == "quick" else _REPEATS)
+    options = attention_bench.Options(repeats, against, args.bandwidth, args.check_only, args.out)
+    return attention_bench.run(points_of(args, device), options, device, command)
 
 
-def points_of(args: argparse.Namespace) -> list[Point]:
-    """What the options ask to be measured on a GPU, checked before anything is."""
-    DIGESTS.get(args.digest)
+def _defaults(device: torch.device) -> dict[str, Any]:
+    return _DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
+
+
+def points_of(args: argparse.Namespace, device: torch.device) -> list[LayerPoint]:
+    """What the options ask to be measured, checked before anything is. On a CPU all is in float32."""
+    settings = {"page_size": args.page_size, "digest": args.digest, "policy": args.policy}
+    default, on_gpu = _defaults(device), device.type == "cuda"
     if args.preset:
         _refuse(args, _SET_BY_PRESET, f"is set by --preset {args.preset}: leave one of them out")
-        return preset_points(args.preset, args.page_size, args.digest)
-    layers = [Geometry.of(args.model)] if args.model else geometries(args.geometry or list(GEOMETRIES)[:1])
-    contexts = args.contexts or [8192, 32768, 131072]
-    return grid(layers, args.batches or [1], contexts, args.budgets or [2048], args.page_size, args.digest)
+        if not on_gpu:
+            raise ConfigError(f"--preset={args.preset} is for --device cuda; name smaller --contexts here.")
+        return preset_points(args.preset, **settings)
+    layers = _layers(args, default["heads"], on_gpu)
+    layers = layers if on_gpu else [replace(layer, dtype=torch.float32) for layer in layers]
+    contexts, budgets = args.contexts or default["contexts"], args.budgets or default["budgets"]
+    return grid(layers, args.batches or [1], contexts, budgets, **settings)
+
+
+def _layers(args: argparse.Namespace, heads: tuple[int, int, int], on_gpu: bool) -> list[Geometry]:
+    given = [getattr(args, name) for name in _HEADS]
+    if args.model or args.geometry:
+        _refuse(args, _HEADS, "is told by --model or --geometry: leave one of them out")
+        return [Geometry.of(args.model)] if args.model else [named(name) for name in args.geometry]
+    if on_gpu and not any(given):
+        return [named("llama-3.1-8b")]
+    return [Geometry.of_heads(*(asked or usual for asked, usual in zip(given, heads, strict=True)))]
 
 
 def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
@@ -117,18 +131,7 @@ def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
         value = getattr(args, name)
         if value is not None:
             given = " ".join(map(str, value)) if isinstance(value, list) else value
-            option = f"--{name.replace('_', '-')}" + ("" if value is True else f"={given}")
-            raise ConfigError(f"{option} {why}.")
-
-
-def _single(values: Sequence[int] | None, default: int) -> int:
-    if values is None:
-        return default
-    if len(values) > 1:
-        raise ConfigError(
-            f"{' '.join(map(str, values))}: only --device cuda takes several budgets or batches at once."
-        )
-    return values[0]
+            raise ConfigError(f"--{name.replace('_', '-')}={given} {why}.")
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -163,20 +166,3 @@ def measure(command: str) -> dict[str, Any]:
     args = parser.parse_args(shlex.split(command))
     found: dict[str, Any] = args.measure(args, f"sparsekv bench {command}")
     return found
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of `python -m evaluation.speed`; returns the exit code (see `sparsekv.command_line`)."""
-    parser = Parser(
-        prog="python -m evaluation.speed",
-        description="Times sparse attention beside dense attention.",
-        epilog=f"`python -m evaluation.speed WHAT --help` lists the options; {EXIT_CODES}.",
-    )
-    add_commands(parser)
-    arguments = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "evaluation.speed", *arguments])
-    return run_to_exit_code(lambda: parser.run(arguments, command), "evaluation.speed")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,8 @@ compiles its kernels at first use, with nvcc.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,33 +23,31 @@ class Unavailable(Exception):
     """A competitor that cannot take part, and why: caught where competitors are run."""
 
 
-class Competitor(Protocol):
+class Competitor(ABC):
     """Attention of the query over the cache."""
-
-    def __call__(self, layer: int) -> Tensor:
-        """Output `[b, hq, d]` of one layer."""
-        ...
-
-    def slots(self, layer: int) -> Tensor | None:
-        """The pages `[b, hkv, k]` int32 that it attends to; None: all."""
-        ...
-
-
-class Sdpa:
-    """PyTorch's scaled_dot_product_attention, whatever kernel it picks, over contiguous keys and values."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
+
+    @abstractmethod
+    def __call__(self, layer: int) -> Tensor:
+        """Output `[b, hq, d]` of one layer."""
+
+    def slots(self, layer: int) -> Tensor | None:
+        """The pages `[b, hkv, k]` int32 that it attends to; None: all."""
+        return None
+
+
+class Sdpa(Competitor):
+    """PyTorch's scaled_dot_product_attention, whatever kernel it picks, over contiguous keys and values."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
         self.caches = [inputs.contiguous(i) for i in range(len(inputs.layers))]
 
     def __call__(self, layer: int) -> Tensor:
-        """Output `[b, hq, d]` of one layer."""
         query = self.inputs.layers[layer].query[:, :, None]
         return F.scaled_dot_product_attention(query, *self.caches[layer], enable_gqa=True)[:, :, 0]
-
-    def slots(self, layer: int) -> Tensor | None:
-        """All pages."""
-        return None
 
 
 def _flashinfer_decode(inputs: Inputs, num_pages: int, indices: Tensor, per_head: bool, last_page_len: int) -> Any:
@@ -59,7 +57,11 @@ def _flashinfer_decode(inputs: Inputs, num_pages: int, indices: Tensor, per_head
         num_pages: of each request; indices: `[requests * num_pages]` int32, on the device, which is kept, not copied:
             writing to it changes what the next run reads.
     """
-    flashinfer = _flashinfer()
+    try:
+        import flashinfer
+    except ModuleNotFoundError as error:
+        missing = "" if error.name == "flashinfer" else f" completely: {error}"
+        raise Unavailable(f"flashinfer is not installed{missing}") from error
     point, geometry = inputs.point, inputs.point.geometry
     requests = point.batch * (geometry.num_kv_heads if per_head else 1)
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=indices.device)
@@ -81,45 +83,32 @@ def _flashinfer_decode(inputs: Inputs, num_pages: int, indices: Tensor, per_head
     return decode
 
 
-def _flashinfer() -> Any:
-    try:
-        import flashinfer
-    except ModuleNotFoundError as error:
-        missing = "" if error.name == "flashinfer" else f" completely: {error}"
-        raise Unavailable(f"flashinfer is not installed{missing}") from error
-    return flashinfer
-
-
-class FlashInferDense:
+class FlashInferDense(Competitor):
     """FlashInfer's paged decode over the very pages that sparsekv reads."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
+        super().__init__(inputs)
         point = inputs.point
         last = (point.context - 1) % point.config.page_size + 1
         self.decode = _flashinfer_decode(inputs, point.num_pages, inputs.block_table.flatten(), False, last)
 
     def __call__(self, layer: int) -> Tensor:
-        """Output `[b, hq, d]` of one layer."""
-        inputs = self.inputs.layers[layer]
-        out: Tensor = self.decode.run(inputs.query, inputs.kv_pool)
+        step = self.inputs.layers[layer]
+        out: Tensor = self.decode.run(step.query, step.kv_pool)
         return out
 
-    def slots(self, layer: int) -> Tensor | None:
-        """All pages."""
-        return None
 
-
-class Shelf:
+class Shelf(Competitor):
     """Quest's policy from parts off the shelf: a matrix product, torch.topk, and FlashInfer on the pages chosen.
 
     FlashInfer chooses pages per request, so every kv head of a sequence is a request of its own. No page is forced.
     """
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs, point = inputs, inputs.point
-        if point.config.digest != "minmax":
-            raise Unavailable(f"it is Quest's policy, and the digest is {point.config.digest}")
+        super().__init__(inputs)
+        point = inputs.point
+        if (point.config.policy, point.config.digest) != ("top_k", "minmax"):
+            raise Unavailable(f"it is Quest's policy, not {point.config.policy} over {point.config.digest}")
         if point.fits:
             raise Unavailable("the budget holds the whole context: nothing to choose")
         if point.context % point.config.page_size:
@@ -134,17 +123,15 @@ class Shelf:
         self.decode = _flashinfer_decode(inputs, point.k, self.indices.view(-1), True, last)
 
     def __call__(self, layer: int) -> Tensor:
-        """Output `[b, hq, d]` of one layer."""
-        inputs, geometry = self.inputs.layers[layer], self.inputs.point.geometry
+        step, geometry = self.inputs.layers[layer], self.inputs.point.geometry
         torch.gather(self.rows, 2, self._best(layer), out=self.indices)
-        a_head = inputs.kv_pool.view(-1, 1, *inputs.kv_pool.shape[3:])  # pages of one kv head
+        a_head = step.kv_pool.view(-1, 1, *step.kv_pool.shape[3:])  # pages of one kv head
         heads = geometry.num_kv_heads
-        query = inputs.query.view(-1, geometry.group, geometry.head_dim)
+        query = step.query.view(-1, geometry.group, geometry.head_dim)
         out: Tensor = self.decode.run(query, (a_head[:-heads], a_head[heads:]))  # a page's values follow its keys
-        return out.view_as(inputs.query)
+        return out.view_as(step.query)
 
-    def slots(self, layer: int) -> Tensor | None:
-        """The best pages by their digests."""
+    def slots(self, layer: int) -> Tensor:
         return self._best(layer).sort(-1).values.int()
 
     def _best(self, layer: int) -> Tensor:
@@ -154,5 +141,5 @@ class Shelf:
         return scores.topk(self.inputs.point.k, dim=-1, sorted=False).indices
 
 
-COMPETITORS: dict[str, Callable[[Inputs], Competitor]] = {"flashinfer": FlashInferDense, "sdpa": Sdpa, "shelf": Shelf}
+COMPETITORS: dict[str, type[Competitor]] = {"flashinfer": FlashInferDense, "sdpa": Sdpa, "shelf": Shelf}
 DENSE_COMPETITORS = ("flashinfer", "sdpa")

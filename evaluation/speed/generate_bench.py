@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,16 +18,17 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import sparsekv
-from sparsekv import Patch
-from sparsekv.evaluation.report import choose_device, file_name, new_console, result, save_json
+from sparsekv import POLICIES, Patch
+from sparsekv.evaluation.report import choose_device, new_console
 from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms
-from .generate_file import measured, rows_to_add_to
-from .generate_model import GEOMETRIES, Subject
-from .generate_points import CAPTURED, DTYPES, LEAST_NEW_TOKENS, MODES, Options, Point, options_of
-from .generate_tables import line, print_result
+from .generate_file import ResultFile
+from .generate_model import Subject, whole_models
+from .generate_points import CAPTURED, DTYPES, MIN_NEW_TOKENS, MODES, Options, Point, options_of
+from .graph_timer import free
 from .plots import tokens_figure
+from .tables import print_tokens, token_line
 
 Row = dict[str, Any]
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ _WARMUP_BEYOND = 64  # tokens by which the warm-up's prompt exceeds the budget
 _TIMES = ("ms_per_token", "first_token_s", "first_steps_s", "tokens_per_s")
 
 
-class Bench:
+class GenerateBench:
     """Times a model's `generate`, mode by mode.
 
     Attributes:
@@ -56,7 +56,7 @@ class Bench:
         clock = Clock(self.device, (), dict)
         for name in self.options.modes:
             if name != "static":
-                self._in_mode(name, lambda patch: self._generate(where, LEAST_NEW_TOKENS, clock))
+                self._in_mode(name, lambda patch: self._generate(where, MIN_NEW_TOKENS, clock))
         self.is_warm = True
 
     def row(self, where: Point, name: str) -> Row:
@@ -145,7 +145,8 @@ class Bench:
             SparseKVError: the mode did not do what it promises.
         """
         decoder, config = patch.decoder, patch.config
-        promised = ["sparse_steps"] if config.policy != "all" and not self.options.fits(where) else []
+        chooses = not (POLICIES.get(config.policy).reads_all or self.options.fits(where))
+        promised = ["sparse_steps"] if chooses else []
         promised += ["replays"] if config.capture and self.device.type == "cuda" else []
         counted = {key: clock.counted[key] for key in promised}
         row: Row = {"note": check_counts(counted, self.options.timed_tokens, _why_eager(patch))}
@@ -193,13 +194,6 @@ def failure(error: Exception) -> Row:
     return {"error": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
 
 
-def free(device: torch.device) -> None:
-    """Gives back the memory of what nobody holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _start_memory(device: torch.device) -> int:
     """Bytes in use, from where the peak is counted."""
     if device.type != "cuda":
@@ -218,7 +212,7 @@ def compare(rows: Sequence[Row]) -> None:
         row["speedup"] = best / row["ms_per_token"] if best and row["ms_per_token"] else None
 
 
-def sweep(bench: Bench, save: Callable[[Sequence[Row]], object], console: Console) -> list[Row]:
+def sweep(bench: GenerateBench, save: Callable[[Sequence[Row]], object], console: Console) -> list[Row]:
     """A row per point and mode. What is known is saved after each: a run that is cut short has told it."""
     rows: list[Row] = []
     for where in bench.options.points:
@@ -228,7 +222,7 @@ def sweep(bench: Bench, save: Callable[[Sequence[Row]], object], console: Consol
         for name in bench.options.modes:
             here.append(bench.row(where, name))
             compare(here)
-            console.print(line(here[-1]), markup=False)
+            console.print(token_line(here[-1]), markup=False)
             save([*rows, *here])
         rows += here
     return rows
@@ -238,75 +232,18 @@ def run(args: argparse.Namespace, command: str) -> Row:
     """Measures, prints the tables and writes the files asked for; returns what the JSON file holds."""
     device = choose_device(args.device)
     options = options_of(args, device)
-    on_gpu, geometries = device.type == "cuda", list(GEOMETRIES)
+    on_gpu = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
-    subject = Subject(args.model, args.geometry or geometries[0 if on_gpu else -1], dtype)
+    subject = Subject(args.model, args.geometry or whole_models()[0 if on_gpu else -1], dtype)
     subject.check(max(where.context for where in options.points), options.new_tokens)
     if device.index is not None and on_gpu:
         torch.cuda.set_device(device)
-    bench, console = Bench(subject, options, device), new_console()
-    kept = earlier(bench)
+    file, console = ResultFile(subject, options, device, command), new_console()
     subject.load(device)
-    rows = sweep(bench, lambda rows: _save([*kept, *rows], bench, command), console)
-    print_result(console, rows)
-    path = _save([*kept, *rows], bench, command)
+    rows = sweep(GenerateBench(subject, options, device), file.save, console)
+    print_tokens(console, rows)
+    path = file.save(rows)
     if path is not None:
-        tokens_figure([*kept, *rows]).savefig(path.with_suffix(".png"))
+        tokens_figure([*file.kept, *rows]).savefig(path.with_suffix(".png"))
         console.print(f"Written: {path} and .png")
-    return _content([*kept, *rows], bench, command)
-
-
-def earlier(bench: Bench) -> list[Row]:
-    """Rows of an earlier run that stay in the file: at points that this run does not measure. The model need not be
-    loaded.
-
-    Raises:
-        ConfigError: what is there was measured otherwise, or is no such file.
-    """
-    path = Path(bench.options.out or "") / f"{_name(bench)}.json"
-    if not bench.options.add or not path.exists():
-        return []
-    points = {(where.batch, where.context) for where in bench.options.points}
-    rows = rows_to_add_to(path, result("", _settings(bench), []))
-    return [row for row in rows if (row["batch"], row["context"]) not in points]
-
-
-def _save(rows: Sequence[Row], bench: Bench, command: str) -> Path | None:
-    if bench.options.out is None:
-        return None
-    return save_json(bench.options.out, _name(bench), _content(rows, bench, command))
-
-
-def _name(bench: Bench) -> str:
-    return file_name("generate", bench.device.type, bench.options.config.digest)
-
-
-def _settings(bench: Bench) -> Row:
-    """What all rows of a file have in common."""
-    options = bench.options
-    return {
-        "model": bench.subject.name,
-        "dtype": str(bench.subject.dtype),
-        "digest": options.config.digest,
-        "budget": options.config.budget,
-        "dense_layers": options.config.dense_layers,
-        "new_tokens": options.new_tokens,
-    }
-
-
-def _content(rows: Sequence[Row], bench: Bench, command: str) -> Row:
-    """What the file holds. Rows that do not say how they were measured were measured by this command."""
-    options = bench.options
-    rows = sorted(rows, key=lambda row: (row["batch"], row["context"]))  # a point's modes stay in their order
-    points = {(row["batch"], row["context"]) for row in rows}
-    settings = {
-        **_settings(bench),
-        "random_weights": bench.subject.source is None,
-        "weight_bytes": bench.subject.weight_bytes,
-        "timed_tokens": options.timed_tokens,
-        "num_points": len(points.union((where.batch, where.context) for where in options.points)),
-        "modes": [name for name in MODES if name in (*options.modes, *(row["mode"] for row in rows))],
-    }
-    content = result(command, settings, [])
-    here = measured(content)
-    return {**content, "rows": [{**row, "measured": row.get("measured", here)} for row in rows]}
+    return file.content(rows)

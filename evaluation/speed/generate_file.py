@@ -3,13 +3,67 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation.report import file_name, result, save_json
+
+from .generate_model import Subject
+from .generate_points import MODES, Options
 
 Row = dict[str, Any]
 _SETTINGS = ("model", "dtype", "budget", "dense_layers", "new_tokens")
+
+
+class ResultFile:
+    """What a run writes and, with `--add`, what it leaves as it is.
+
+    Attributes:
+        kept: rows of an earlier run, at points that this one does not measure.
+
+    Raises:
+        ConfigError: what is there was measured otherwise, or is no such file. The model need not be loaded.
+    """
+
+    def __init__(self, subject: Subject, options: Options, device: torch.device, command: str) -> None:
+        self.subject, self.options, self.command = subject, options, command
+        self.name = file_name("generate", device.type, options.config.digest)
+        self.settings = {
+            "model": subject.name,
+            "dtype": str(subject.dtype),
+            "digest": options.config.digest,
+            "budget": options.config.budget,
+            "dense_layers": options.config.dense_layers,
+            "new_tokens": options.new_tokens,
+        }
+        path, points = Path(options.out or "") / f"{self.name}.json", {(p.batch, p.context) for p in options.points}
+        is_there = options.add and path.exists()
+        earlier = rows_to_add_to(path, result("", self.settings, [])) if is_there else []
+        self.kept = [row for row in earlier if not _points([row]) <= points]
+
+    def save(self, rows: Sequence[Row]) -> Path | None:
+        """Writes the kept rows and these, if files were asked for."""
+        return None if self.options.out is None else save_json(self.options.out, self.name, self.content(rows))
+
+    def content(self, rows: Sequence[Row]) -> Row:
+        """What the file holds. Rows that do not say how they were measured were measured by this command."""
+        options = self.options
+        rows = sorted([*self.kept, *rows], key=lambda row: (row["batch"], row["context"]))  # modes in their order
+        settings = {
+            **self.settings,
+            "random_weights": self.subject.source is None,
+            "weight_bytes": self.subject.weight_bytes,
+            "timed_tokens": options.timed_tokens,
+            "num_points": len(_points(rows) | {(where.batch, where.context) for where in options.points}),
+            "modes": [name for name in MODES if name in (*options.modes, *(row["mode"] for row in rows))],
+        }
+        content = result(self.command, settings, [])
+        here = measured(content)
+        return {**content, "rows": [{**row, "measured": row.get("measured", here)} for row in rows]}
 
 
 def rows_to_add_to(path: Path, here: Row) -> list[Row]:
@@ -21,16 +75,21 @@ def rows_to_add_to(path: Path, here: Row) -> list[Row]:
     Raises:
         ConfigError: they were measured otherwise, or it is no such file.
     """
-    there = _read(path)
-    was, now = alike(there), alike(here)
+    try:
+        there: Row = json.loads(path.read_text(encoding="utf-8"))
+        was, known = alike(there), measured(there)
+        # Earlier files told of the last command only, whatever it had added to: then there are more points than its.
+        is_of_one_run = len(_points(there["rows"])) <= int(there["settings"]["num_points"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--add: {path} is no file of this command ({error!r}). Choose another --out.") from error
+    now = alike(here)
     different = [f"{name} {was[name]!r} there, {now[name]!r} here" for name in now if was[name] != now[name]]
     if different:
         raise ConfigError(
             f"--add: {path} was measured otherwise ({'; '.join(different)}). Choose another --out, or the same "
             "settings on the same machine."
         )
-    known = measured(there) if _is_of_one_run(there) else None
-    return [{"measured": known, **row} for row in there["rows"]]
+    return [{"measured": known if is_of_one_run else None, **row} for row in there["rows"]]
 
 
 def alike(content: Row) -> Row:
@@ -45,19 +104,5 @@ def measured(content: Row) -> Row:
     return {**told, "torch": content["versions"]["torch"]}
 
 
-def _read(path: Path) -> Row:
-    try:
-        content: Row = json.loads(path.read_text(encoding="utf-8"))
-        alike(content), measured(content), content["settings"]["num_points"], _points(content)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--add: {path} is no file of this command ({error!r}). Choose another --out.") from error
-    return content
-
-
-def _is_of_one_run(content: Row) -> bool:
-    """Earlier files told of the last command only, whatever it had added to: then there are more points than its."""
-    return len(_points(content)) <= int(content["settings"]["num_points"])
-
-
-def _points(content: Row) -> set[tuple[int, int]]:
-    return {(row["batch"], row["context"]) for row in content["rows"]}
+def _points(rows: Iterable[Row]) -> set[tuple[int, int]]:
+    return {(row["batch"], row["context"]) for row in rows}

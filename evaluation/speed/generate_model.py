@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from sparsekv import SparseConfig
+from sparsekv import POLICIES, SparseConfig
+from sparsekv.cache import heads_of
 from sparsekv.digests import DIGESTS
-from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.errors import ConfigError
 from sparsekv.evaluation.models import pretrained
 from sparsekv.hf.support import context_of
 
-MOST_POSITIONS = 1 << 20
-
-
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_theta": theta, "rope_type": "default"}
-
-
-def _llama_8b() -> Any:
-    return LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=MOST_POSITIONS,
-        rope_parameters=_rope(500000.0),
-    )  # fmt: skip
-
-
-def _qwen_32b() -> Any:
-    return Qwen3Config(
-        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=MOST_POSITIONS,
-        rope_parameters=_rope(1000000.0),
-    )  # fmt: skip
-
-
-def _tiny() -> Any:
-    return LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, vocab_size=512, max_position_embeddings=MOST_POSITIONS,
-        rope_parameters=_rope(500000.0),
-    )  # fmt: skip
-
-
-GEOMETRIES: dict[str, Callable[[], Any]] = {"llama-3.1-8b": _llama_8b, "qwen3-32b": _qwen_32b, "tiny": _tiny}
+from .geometry import GEOMETRIES, named
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def whole_models() -> list[str]:
+    """Names of the geometries of which not one layer alone is known."""
+    return [name for name, geometry in GEOMETRIES.items() if geometry.model]
 
 
 class Subject:
@@ -56,7 +30,7 @@ class Subject:
 
     Args:
         model: id on the hub or folder; None: random weights in the sizes of `geometry`.
-        geometry: a name in `GEOMETRIES`.
+        geometry: the name of one whose whole model is known.
         dtype: of the weights.
 
     Raises:
@@ -65,9 +39,7 @@ class Subject:
 
     def __init__(self, model: str | None, geometry: str, dtype: torch.dtype = torch.float32) -> None:
         self.source, self.name, self.dtype = model, model or geometry, dtype
-        if model is None and geometry not in GEOMETRIES:
-            raise UnknownNameError("--geometry", geometry, GEOMETRIES)
-        self.config = GEOMETRIES[geometry]() if model is None else pretrained(AutoConfig, model)
+        self.config = named(geometry, whole_models()).config if model is None else pretrained(AutoConfig, model)
         self.model: Any = None
 
     @property
@@ -82,11 +54,11 @@ class Subject:
         Raises:
             ConfigError: it does not.
         """
-        most = context_of(self.config)
+        allowed = context_of(self.config)
         needed = context + (0 if getattr(self.text, "rope_parameters", None) else new_tokens)
-        if most is not None and needed > most:
+        if allowed is not None and needed > allowed:
             raise ConfigError(
-                f"{self.name} takes {most:,} tokens, and {needed:,} are asked for: choose other --points."
+                f"{self.name} takes {allowed:,} tokens, and {needed:,} are asked for: choose other --points."
             )
 
     def load(self, device: torch.device) -> None:
@@ -104,26 +76,17 @@ class Subject:
     def cache_bytes(self, num_tokens: int, config: SparseConfig | None) -> int | None:
         """Bytes of the keys and values of so many tokens, and of the digests that a patch with `config` keeps (None:
         unpatched); None where the layers are not all alike."""
-        try:
-            text = self.text
-            if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-                return None
-            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            num_layers = int(text.num_hidden_layers)
-        except (
-            AttributeError,
-            RuntimeError,
-            TypeError,
-        ):  # transformers refuses what differs per layer; lists do, too
+        text, heads = self.text, heads_of(self.config)
+        if heads is None or set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             return None
-        pairs = 2 * num_heads * head_dim * self.model.dtype.itemsize * num_layers * num_tokens  # keys and values
-        if config is None or config.policy == "all":
-            return int(pairs)
-        fields = DIGESTS.get(config.digest)().fields(config.page_size, head_dim)
+        num_layers, itemsize = int(text.num_hidden_layers), self.model.dtype.itemsize
+        pairs = 2 * heads.num_kv_heads * heads.head_dim * itemsize * num_layers * num_tokens  # keys and values
+        if config is None or POLICIES.get(config.policy).reads_all:
+            return pairs
+        fields = DIGESTS.get(config.digest)().fields(config.page_size, heads.head_dim)
         digest = sum(math.prod(f.shape) * (f.dtype or self.model.dtype).itemsize for f in fields)
         pages = (num_layers - len(config.dense_among(range(num_layers)))) * config.pages_for(num_tokens)
-        return int(pairs + pages * num_heads * digest)
+        return pairs + pages * heads.num_kv_heads * digest
 
     @property
     def weight_bytes(self) -> int:

@@ -16,11 +16,11 @@ from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.report import positive, short, tokens
 
-from .generate_model import GEOMETRIES
+from .generate_model import whole_models
 
 K = 1 << 10
-LEAST_NEW_TOKENS = 8
-LEAST_FIRST = 4  # tokens that are not timed: an eager step, one that is captured, and one that is compared
+MIN_NEW_TOKENS = 8
+MIN_FIRST_TOKENS = 4  # tokens that are not timed: an eager step, one that is captured, and one that is compared
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -115,9 +115,9 @@ class Options:
                 raise UnknownNameError("--modes", name, MODES)
         object.__setattr__(self, "modes", tuple(name for name in MODES if name in self.modes))
         object.__setattr__(self, "points", tuple(dict.fromkeys(self.points)))
-        if self.new_tokens < LEAST_NEW_TOKENS:
+        if self.new_tokens < MIN_NEW_TOKENS:
             raise ConfigError(
-                f"--new-tokens={self.new_tokens} is not allowed: at least {LEAST_NEW_TOKENS}, as the first third "
+                f"--new-tokens={self.new_tokens} is not allowed: at least {MIN_NEW_TOKENS}, as the first third "
                 "(capture, warm-up) is not timed."
             )
         if self.split and not set(CAPTURED).intersection(self.modes):
@@ -128,7 +128,7 @@ class Options:
     @property
     def first_tokens(self) -> int:
         """Tokens that are not timed, the one that the prefill gives included."""
-        return max(self.new_tokens // 3, LEAST_FIRST)
+        return max(self.new_tokens // 3, MIN_FIRST_TOKENS)
 
     @property
     def timed_tokens(self) -> int:
@@ -150,12 +150,12 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `sparsekv bench generate` and `python -m evaluation.speed generate`."""
+    """The options of `sparsekv bench generate`."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="ID_OR_PATH", help="model id on the hub, or a folder")
     model.add_argument(
         "--geometry", metavar="NAME",
-        help=f"random weights in the sizes of {', '.join(GEOMETRIES)} (default: the first on a GPU, else the last)",
+        help=f"random weights in the sizes of {', '.join(whole_models())} (default: the first, on a CPU the last)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16, on a CPU float32)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -12,7 +13,7 @@ import torch
 
 # A graph is made this long by repeating its calls, so that starting it costs nothing to speak of, up to a number of
 # calls that is captured quickly.
-LEAST_GRAPH_US, MOST_CALLS = 500.0, 256
+MIN_GRAPH_US, MAX_CALLS = 500.0, 256
 WARMUP_REPLAYS = 3
 
 Step = Callable[[int], object]
@@ -34,11 +35,10 @@ class Spread:
 
 
 class Timer:
-    """Times `step(0) ... step(count - 1)`, one after the other in one CUDA graph.
+    """Times `step(0) ... step(count - 1)`: on a GPU one after the other in one CUDA graph, on a CPU call by call.
 
     Args:
-        device: on a CPU, the calls are made one by one.
-        replays: of the graph.
+        replays: of the graph; on a CPU, calls that are timed.
     """
 
     def __init__(self, device: torch.device, replays: int) -> None:
@@ -51,19 +51,26 @@ class Timer:
             count: calls with inputs of their own.
             floor_us: the least one call can take, as far as known.
         """
-        wanted = math.ceil(LEAST_GRAPH_US / max(count * floor_us, 1.0))
-        rounds = max(1, min(wanted, MOST_CALLS // count)) if self.device.type == "cuda" else 1
+        if self.device.type != "cuda":
+            return Spread.of(self._plain_us(step, count))
+        wanted = math.ceil(MIN_GRAPH_US / max(count * floor_us, 1.0))
+        rounds = max(1, min(wanted, MAX_CALLS // count))
 
         def work() -> None:
             for _ in range(rounds):
                 for i in range(count):
                     step(i)
 
-        times = self._graph_us(work) if self.device.type == "cuda" else self._plain_us(work)
-        return Spread.of([us / (rounds * count) for us in times])
+        return Spread.of([us / (rounds * count) for us in self._graph_us(work)])
 
     def _graph_us(self, work: Callable[[], None]) -> list[float]:
-        graph = self._capture(work)
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()  # what is compiled or allocated at a first call cannot be captured
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            work()
         for _ in range(WARMUP_REPLAYS):
             graph.replay()
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.replays)]
@@ -75,26 +82,20 @@ class Timer:
         graph.reset()
         return [start.elapsed_time(end) * 1e3 for start, end in events]
 
-    @staticmethod
-    def _capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()  # what is compiled or allocated at a first call cannot be captured
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph
-
-    def _plain_us(self, work: Callable[[], None]) -> list[float]:
-        work()
+    def _plain_us(self, step: Step, count: int) -> list[float]:
         times = []
-        for _ in range(self.replays):
+        for i in range(-WARMUP_REPLAYS, self.replays):
             start = time.perf_counter()
-            work()
+            step(i % count)
             times.append((time.perf_counter() - start) * 1e6)
-        return times
+        return times[WARMUP_REPLAYS:]
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def read_tb_per_s(device: torch.device, timer: Timer, num_bytes: int = 4 << 30) -> float:

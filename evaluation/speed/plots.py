@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsekv import SparseConfig
 from sparsekv.evaluation.report import BLUE, GREEN, GREY, ORANGE, RED, SKY, new_figure, short
 
 from .generate_points import MODES
 
 Row = dict[str, Any]
 
-# A layer's competitors: name in the rows' keys (sparse_us, on a CPU sparse_ms), label, style.
+# A layer's competitors: name in the rows' keys (sparse_us), label, style.
 _STEP_LINES = (
     ("sparse", "sparsekv", {"marker": "s", "color": BLUE, "linewidth": 2}),
     ("flashinfer", "FlashInfer, dense", {"marker": "o", "color": ORANGE}),
@@ -24,7 +25,6 @@ _STEP_LINES = (
     ("floor", "memory's speed, digests and budget", {"linestyle": "--", "color": BLUE}),
 )
 _PARTS = {"append": GREY, "score": BLUE, "select": ORANGE, "attend": GREEN}
-_FLOOR = ("floor", "memory's speed", {"marker": "_", "color": RED})
 _SPLIT = {"attention": ("attention", BLUE), "gemm": ("matrix products", GREY), "rest": ("norms, rotary ...", ORANGE)}
 
 # mode of the rows, style; in the order of the legend
@@ -45,102 +45,91 @@ def step_figure(rows: Sequence[Row], title: str | None = None) -> Any:
     """Time of a step against the context, and how much faster than dense it is at every batch and context.
 
     Args:
-        rows: of `attention_DEVICE.json`. Shown are the first row's geometry and budget; on the left, its batch. On a
-            CPU there is one geometry and one batch, and so no right-hand side.
+        rows: of `attention_DEVICE.json`. Shown are the first row's geometry and budget; on the left, its batch.
         title: of the figure (default: geometry and budget).
     """
     same = _like_the_first(rows)
-    on_gpu = any("floor_us" in row for row in same)
-    figure, axes = new_figure(figsize=(11.5 if on_gpu else 6.4, 4.6), dpi=120, ncols=2 if on_gpu else 1)
-    left, right = axes if on_gpu else (axes, None)
+    figure, (left, right) = new_figure(figsize=(11.5, 4.6), dpi=120, ncols=2)
     if same:
-        _plot_steps(left, [row for row in same if row.get("batch") == same[0].get("batch")])
+        _plot_steps(left, [row for row in same if row["batch"] == same[0]["batch"]])
         figure.suptitle(title or _title("One layer's decode step", same[0]))
-    if right is not None:
-        _plot_ratios(right, same)
+    _plot_ratios(right, same)
     return figure
 
 
 def _title(what: str, row: Row) -> str:
-    digest = row.get("digest", "minmax")  # of rows before there was a choice
-    which = "" if digest == "minmax" else f", {digest}"
-    return f"{what}: {row.get('geometry') or row['model']}, budget {row['budget']} tokens{which}"
+    usual = SparseConfig()
+    told = [row.get("digest", usual.digest), row.get("policy", usual.policy)]  # older rows do not say the defaults
+    named = [name for name in told if name not in (usual.digest, usual.policy)]
+    return ", ".join([f"{what}: {row.get('geometry') or row['model']}", f"budget {row['budget']} tokens", *named])
 
 
 def _like_the_first(rows: Sequence[Row]) -> list[Row]:
     """Those measured, of the first one's geometry and budget, by batch and context."""
-    timed = [row for row in rows if _unit(row)]
-    same = [row for row in timed if all(row.get(key) == timed[0].get(key) for key in ("geometry", "budget"))]
-    return sorted(same, key=lambda row: (row.get("batch", 1), row["context"]))
-
-
-def _unit(row: Row) -> str | None:
-    return next((unit for unit in ("us", "ms") if row.get(f"sparse_{unit}") is not None), None)
+    timed = [row for row in rows if row.get("sparse_us")]
+    same = [row for row in timed if all(row[key] == timed[0][key] for key in ("geometry", "budget"))]
+    return sorted(same, key=lambda row: (row["batch"], row["context"]))
 
 
 def _plot_steps(axes: Any, rows: Sequence[Row]) -> None:
-    unit = _unit(rows[0])
-    lines = _STEP_LINES if unit == "us" else (("dense", "PyTorch SDPA, dense", _STEP_LINES[2][2]), _STEP_LINES[0])
-    for name, label, style in lines:
-        known = [row for row in rows if row.get(f"{name}_{unit}") is not None]
-        if known:
-            values = [row[f"{name}_{unit}"] for row in known]
-            axes.plot([row["context"] for row in known], values, label=label, **style)
-    axes.set_yscale("log")
+    for name, label, style in _STEP_LINES:
+        _plot_line(axes, [row for row in rows if row.get(f"{name}_us")], f"{name}_us", label, style)
     _context_axis(axes, [row["context"] for row in rows])
-    axes.set_ylabel(f"one layer's decode step [{unit}]")
-    axes.set_title(f"batch {rows[0].get('batch', 1)}")
+    axes.set(yscale="log", ylabel="one layer's decode step [us]", title=f"batch {rows[0]['batch']}")
     axes.legend(fontsize=8)
+
+
+def _plot_line(axes: Any, rows: Sequence[Row], key: str, label: str, style: Mapping[str, Any]) -> None:
+    if rows:
+        axes.plot([row["context"] for row in rows], [row[key] for row in rows], label=label, **style)
 
 
 def _context_axis(axes: Any, contexts: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [short(context) for context in contexts])
-    axes.set_xlabel("context [tokens]")
+    axes.set(xlabel="context [tokens]")
     axes.grid(alpha=0.3, which="both")
 
 
 def _plot_ratios(axes: Any, rows: Sequence[Row]) -> None:
     """Bars; an open mark where the memory's speed would put them."""
     rows = [row for row in rows if row.get("speedup")]
-    places = range(len(rows))
-    axes.bar(places, [row["speedup"] for row in rows], color=BLUE, label="sparsekv")
+    bars = axes.bar(range(len(rows)), [row["speedup"] for row in rows], color=BLUE, label="sparsekv")
+    axes.bar_label(bars, fmt="%.1f", fontsize=8)
     possible = [row["dense_floor_us"] / row["floor_us"] for row in rows]
-    axes.plot(places, possible, "_", color=GREY, markersize=14, markeredgewidth=2, label="at the memory's speed")
-    for place, row in zip(places, rows, strict=True):
-        axes.annotate(f"{row['speedup']:.1f}", (place, row["speedup"]), ha="center", va="bottom", fontsize=8)
+    axes.plot(possible, "_", color=GREY, markersize=14, markeredgewidth=2, label="at the memory's speed")
     axes.axhline(1, color=GREY, linewidth=0.8)
     _point_axis(axes, rows)
-    axes.set_ylabel("times faster than the faster dense competitor")
+    axes.set(ylabel="times faster than the faster dense competitor")
     axes.legend(fontsize=8)
 
 
 def _point_axis(axes: Any, rows: Sequence[Row]) -> None:
-    labels = [f"{row.get('batch', 1)} x {short(row['context'])}" for row in rows]
+    labels = [f"{row['batch']} x {short(row['context'])}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=45, ha="right")
-    axes.set_xlabel("batch x context [tokens]")
+    axes.set(xlabel="batch x context [tokens]")
 
 
 def parts_figure(rows: Sequence[Row]) -> Any:
     """A step's parts, each timed alone, stacked; beside them the step itself, and the memory's speed."""
-    shown = [row for row in _like_the_first(rows) if all(row.get(f"{part}_{_unit(row)}") for part in _PARTS)]
+    shown = [row for row in _like_the_first(rows) if "attend_us" in row]
     figure, axes = new_figure(figsize=(8, 4.6), dpi=120)
-    unit = _unit(shown[0]) if shown else "us"
-    tops = [0.0] * len(shown)
-    for part, color in _PARTS.items():
-        values = [row[f"{part}_{unit}"] for row in shown]
-        axes.bar(range(len(shown)), values, 0.6, bottom=tops, color=color, label=f"{part}, alone")
-        tops = [top + value for top, value in zip(tops, values, strict=True)]
-    label = "the step, fused" if unit == "us" else "the step"
-    for name, text, style in (("sparse", label, {"marker": "s", "color": "black"}), _FLOOR):
-        known = [(i, row[f"{name}_{unit}"]) for i, row in enumerate(shown) if row.get(f"{name}_{unit}")]
-        if known:
-            axes.plot(*zip(*known, strict=True), **style, linestyle="", markersize=9, label=text)
+    _stack(axes, [([row.get(f"{part}_us", 0) for row in shown], f"{part}, alone", _PARTS[part]) for part in _PARTS])
+    axes.plot([row["sparse_us"] for row in shown], "s", color="black", markersize=9, label="the step")
+    axes.plot([row["floor_us"] for row in shown], "_", color=RED, markersize=9, label="memory's speed")
     _point_axis(axes, shown)
-    axes.set_ylabel(f"one layer's decode step [{unit}]")
-    axes.set_title("Where a step's time goes")
+    axes.set(ylabel="one layer's decode step [us]", title="Where a step's time goes")
     axes.legend(fontsize=8)
     return figure
+
+
+def _stack(axes: Any, parts: Sequence[tuple[Sequence[float], str, str]]) -> None:
+    """Bars on top of each other: values, label, colour."""
+    tops: list[float] = []
+    for values, label, color in parts:
+        tops = tops or [0.0] * len(values)
+        axes.bar(range(len(values)), values, 0.6, bottom=tops, color=color, label=label)
+        tops = [top + value for top, value in zip(tops, values, strict=True)]
 
 
 # -- a token of generate
@@ -154,12 +143,13 @@ def tokens_figure(rows: Sequence[Row]) -> Any:
     """
     timed = [row for row in rows if row["ms_per_token"] is not None]
     several = [row for row in timed if row["batch"] > 1]
-    figure, axes = new_figure(figsize=(11.5 if several else 6.4, 4.6), dpi=120, ncols=2 if several else 1)
-    left, right = axes if several else (axes, None)
-    _plot_tokens(left, [row for row in timed if row["batch"] == 1])
-    if right is not None:
-        _plot_batches(right, several)
-        right.set_title("larger batches")
+    figure, axes = new_figure(
+        figsize=(11.5 if several else 6.4, 4.6), dpi=120, ncols=2 if several else 1, squeeze=False
+    )
+    _plot_tokens(axes[0, 0], [row for row in timed if row["batch"] == 1])
+    if several:
+        _plot_batches(axes[0, 1], several)
+        axes[0, 1].set_title("larger batches")
     if rows:
         figure.suptitle(_title("A token of generate", rows[0]))
     return figure
@@ -169,13 +159,9 @@ def _plot_tokens(axes: Any, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: row["context"])
     for mode, style in _MODE_STYLES.items():
         known = [row for row in rows if row["mode"] == mode]
-        if known:
-            values = [row["ms_per_token"] for row in known]
-            axes.plot([row["context"] for row in known], values, label=MODES[mode].label, **style)
+        _plot_line(axes, known, "ms_per_token", MODES[mode].label, style)
     _context_axis(axes, sorted({row["context"] for row in rows}))
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("a token [ms]")
-    axes.set_title("batch 1")
+    axes.set(ylim=(0, None), ylabel="a token [ms]", title="batch 1")
     if rows:
         axes.legend(fontsize=8)
 
@@ -188,16 +174,13 @@ def _plot_batches(axes: Any, rows: Sequence[Row], key: str = "ms_per_token", sca
     for i, mode in enumerate(modes):
         known = [row for row in rows if row["mode"] == mode]
         places = [points.index((row["batch"], row["context"])) + (i - (len(modes) - 1) / 2) * width for row in known]
-        alpha = 0.5 if mode == "sparse-eager" else 1
-        color = _MODE_STYLES[mode]["color"]
-        values = [row[key] / scale for row in known]
-        bars = axes.bar(places, values, width, color=color, alpha=alpha, label=MODES[mode].label)
-        axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=7)
+        look = {"color": _MODE_STYLES[mode]["color"], "alpha": 0.5 if mode == "sparse-eager" else 1}
+        bars = axes.bar(places, [row[key] / scale for row in known], width, **look, label=MODES[mode].label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set_xticks(range(len(points)), [f"{batch} x {short(context)}" for batch, context in points])
-    axes.set_xlim(-0.5, len(points) - 0.5)
-    axes.set_xlabel("batch x context [tokens]")
     axes.margins(y=0.15)
-    axes.set_ylabel("a token of every sequence [ms]")
+    width = max(len(points), 1)
+    axes.set(xlim=(-0.5, width - 0.5), xlabel="batch x context [tokens]", ylabel="a token of every sequence [ms]")
     axes.legend(fontsize=8)
 
 
@@ -205,19 +188,13 @@ def split_figure(rows: Sequence[Row]) -> Any:
     """Where a captured step's time goes: attention, matrix products, the rest, and gaps between kernels."""
     shown = [row for row in rows if row.get("split_ms")]
     figure, axes = new_figure(figsize=(8, 4.6), dpi=120)
-    tops = [0.0] * len(shown)
-    for part, (label, color) in _SPLIT.items():
-        values = [row["split_ms"][part] for row in shown]
-        axes.bar(range(len(shown)), values, 0.6, bottom=tops, color=color, label=label)
-        tops = [top + value for top, value in zip(tops, values, strict=True)]
+    _stack(axes, [([row["split_ms"][part] for row in shown], *style) for part, style in _SPLIT.items()])
     marks = [row["ms_per_token"] for row in shown]
-    axes.plot(
-        range(len(shown)), marks, "_", color="black", markersize=24, label="a token, launches and gaps included"
-    )
+    axes.plot(marks, "_", color="black", markersize=24, label="a token, launches and gaps included")
     _point_axis(axes, shown)
     axes.set_ylim(0, 1.4 * max(marks, default=1))  # with room for the legend
-    axes.set_ylabel("a token of every sequence [ms]")
-    axes.set_title(f"Where a token's time goes: {MODES[shown[0]['mode']].label if shown else ''}")
+    of_mode = MODES[shown[0]["mode"]].label if shown else ""
+    axes.set(ylabel="a token of every sequence [ms]", title=f"Where a token's time goes: {of_mode}")
     axes.legend(fontsize=8, loc="upper left")
     return figure
 
@@ -227,8 +204,8 @@ def memory_figure(rows: Sequence[Row]) -> Any:
     known = [row for row in rows if row.get("peak_bytes")]
     figure, axes = new_figure(figsize=(8, 4.6), dpi=120)
     _plot_batches(axes, known, "peak_bytes", 1e9)
-    axes.set_ylabel("most memory beyond the weights [GB]")
-    axes.set_title("Memory of a call of generate, its prefill included")
+    title = "Memory of a call of generate, its prefill included"
+    axes.set(ylabel="most memory beyond the weights [GB]", title=title)
     return figure
 
 
@@ -246,17 +223,13 @@ def accuracy_figure(accuracy: Mapping[int, float], rows: Sequence[Row], dense: f
     """
     figure, axes = new_figure(figsize=(7, 4.6), dpi=120)
     shown = sorted((row for row in rows if row["budget"] in accuracy), key=lambda row: row["budget"])
-    unit = _unit(shown[0]) if shown else "us"
-    points = [(row[f"sparse_{unit}"], 100 * accuracy[row["budget"]]) for row in shown]
+    points = [(row["sparse_us"], 100 * accuracy[row["budget"]]) for row in shown]
     axes.plot(*zip(*points, strict=True), "s-", color=BLUE, label="sparsekv, by budget [tokens]")
     for row, point in zip(shown, points, strict=True):
         axes.annotate(short(row["budget"]), point, xytext=(5, -12), textcoords="offset points", fontsize=8)
-    times = [row["best_dense_us"] if unit == "us" else row["dense_ms"] for row in shown]
-    axes.plot(min(times, default=0), 100 * dense, "o", color=ORANGE, label="dense: the faster competitor")
-    axes.set_xlim(left=0)
-    axes.set_xlabel(f"one layer's decode step [{unit}]")
-    axes.set_ylabel("right answers [%]")
-    axes.set_title(title)
+    fastest = min((row["best_dense_us"] for row in shown), default=0)
+    axes.plot(fastest, 100 * dense, "o", color=ORANGE, label="dense: the faster competitor")
+    axes.set(xlim=(0, None), xlabel="one layer's decode step [us]", ylabel="right answers [%]", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

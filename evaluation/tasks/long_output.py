@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sparsekv.evaluation.testbed import tasks as grammar
 from sparsekv.evaluation.testbed import vocabulary as vocab
-from sparsekv.evaluation.testbed.tasks import Ask, Plan, Pools
+from sparsekv.evaluation.testbed.tasks import Ask, FactPlan, Pools
 
 from .base import Document, Metric, Question, Task, Turn, register
 from .planned import WORDS, Planned, evidence, seeded, turn
@@ -82,7 +82,7 @@ def _rows(pools: Pools) -> list[Ask]:
     """Questions for a table's rows, four at a time."""
     keys = pools.look_alike_keys(ROWS)[:ROWS]
     parts = [keys[i : i + AT_ONCE] for i in range(0, ROWS, AT_ONCE)]
-    return [grammar.ask_codes(pools, Plan(), part, vocab.CODE_FACTS[:1]) for part in parts]
+    return [grammar.ask_codes(pools, FactPlan(), part, vocab.CODE_FACTS[:1]) for part in parts]
 
 
 def _copy(writer: Writer, asks: list[Ask]) -> Turn:

@@ -6,7 +6,7 @@ import random
 import re
 from typing import ClassVar
 
-from sparsekv.evaluation.testbed.tasks import Ask, Plan, TaskBuilder
+from sparsekv.evaluation.testbed.tasks import Ask, FactPlan, TaskBuilder
 
 from .base import Document, Question, Task, Turn
 from .writer import Text, Writer
@@ -57,7 +57,7 @@ class Planned(Task):
 
     def write(self, writer: Writer, num_tokens: int, num_questions: int, seed: int) -> Document:
         rng, kind = seeded(self, seed), type(self)
-        plan: Plan = kind.builder(writer.pools(rng, num_tokens), num_questions)
+        plan: FactPlan = kind.builder(writer.pools(rng, num_tokens), num_questions)
         text = writer.tell(plan.threads, num_tokens, rng)
         questions = [Question((turn(writer, ask, kind.items, kind.how),), evidence(text, ask)) for ask in plan.asks]
         return Document(text.text, tuple(questions), text.num_tokens)

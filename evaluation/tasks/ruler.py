@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sparsekv.evaluation.testbed import tasks as grammar
 from sparsekv.evaluation.testbed import vocabulary as vocab
-from sparsekv.evaluation.testbed.tasks import Plan, Pools
+from sparsekv.evaluation.testbed.tasks import FactPlan, Pools
 
 from .base import register
 from .planned import CODES, Planned
@@ -49,9 +49,9 @@ class VariableTracking(Planned):
     )
 
 
-def _counts(pools: Pools, num_questions: int, count: Callable[[int, int], int]) -> Plan:
+def _counts(pools: Pools, num_questions: int, count: Callable[[int, int], int]) -> FactPlan:
     """All ten members of a category, `count(top, rank)` times each; asks for the first."""
-    top, plan = grammar.most_mentions(pools), Plan()
+    top, plan = grammar.most_mentions(pools), FactPlan()
     for category in pools.take("categories", num_questions):
         members = vocab.CATEGORIES[category][1]
         ranked = enumerate(pools.rng.sample(members, len(members)), 1)
@@ -60,11 +60,11 @@ def _counts(pools: Pools, num_questions: int, count: Callable[[int, int], int]) 
     return plan
 
 
-def _common(pools: Pools, num_questions: int) -> Plan:
+def _common(pools: Pools, num_questions: int) -> FactPlan:
     return _counts(pools, num_questions, lambda top, rank: top if rank == 1 else 1)
 
 
-def _zipf(pools: Pools, num_questions: int) -> Plan:
+def _zipf(pools: Pools, num_questions: int) -> FactPlan:
     return _counts(pools, num_questions, lambda top, rank: max(1, round(top / rank)))
 
 

@@ -10,18 +10,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sparsekv.evaluation import models
+
 from .stories import TASKS, Question, Story, make_story
 
 __all__ = ["MODEL_DIR", "NAME", "TASKS", "UNLEARNED", "Question", "Story", "load", "make_story", "path_of"]
 
-NAME = "testbed"  # stands for this model wherever one can be named
-MODEL_DIR = Path(__file__).parent / "model"
+NAME = models.TESTBED  # stands for this model wherever one can be named
+MODEL_DIR = models.TESTBED_DIR
 
 # Tasks that the model answers worse than its bar at 16k (the model card has the figures).
 UNLEARNED: frozenset[str] = frozenset()
@@ -46,9 +47,6 @@ def load(
     if not (MODEL_DIR / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"the testbed's weights are missing from {MODEL_DIR}: restore model.safetensors from the "
-            "repository, or train it anew with `python -m evaluation.testbed.train`"
+            "repository, or train it anew with `python -m tools.testbed.train`"
         )
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-    model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=dtype, local_files_only=True)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_DIR, local_files_only=True)
-    return model.to(device).eval(), tokenizer
+    return models.load(NAME, str(device), dtype or models.AUTO)

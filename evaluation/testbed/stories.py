@@ -10,6 +10,7 @@ The testbed's tokenizer splits at spaces, so a word's index in `Story.text` is i
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from sparsekv.errors import ConfigError, UnknownNameError
 
 from . import vocabulary as vocab
-from .tasks import TASKS, Fact, Plan, Pools, TaskBuilder
+from .tasks import TASKS, Fact, Pools, TaskBuilder
 
 __all__ = ["TASKS", "Question", "Story", "TaskBuilder", "make_story"]
 
@@ -71,9 +72,17 @@ def make_story(num_tokens: int, tasks: Sequence[str] = ALL_TASKS, num_questions:
     plans = {task: TASKS[task](pools, share) for task, share in shares.items() if share}
     threads = [thread for plan in plans.values() for thread in plan.threads]
     taken = sum(len(fact.words) for thread in threads for fact in thread)
-    sentences = mixed(rng, threads, _prose(rng, num_tokens, taken))
-    words = [word for sentence in sentences for word in _words(sentence)]
-    return Story(" ".join(words), _questions(plans, _spans(sentences), tasks, num_questions))
+    words: list[str] = []
+    spans: dict[Fact, tuple[int, int]] = {}  # where each fact stands, in words [start, end)
+    for sentence in mixed(rng, threads, _prose(rng, num_tokens, taken)):
+        start = len(words)
+        words += sentence.words if isinstance(sentence, Fact) else sentence
+        if isinstance(sentence, Fact):
+            spans[sentence] = (start, len(words))
+    asks = {task: iter(plan.asks) for task, plan in plans.items()}
+    turns = [(task, next(asks[task])) for task in itertools.islice(itertools.cycle(tasks), num_questions)]
+    questions = (Question(task, ask.prompt, ask.answer, tuple(spans[f] for f in ask.needs)) for task, ask in turns)
+    return Story(" ".join(words), tuple(questions))
 
 
 def _check(tasks: Sequence[str], num_questions: int) -> None:
@@ -126,41 +135,8 @@ def prose_bank() -> tuple[list[Sentence], dict[int, list[Sentence]]]:
     bank: list[Sentence] = []
     by_length: dict[int, list[Sentence]] = {}
     for i in range(NUM_PROSE_SENTENCES):
-        sentence = _write(rng, vocab.PROSE_TEMPLATES[i % len(vocab.PROSE_TEMPLATES)])
+        template = vocab.PROSE_TEMPLATES[i % len(vocab.PROSE_TEMPLATES)].split()
+        sentence = tuple(rng.choice(vocab.SLOTS[word[1:-1]]) if word.startswith("{") else word for word in template)
         bank.append(sentence)
         by_length.setdefault(len(sentence), []).append(sentence)
     return bank, by_length
-
-
-def _write(rng: random.Random, template: str) -> Sentence:
-    """Fills each slot of a template with a word of its list."""
-    return tuple(rng.choice(vocab.SLOTS[word[1:-1]]) if word.startswith("{") else word for word in template.split())
-
-
-def _words(sentence: Fact | Sentence) -> Sentence:
-    return sentence.words if isinstance(sentence, Fact) else sentence
-
-
-def _spans(sentences: list[Fact | Sentence]) -> dict[Fact, tuple[int, int]]:
-    """Where each fact stands in the story, in words [start, end)."""
-    spans: dict[Fact, tuple[int, int]] = {}
-    start = 0
-    for sentence in sentences:
-        end = start + len(_words(sentence))
-        if isinstance(sentence, Fact):
-            spans[sentence] = (start, end)
-        start = end
-    return spans
-
-
-def _questions(
-    plans: dict[str, Plan], spans: dict[Fact, tuple[int, int]], tasks: Sequence[str], num_questions: int
-) -> tuple[Question, ...]:
-    """The questions of all plans, taking turns through the tasks."""
-    asks = {task: iter(plan.asks) for task, plan in plans.items()}
-    turns = [tasks[i % len(tasks)] for i in range(num_questions)]
-    questions = []
-    for task in turns:
-        ask = next(asks[task])
-        questions.append(Question(task, ask.prompt, ask.answer, tuple(spans[fact] for fact in ask.needs)))
-    return tuple(questions)

@@ -1,7 +1,7 @@
 """The six task families, after RULER (Hsieh et al. 2024): which facts each hides and what it asks.
 
 A builder gets the words that are still free in the story (`Pools`) and the number of questions, and returns
-a `Plan`: facts to hide and questions about them. It knows nothing of prose, order of threads, or positions.
+a `FactPlan`: facts to hide and questions about them. It knows nothing of prose, order of threads, or positions.
 Adding a task is one builder and one row in `TASKS`.
 """
 
@@ -37,8 +37,8 @@ class Ask:
 
 
 @dataclass
-class Plan:
-    """What a task adds to a story: threads of facts, each told in its own order, and questions."""
+class FactPlan:
+    """What a task adds to a story: facts, in threads that are each told in order, and questions about them."""
 
     threads: list[list[Fact]] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
@@ -50,15 +50,14 @@ class Pools:
     def __init__(self, rng: random.Random, num_tokens: int) -> None:
         self.rng = rng
         self.num_tokens = num_tokens
-        lists = {
-            "adjectives": vocab.ADJECTIVES,
-            "animals": vocab.ANIMALS,
-            "names": vocab.NAMES,
-            "towns": vocab.TOWNS,
-            "numbers": vocab.NUMBERS,
-            "categories": tuple(vocab.CATEGORIES),
+        self._free = {
+            "adjectives": [*vocab.ADJECTIVES],
+            "animals": [*vocab.ANIMALS],
+            "names": [*vocab.NAMES],
+            "towns": [*vocab.TOWNS],
+            "numbers": [*vocab.NUMBERS],
+            "categories": [*vocab.CATEGORIES],
         }
-        self._free = {what: list(words) for what, words in lists.items()}
 
     def take(self, what: str, count: int) -> list[str]:
         """Returns `count` words of a kind that nobody else in the story will get."""
@@ -107,39 +106,37 @@ def _pop_any(rng: random.Random, words: list[str]) -> str:
     return words.pop()
 
 
-TaskBuilder = Callable[[Pools, int], Plan]
+TaskBuilder = Callable[[Pools, int], FactPlan]
 
 
-def needle(pools: Pools, num_questions: int) -> Plan:
+def needle(pools: Pools, num_questions: int) -> FactPlan:
     """One code per question; no two of its keys share a word."""
-    adjectives = pools.take("adjectives", num_questions)
-    animals = pools.take("animals", num_questions)
-    return _code_plan(pools, [f"{a} {b}" for a, b in zip(adjectives, animals, strict=True)], num_questions)
+    words = pools.take("adjectives", num_questions), pools.take("animals", num_questions)
+    return _asked([_ask_code(pools, " ".join(key)) for key in zip(*words, strict=True)], num_questions)
 
 
-def many_keys(pools: Pools, num_questions: int) -> Plan:
+def many_keys(pools: Pools, num_questions: int) -> FactPlan:
     """Codes of look-alike keys, one key for every 64 tokens of story; some of them are asked for."""
     keys = pools.look_alike_keys(max(num_questions, MIN_KEYS, pools.num_tokens // 64))
-    return _code_plan(pools, keys, num_questions)
+    return _asked([_ask_code(pools, key) for key in keys], num_questions)
 
 
-def _code_plan(pools: Pools, keys: list[str], num_questions: int) -> Plan:
-    """Hides a code for every key and asks for the first `num_questions` of them."""
-    plan = Plan()
-    for key in keys:
-        code = pools.code()
-        fact = pools.fill(vocab.CODE_FACTS, key=key, code=code)
-        plan.threads.append([fact])
-        if len(plan.asks) < num_questions:
-            plan.asks.append(Ask(vocab.CODE_QUESTION.format(key=key), code, (fact,)))
-    return plan
+def _asked(asks: list[Ask], num_questions: int) -> FactPlan:
+    """Hides the facts of all, each one's in a thread; the first `num_questions` are asked."""
+    return FactPlan([list(ask.needs) for ask in asks], asks[:num_questions])
 
 
-def multi_query(pools: Pools, num_questions: int) -> Plan:
+def _ask_code(pools: Pools, key: str) -> Ask:
+    code = pools.code()
+    fact = pools.fill(vocab.CODE_FACTS, key=key, code=code)
+    return Ask(vocab.CODE_QUESTION.format(key=key), code, (fact,))
+
+
+def multi_query(pools: Pools, num_questions: int) -> FactPlan:
     """Asks for two to four codes at once; the prompt ends with the first key, the answer repeats the others."""
     sizes = [pools.rng.randint(2, 4) for _ in range(num_questions)]
     keys = pools.look_alike_keys(max(sum(sizes), MIN_KEYS, pools.num_tokens // 128))
-    plan = Plan()
+    plan = FactPlan()
     for size in sizes:
         asked, keys = keys[:size], keys[size:]
         plan.asks.append(ask_codes(pools, plan, asked))
@@ -148,7 +145,7 @@ def multi_query(pools: Pools, num_questions: int) -> Plan:
     return plan
 
 
-def ask_codes(pools: Pools, plan: Plan, keys: list[str], templates: tuple[str, ...] = vocab.CODE_FACTS) -> Ask:
+def ask_codes(pools: Pools, plan: FactPlan, keys: list[str], templates: tuple[str, ...] = vocab.CODE_FACTS) -> Ask:
     """Hides a code for every key, and asks for all of them at once."""
     codes = [pools.code() for _ in keys]
     facts = [pools.fill(templates, key=key, code=code) for key, code in zip(keys, codes, strict=True)]
@@ -159,30 +156,21 @@ def ask_codes(pools: Pools, plan: Plan, keys: list[str], templates: tuple[str, .
     return Ask(prompt, answer.removeprefix(f"{keys[0]} "), tuple(facts))
 
 
-def multi_value(pools: Pools, num_questions: int) -> Plan:
+def multi_value(pools: Pools, num_questions: int) -> FactPlan:
     """Travellers with look-alike names and two to four journeys each; all are asked for, in story order."""
     num_travellers = max(num_questions, MIN_KEYS, pools.num_tokens // 512)
-    plan = Plan()
+    asks = []
     for traveller in pools.look_alike_keys(num_travellers)[:num_travellers]:
         towns = pools.take("towns", pools.rng.randint(2, 4))
         facts = [pools.fill(vocab.JOURNEY_FACTS, key=traveller, value=town) for town in towns]
-        plan.threads.append(facts)
-        if len(plan.asks) < num_questions:
-            prompt = vocab.JOURNEY_QUESTION.format(key=traveller)
-            plan.asks.append(Ask(prompt, " ".join(towns), tuple(facts)))
-    return plan
+        asks.append(Ask(vocab.JOURNEY_QUESTION.format(key=traveller), " ".join(towns), tuple(facts)))
+    return _asked(asks, num_questions)
 
 
-def variable_tracking(pools: Pools, num_questions: int) -> Plan:
+def variable_tracking(pools: Pools, num_questions: int) -> FactPlan:
     """Chains of two to four hops: one person keeps a number, each next one "the same number as" the last."""
-    num_chains = num_questions + max(1, pools.num_tokens // 1024)
-    plan = Plan()
-    for number in pools.take("numbers", num_chains):
-        ask = chain(pools, number, pools.rng.randint(2, 4))
-        plan.threads.append(list(ask.needs))
-        if len(plan.asks) < num_questions:
-            plan.asks.append(ask)
-    return plan
+    numbers = pools.take("numbers", num_questions + max(1, pools.num_tokens // 1024))
+    return _asked([chain(pools, number, pools.rng.randint(2, 4)) for number in numbers], num_questions)
 
 
 def chain(pools: Pools, number: str, hops: int) -> Ask:
@@ -194,10 +182,10 @@ def chain(pools: Pools, number: str, hops: int) -> Ask:
     return Ask(vocab.CHAIN_QUESTION.format(number=number), " ".join(people), tuple(facts))
 
 
-def frequent_word(pools: Pools, num_questions: int) -> Plan:
+def frequent_word(pools: Pools, num_questions: int) -> FactPlan:
     """Asks for the most frequent member of a category; no other member occurs more than half as often."""
     top = most_mentions(pools)
-    plan = Plan()
+    plan = FactPlan()
     for category in pools.take("categories", num_questions):
         members = pools.rng.sample(vocab.CATEGORIES[category][1], 4)
         counts = [top, *(pools.rng.randint(1, top // 2) for _ in members[1:])]
@@ -210,17 +198,16 @@ def most_mentions(pools: Pools) -> int:
     return 4 if pools.num_tokens < 1024 else 6 if pools.num_tokens < 4096 else 8
 
 
-def ask_count(pools: Pools, plan: Plan, category: str, counts: dict[str, int]) -> Ask:
+def ask_count(pools: Pools, plan: FactPlan, category: str, counts: dict[str, int]) -> Ask:
     """Tells of the members of a category so many times, and asks for the first, the most frequent one."""
     verb, _ = vocab.CATEGORIES[category]
-    facts = {member: _count_facts(pools, verb, member, count) for member, count in counts.items()}
+    facts = {
+        member: [pools.fill(vocab.COUNT_FACTS, verb=verb, member=member) for _ in range(count)]
+        for member, count in counts.items()
+    }
     plan.threads += [[fact] for told in facts.values() for fact in told]
     answer = next(iter(counts))
     return Ask(vocab.COUNT_QUESTION.format(category=category, verb=verb), answer, tuple(facts[answer]))
-
-
-def _count_facts(pools: Pools, verb: str, member: str, count: int) -> list[Fact]:
-    return [pools.fill(vocab.COUNT_FACTS, verb=verb, member=member) for _ in range(count)]
 
 
 TASKS: dict[str, TaskBuilder] = {

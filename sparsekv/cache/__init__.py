@@ -2,7 +2,7 @@
 
 from sparsekv.cache.handshake import tagged_layer
 from sparsekv.cache.layer_kinds import own_layers, plain_layers
-from sparsekv.cache.model_check import check_settings
+from sparsekv.cache.model_check import check_settings, heads_of
 from sparsekv.cache.paged_cache import PagedCache
 from sparsekv.cache.paged_layer import Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
@@ -13,6 +13,7 @@ __all__ = [
     "PagedCache",
     "PagedLayer",
     "check_settings",
+    "heads_of",
     "own_layers",
     "plain_layers",
     "tagged_layer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,29 @@ from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
 from sparsekv.pages import FORMATS, RESIDENCIES
-from sparsekv.policies import POLICIES, Reads
+from sparsekv.policies import POLICIES, Reads, check_declared
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a model: query heads, kv heads, and channels of each."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def heads_of(model_config: Any) -> Heads | None:
+    """The heads of a model with this config, of its text part if it is multimodal; None where the config does not
+    say, or the layers differ."""
+    text = model_config.get_text_config(decoder=True)
+    try:
+        num_q_heads = int(text.num_attention_heads)
+        num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_q_heads)
+        head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // num_q_heads)
+    except (AttributeError, RuntimeError, TypeError):  # transformers refuses what differs per layer; lists do, too
+        return None
+    return Heads(num_q_heads, num_kv_heads, head_dim)
 
 
 def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None:
@@ -25,18 +48,19 @@ def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None
 
     Raises:
         UnknownNameError: there is no such digest, policy, page format or residency.
-        ConfigError: `dense_layers` names a layer that the model does not have, or there are no such pages, or no such
-            digests, of heads of this size.
+        ConfigError: `dense_layers` names a layer that the model does not have, there are no such pages or no such
+            digests of heads of this size, or the policy declares what cannot be.
     """
     digest, policy, plain = DIGESTS.get(config.digest)(), POLICIES.get(config.policy), plain_layers(model_config)
-    head_dim, kind = _head_dim(model_config), FORMATS.get(config.page_format)()
+    heads, pages = heads_of(model_config), FORMATS.get(config.page_format)()
     RESIDENCIES.get(config.residency)
     _check_dense_layers(config, len(DynamicCache(config=model_config).layers))
-    if head_dim is not None:
-        kind.record(config.page_size, head_dim, torch.float16)
-    is_scored = policy.reads is Reads.DIGESTS and len(config.dense_among(plain)) < len(plain)
-    if is_scored and head_dim is not None:
-        digest.fields(config.page_size, head_dim)
+    num_deciding = len(plain) - len(config.dense_among(plain))
+    check_declared(config, policy, num_deciding)
+    if heads is not None:
+        pages.record(config.page_size, heads.head_dim, torch.float16)
+    if policy.reads is Reads.DIGESTS and num_deciding and heads is not None:
+        digest.fields(config.page_size, heads.head_dim)
 
 
 def check_digests(config: SparseConfig, dense: Collection[int], kept: Mapping[int, bool]) -> None:
@@ -64,13 +88,3 @@ def _check_dense_layers(config: SparseConfig, num_layers: int) -> None:
             f"dense_layers={config.dense_layers} names {', '.join(map(str, missing))}, and the model has layers 0 to "
             f"{num_layers - 1}. Name some of these, or give a whole number for the first so many."
         )
-
-
-def _head_dim(model_config: Any) -> int | None:
-    """Channels of a head; None where the config does not say, or the layers differ."""
-    text = model_config.get_text_config(decoder=True)
-    try:
-        head_dim = getattr(text, "head_dim", None)
-        return int(head_dim or text.hidden_size // text.num_attention_heads)
-    except (AttributeError, RuntimeError, TypeError):  # transformers refuses what differs per layer; lists do, too
-        return None

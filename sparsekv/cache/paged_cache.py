@@ -80,10 +80,11 @@ class PagedCache(SteppedCache):
         self._on_fallback = on_fallback or warn_fallback
         self._updated = None
         self._attention: Any = None  # what the model's config named when the first tokens came
-        self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
         plain = plain_layers(model_config)
+        dense = self.config.dense_among(plain)
+        self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena, dense)
         for i in plain:
-            self.layers[i] = self._paged(i, i in self.config.dense_among(plain))
+            self.layers[i] = self._paged(i, i in dense)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -159,7 +160,7 @@ class PagedCache(SteppedCache):
         twin.config, twin.stats, twin._observers = changed, DecodeStats(), []
         dense = twin.dense_layers
         check_digests(changed, dense, {i: bool(pages.summary) for i, pages in self._store.layers.items()})
-        twin._store = self._store.fork(changed)
+        twin._store = self._store.fork(changed, dense)
         twin.layers = [twin._fork_layer(layer, dense) for layer in self.layers]
         return twin
 
@@ -225,7 +226,7 @@ class PagedCache(SteppedCache):
 
     def reset(self) -> None:
         """Empties the cache."""
-        self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena)
+        self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena, self.dense_layers)
         for layer in self.layers:
             layer.reset()
             if isinstance(layer, PagedLayer):

@@ -213,6 +213,7 @@ class PagedLayer(ReadableLayer):
 
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
+        ordinal, memory = self.store.remembered(self.layer_idx)
         return DecodeStep(
             layer_idx=self.layer_idx,
             query=query,
@@ -229,6 +230,9 @@ class PagedLayer(ReadableLayer):
             key=None if new is None else new[0],
             value=None if new is None else new[1],
             view=None if self.store.is_in_place else pages.residency.view,
+            ordinal=ordinal,
+            phase=self.store.memory.phase,
+            memory=memory,
         )
 
     def _record(self, slots: Tensor | None, new: bool) -> None:
@@ -263,3 +267,4 @@ class PagedLayer(ReadableLayer):
             self.refuse("its keys or values are transformed between the cache and the attention function")
         else:
             self.commit(self.store.table.columns())  # nothing is known of a mask
+            self.store.memory.forget()  # no policy was asked

@@ -43,9 +43,9 @@ class SteppedCache(DynamicCache):
 
     @property
     def step_shape(self) -> tuple[int, ...]:
-        """Batch size and width of the page table."""
+        """Batch size and width of the page table, and the phase of the policy."""
         device = next(iter(self._store.layers.values())).kv.device
-        return tuple(self._store.table.on(device)[0].shape)
+        return *self._store.table.on(device)[0].shape, self._store.memory.phase
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -11,105 +11,78 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from sparsekv import PagedCache, Patch
+from sparsekv.errors import ConfigError
 from sparsekv.evaluation.accuracy.asking import stop_ids
 from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.prefill import without_single
-from sparsekv.hf.support import CACHE
+from sparsekv.hf.support import CACHE, context_of
 
-from . import model_options
-from .streaming import StopWhen, Stream
+from .streaming import Stream
 
 CHUNK = 4096  # tokens of a document that are read at once, so that progress can be shown
 
 
 @dataclass(frozen=True)
-class State:
-    """Where a conversation stands.
+class Turn:
+    """A question with its answer, or the document before all questions.
 
     Attributes:
         ids: all tokens so far. The cache holds them, but for the last token of an answer that was cut off.
+        cache: that of a question counts what the answer read.
+        answer: of the document's turn it is empty.
     """
 
     ids: list[int]
     cache: PagedCache
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question with its answer.
-
-    Attributes:
-        after: where the conversation stands then; its cache's counters are those of this turn.
-        num_tokens: of the answer, the end token included.
-        ms_per_token: None if nothing was decoded.
-    """
-
-    after: State
-    answer: str
-    num_tokens: int
-    ms_per_token: float | None
+    answer: Stream
 
     def __str__(self) -> str:
-        stats, length = self.after.cache.stats, self.after.cache.get_seq_length()
-        parts = [f"{self.num_tokens} token{'s' * (self.num_tokens != 1)}"]
-        if self.ms_per_token is not None:
-            parts.append(f"{stats.share:.1%} of the cache read per token")
-        parts.append(f"{length:,} tokens in the cache")
-        if self.ms_per_token is not None:
-            parts.append(f"{self.ms_per_token:.1f} ms a token")
-        return f"[{', '.join(parts)}]"
+        count, ms = self.answer.num_tokens, self.answer.ms_per_token
+        read = took = ""
+        if ms is not None:
+            read, took = f", {self.cache.stats.share:.1%} of the cache read per token", f", {ms:.1f} ms a token"
+        return f"[{count} token{'s' * (count != 1)}{read}, {self.cache.get_seq_length():,} tokens in the cache{took}]"
 
 
 class Conversation:
     """Questions about a document, or about nothing, one after the other.
 
     Attributes:
-        turns: those that count.
-        budget: of the turns to come; None: the patch's.
+        turns: the document's, then those of the questions. Whatever is taken off its end is forgotten.
+        config: of the turns to come; its budget may be changed.
     """
 
     def __init__(self, patch: Patch, tokenizer: Any, wording: Wording, max_new_tokens: int) -> None:
         self.patch, self.wording, self.max_new_tokens = patch, wording, max_new_tokens
-        self._model, self._tokenizer = patch.model, tokenizer
+        self.config, self._model, self._tokenizer = patch.config, patch.model, tokenizer
         self._ends = stop_ids(patch.model, tokenizer, wording)
-        self._beginning = State(self._start_ids(), patch.new_cache())
-        self.turns: list[Turn] = []
-        self.budget: int | float | None = None
+        own = tokenizer("").input_ids if wording.adds_start_token else []
+        self._start = [token for token in own if token == tokenizer.bos_token_id]
+        self.turns = [Turn(self._start, patch.new_cache(), Stream(tokenizer, print))]
 
-    @property
-    def state(self) -> State:
-        """Where it stands now."""
-        return self.turns[-1].after if self.turns else self._beginning
-
-    def encode_document(self, text: str) -> list[int]:
-        """The tokens that `read` takes.
+    def read(self, document: str) -> None:
+        """Begins anew with a document, prefilled densely; shows its progress where stderr is a terminal.
 
         Raises:
-            ConfigError: with an answer, they are more than the model was made for.
+            ConfigError: with an answer, it has more tokens than the model was made for.
         """
-        ids = [*self._start_ids(), *self._encode(self.wording.start + text)]
-        model_options.check_room(self._model, len(ids) + self.max_new_tokens, "The document, with an answer,")
-        return ids
-
-    def read(self, ids: list[int], progress: Callable[[int], object]) -> None:
-        """Begins anew with a document, prefilled densely.
-
-        Args:
-            ids: of `encode_document`.
-            progress: called with the number of tokens of every part read.
-        """
+        ids = [*self._start, *self._encode(self.wording.start + document)]
+        self._check_room(ids, "The document")
         cache = self.patch.new_cache(reserve_tokens=len(ids) + 4 * self.max_new_tokens)
-        step = without_single(CHUNK, len(ids))
-        for start in range(0, len(ids), step):
-            part = self._tensor(ids[start : start + step])
+        step, console = without_single(CHUNK, len(ids)), Console(stderr=True)
+        for start in track(
+            range(0, len(ids), step), f"reading {len(ids):,} tokens (dense prefill)", console=console, transient=True,
+            disable=not console.is_terminal,
+        ):  # fmt: skip
             with torch.inference_mode():
+                part = self._tensor(ids[start : start + step])
                 self._model(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-            progress(part.shape[1])
-        self._beginning = State(ids, cache)
-        self.turns = []
+        self.turns = [Turn(ids, cache, Stream(self._tokenizer, print))]
 
     def ask(
         self, question: str, show: Callable[[str], object], is_stopped: Callable[[], bool] = lambda: False
@@ -126,63 +99,34 @@ class Conversation:
         Raises:
             ConfigError: the model was made for fewer tokens. The conversation is what it was.
         """
-        before = self.state
-        ids = [*before.ids, *self._encode(self.wording.question(question, is_first=not self.turns))]
-        model_options.check_room(self._model, len(ids) + self.max_new_tokens, "The conversation, with an answer,")
-        changes: dict[str, Any] = {} if self.budget is None else {"budget": self.budget}
-        cache = before.cache.fork(**changes)
-        stream = Stream(self._tokenizer, show)
-        said = self._generate(ids, cache, stream, is_stopped)
+        before, end = self.turns[-1], self.wording.end
+        ids = [*before.ids, *self._encode(self.wording.question(question, is_first=len(self.turns) == 1))]
+        self._check_room(ids, "The conversation")
+        answer, cache = Stream(self._tokenizer, show), before.cache.fork(budget=self.config.budget)
+
+        def is_over(tokens: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            has_ended = end is not None and bool(answer.said.strip()) and answer.said.endswith(end)
+            return torch.full((len(tokens),), is_stopped() or has_ended, dtype=torch.bool, device=tokens.device)
+
+        tokens = self._tensor(ids)
+        output = self._model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache}, streamer=answer,
+            max_new_tokens=self.max_new_tokens, stopping_criteria=[is_over], eos_token_id=sorted(self._ends) or None,
+            pad_token_id=min(self._ends, default=None),  # nothing is padded; where there is none, generate complains
+        )  # fmt: skip
         if is_stopped():
             return None
-        turn = Turn(State(ids + said, cache), stream.said, stream.num_tokens, stream.ms_per_token)
-        self.turns.append(turn)
-        return turn
+        # What a later turn begins with says how an answer ends: the end token is left out.
+        said = output[0].tolist()
+        self.turns.append(Turn(said[:-1] if said[-1] in self._ends else said, cache, answer))
+        return self.turns[-1]
 
-    def set_budget(self, budget: int | float) -> None:
-        """For the turns to come.
-
-        Raises:
-            ConfigError: it is not allowed.
-        """
-        self.patch.config.with_(budget=budget)
-        self.budget = budget
-
-    def reset(self) -> None:
-        """Forgets all turns and keeps the document."""
-        self.turns = []
-
-    def undo(self) -> bool:
-        """Forgets the last turn; returns whether there was one."""
-        return bool(self.turns and self.turns.pop())
-
-    def _generate(
-        self, ids: list[int], cache: PagedCache, stream: Stream, is_stopped: Callable[[], bool]
-    ) -> list[int]:
-        """The answer's tokens, without the end token: what a later turn begins with says how an answer ends."""
-        tokens, end = self._tensor(ids), self.wording.end
-
-        def is_over() -> bool:
-            return is_stopped() or (end is not None and bool(stream.said.strip()) and stream.said.endswith(end))
-
-        output = self._model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache}, streamer=stream,
-            max_new_tokens=self.max_new_tokens, stopping_criteria=[StopWhen(is_over)],
-            eos_token_id=sorted(self._ends) or None, pad_token_id=self._pad_id,
-        )  # fmt: skip
-        said: list[int] = output[0, len(ids) :].tolist()
-        return said[:-1] if said and said[-1] in self._ends else said
-
-    @property
-    def _pad_id(self) -> int | None:
-        """No row is ever padded, but generate complains where there is none."""
-        known = (self._model.generation_config.pad_token_id, self._tokenizer.pad_token_id, *self._ends)
-        return next((token for token in known if token is not None), None)
-
-    def _start_ids(self) -> list[int]:
-        start = self._tokenizer.bos_token_id
-        own = self._tokenizer("").input_ids if self.wording.adds_start_token else []
-        return [token for token in own if token == start]
+    def _check_room(self, ids: list[int], what: str) -> None:
+        needed, most = len(ids) + self.max_new_tokens, context_of(self._model.config)
+        if most is not None and needed > most:
+            raise ConfigError(
+                f"{what}, with an answer, takes {needed:,} tokens, and the model was made for {most:,}."
+            )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids

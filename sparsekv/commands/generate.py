@@ -12,6 +12,7 @@ from typing import Any
 import sparsekv
 from sparsekv.command_line import add_json_option, read_text
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation import models
 from sparsekv.evaluation.report import circumstances
 
 from . import model_options
@@ -34,11 +35,13 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     Raises:
         ConfigError, UnsupportedModelError: the prompt, the model or a setting cannot be used.
     """
-    text = _prompt(args)
+    text = args.prompt if args.prompt is not None else read_text("--prompt-file", args.prompt_file)
+    if not text.strip():
+        raise ConfigError("--prompt is empty.")
     config = model_options.config_of(args)
-    model, tokenizer = model_options.load(args)
+    model, tokenizer = models.load(args.model, args.device, args.dtype)
     inputs = _encode(tokenizer, text, args.chat).to(model.device)
-    stream = Stream(tokenizer, _ignore if args.json else partial(print, end="", flush=True))
+    stream = Stream(tokenizer, (lambda text: None) if args.json else partial(print, end="", flush=True))
     with sparsekv.patch(model, config) as patch:
         print(patch, file=sys.stderr)
         model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=stream)
@@ -56,10 +59,6 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     }
 
 
-def _ignore(text: str) -> None:
-    """Shows nothing."""
-
-
 def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
     if not chat:
         return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
@@ -67,12 +66,3 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> Any:
         raise ConfigError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
     messages = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-
-
-def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt is None:
-        return read_text("--prompt-file", args.prompt_file)
-    if not args.prompt.strip():
-        raise ConfigError("--prompt is empty.")
-    text: str = args.prompt
-    return text

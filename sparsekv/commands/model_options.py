@@ -1,17 +1,16 @@
-"""The options that name a model and how it decodes, and what they load: shared by generate and chat."""
+"""The options that name a model and how it decodes: shared by generate and chat."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
 import sparsekv
 from sparsekv import SparseConfig
 from sparsekv.config import GROUP_POOLINGS
-from sparsekv.errors import ConfigError
 from sparsekv.evaluation import models, testbed
 from sparsekv.evaluation.report import positive, tokens
-from sparsekv.hf.support import context_of
 
 
 def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
@@ -20,32 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
     Args:
         needs_model: whether `--model` must be given; else it is the small model that ships with the package.
     """
+
+    def add(setting: str, text: str, **more: Any) -> None:
+        default = getattr(SparseConfig, setting)
+        parser.add_argument(f"--{setting.replace('_', '-')}", default=default, help=text, **more)
+
     which = {"required": True} if needs_model else {"default": testbed.NAME}
     help_text = models.WHAT if needs_model else f"{models.WHAT} (default)"
     parser.add_argument("--model", metavar="ID_OR_PATH", help=help_text, **which)
-    parser.add_argument(
-        "--budget", type=budget, default=SparseConfig.budget, metavar="TOKENS",
-        help="tokens read per kv head (4096 or 4k), or a fraction of the context (0.1); default %(default)s",
-    )  # fmt: skip
-    add = parser.add_argument
-    policies, digests = ", ".join(sparsekv.POLICIES), ", ".join(sparsekv.DIGESTS)
-    add("--policy", default=SparseConfig.policy, help=f"which pages are read: {policies} (default %(default)s)")
-    add("--digest", default=SparseConfig.digest, help=f"what they are chosen by: {digests} (default %(default)s)")
-    add("--page-size", type=positive, default=SparseConfig.page_size, help="tokens per page (default %(default)s)")
-    add("--dense-layers", type=int, default=2, metavar="N", help="the first so many read everything (default 2)")
-    add(
-        "--sinks", type=int, default=SparseConfig.sinks, metavar="TOKENS",
-        help="first tokens that are always read (default %(default)s)",
-    )  # fmt: skip
-    add(
-        "--recent", type=int, default=SparseConfig.recent, metavar="TOKENS",
-        help="last tokens that are always read (default: by the budget, at most 64)",
-    )  # fmt: skip
-    add(
-        "--group-pooling", default=SparseConfig.group_pooling, choices=GROUP_POOLINGS,
-        help="how the scores of a kv head's query heads become one (default %(default)s)",
-    )  # fmt: skip
-    add("--max-new-tokens", type=positive, default=256, help="at most so many (default %(default)s)")
+    of_context = "tokens read per kv head (4096 or 4k), or a fraction of the context (0.1); default %(default)s"
+    pooled = "how the scores of a kv head's query heads become one (default %(default)s)"
+    add("budget", of_context, type=budget, metavar="TOKENS")
+    add("policy", f"which pages are read: {', '.join(sparsekv.POLICIES)} (default %(default)s)")
+    add("digest", f"what they are chosen by: {', '.join(sparsekv.DIGESTS)} (default %(default)s)")
+    add("page_size", "tokens per page (default %(default)s)", type=positive)
+    add("dense_layers", "the first so many read everything (default %(default)s)", type=int, metavar="N")
+    add("sinks", "first tokens that are always read (default %(default)s)", type=int, metavar="TOKENS")
+    add("recent", "last tokens that are always read (default: by the budget, at most 64)", type=int, metavar="TOKENS")
+    add("group_pooling", pooled, choices=GROUP_POOLINGS)
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="at most so many (default %(default)s)")
     models.add_arguments(parser)
 
 
@@ -63,25 +55,7 @@ def config_of(args: argparse.Namespace) -> SparseConfig:
     Raises:
         ConfigError, UnknownNameError: one is not allowed.
     """
-    config = SparseConfig(
-        budget=args.budget, policy=args.policy, digest=args.digest, page_size=args.page_size,
-        dense_layers=args.dense_layers, sinks=args.sinks, recent=args.recent, group_pooling=args.group_pooling,
-    )  # fmt: skip
+    names = [field.name for field in fields(SparseConfig)]
+    config = SparseConfig(**{name: value for name, value in vars(args).items() if name in names})
     sparsekv.DIGESTS.get(config.digest), sparsekv.POLICIES.get(config.policy)
     return config
-
-
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, on its device and ready for inference, and its tokenizer.
-
-    Raises:
-        ConfigError: there is no such model or device.
-    """
-    return models.load(args.model, args.device, args.dtype)
-
-
-def check_room(model: Any, num_tokens: int, what: str) -> None:
-    """Raises ConfigError if the model was made for fewer tokens. `what` takes them."""
-    most = context_of(model.config)
-    if most is not None and num_tokens > most:
-        raise ConfigError(f"{what} takes {num_tokens:,} tokens, and the model was made for {most:,}.")

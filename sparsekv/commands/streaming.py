@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor
 
@@ -16,7 +15,6 @@ class Stream(transformers.TextStreamer):
 
     Attributes:
         said: the text so far.
-        num_tokens: tokens so far, the end token included.
 
     Args:
         show: called with every piece of text.
@@ -24,12 +22,12 @@ class Stream(transformers.TextStreamer):
 
     def __init__(self, tokenizer: Any, show: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._show = show
+        self._show, self.said = show, ""
         self._times: list[float] = []
-        self.said = ""
 
     @property
     def num_tokens(self) -> int:
+        """Tokens so far, the end token included."""
         return len(self._times)
 
     @property
@@ -42,23 +40,11 @@ class Stream(transformers.TextStreamer):
 
     def put(self, value: Tensor) -> None:
         """Takes the prompt, which is not shown, then tokens."""
-        is_prompt = self.next_tokens_are_prompt
-        super().put(value)
-        if not is_prompt:
+        if not self.next_tokens_are_prompt:
             self._times.append(time.perf_counter())
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by the base class with text that no later token will change."""
         self.said += text
         self._show(text)
-
-
-class StopWhen(transformers.StoppingCriteria):
-    """Ends `generate` after the token at which `is_over()` holds."""
-
-    def __init__(self, is_over: Callable[[], bool]) -> None:
-        self._is_over = is_over
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """`[b]` bool, the same for every row."""
-        return torch.full((len(input_ids),), self._is_over(), device=input_ids.device, dtype=torch.bool)

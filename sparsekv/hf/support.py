@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
-from sparsekv.cache import check_settings, own_layers, plain_layers
+from sparsekv.cache import check_settings, heads_of, own_layers, plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
 from sparsekv.hf import attention
@@ -162,30 +162,21 @@ def _status(layer_idx: int, layer: Any, config: SparseConfig, is_dense: bool, ow
         return LayerStatus(layer_idx, False, reason, is_paged=False)
     if is_dense:
         return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages", is_asked_for=True)
-    if config.policy == "all":
-        return LayerStatus(layer_idx, False, "policy 'all', in pages")
-    by_digests = POLICIES.get(config.policy).reads is Reads.DIGESTS
-    return LayerStatus(
-        layer_idx, True, f"{config.policy} over {config.digest} digests" if by_digests else config.policy
-    )
+    policy = POLICIES.get(config.policy)
+    if policy.reads_all:
+        return LayerStatus(layer_idx, False, f"policy {config.policy!r}, in pages")
+    by_digests = f" over {config.digest} digests" if policy.reads is Reads.DIGESTS else ""
+    anew = f", anew every {policy.period} steps" if policy.period > 1 else ""
+    return LayerStatus(layer_idx, True, f"{config.policy}{by_digests}{anew}")
 
 
 def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:
     """Whether the decode steps run in kernels on the device the model is on now, and if not, why."""
     if config.backend == "reference":
         return "plain torch (backend='reference')"
-    geometry = _geometry(text_config(model))
+    heads = heads_of(model.config)
+    geometry = None if heads is None else (heads.head_dim, heads.num_q_heads // heads.num_kv_heads)
     reason = why_reference(model.device, model.dtype, geometry, config.page_size, config.digest, config.page_format)
     if reason is not None:
         return f"plain torch ({reason})"
     return "CUDA kernels" if geometry else "CUDA kernels, in layers whose head size they serve"
-
-
-def _geometry(text: Any) -> tuple[int, int] | None:
-    """Head size, and query heads of a kv head; None where the config does not say, or the layers differ."""
-    try:
-        num_heads = text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-        return head_dim, num_heads // (getattr(text, "num_key_value_heads", None) or num_heads)
-    except (AttributeError, RuntimeError, TypeError):  # transformers refuses what differs per layer; lists do, too
-        return None

@@ -1,4 +1,7 @@
-"""Compiled kernels on disk: where they are kept, and files that are whole or not there."""
+"""Compiled kernels on disk: where they are kept, and files that are whole or not there.
+
+cuda-core 1.2 has a cache of files too, which neither notices a damaged file nor keeps a kernel's symbol.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ def cache_directory() -> Path | None:
 
     It need not exist, nor be writable.
     """
+    # platformdirs does the same, and would be one more dependency for two lines.
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     chosen = os.environ.get("SPARSEKV_CACHE_DIR") or f"{caches}/sparsekv/kernels"
     try:

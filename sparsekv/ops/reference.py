@@ -317,6 +317,13 @@ def _gather_pages(
     return _take_rows(by_head, key_rows), _take_rows(by_head, key_rows + num_kv_heads), valid
 
 
+def listed(slots: Tensor, num_pages: int) -> Tensor:
+    """Which pages are among `slots`, `[b, hkv, num_pages]` bool."""
+    mask = torch.zeros(*slots.shape[:2], num_pages + 1, dtype=torch.bool, device=slots.device)
+    mask.scatter_(2, slots.long() % (num_pages + 1), True)  # -1, for none, falls on the last place
+    return mask[..., :-1]
+
+
 def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
     """`source[rows]`, by the operator that copies whole rows."""
     return source.index_select(0, rows.flatten()).unflatten(0, rows.shape)

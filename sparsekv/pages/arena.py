@@ -10,8 +10,12 @@ import copy
 import weakref
 from typing import Any
 
+from torch import Tensor
+
 from sparsekv.pages.block_table import DeviceTables
 from sparsekv.pages.layer_pages import LayerPages
+
+Tensors = dict[int, list[Tensor]]  # what a policy remembers, by the layer that keeps it
 
 
 class Arena:
@@ -25,10 +29,10 @@ class Arena:
         kept, self._kept = self._kept, None
         return kept
 
-    def keep(self, layers: dict[int, LayerPages], tables: DeviceTables) -> None:
+    def keep(self, layers: dict[int, LayerPages], tables: DeviceTables, memories: list[Tensors]) -> None:
         """Keeps the tensors of a loan that has ended."""
         self._kept = Loan()
-        self._kept.layers, self._kept.tables = layers, tables
+        self._kept.layers, self._kept.tables, self._kept.memories = layers, tables, memories
 
     def clear(self) -> None:
         """Gives the memory back. What is lent stays lent."""
@@ -51,12 +55,14 @@ class Loan:
     Attributes:
         layers: pages of each layer in use.
         tables: block tables on devices.
+        memories: what policies remembered in caches that are gone, one after the other.
     """
 
     def __init__(self, arena: Arena | None = None) -> None:
         self._arena = None if arena is None else weakref.ref(arena)
         self.layers: dict[int, LayerPages] = {}
         self.tables: DeviceTables = {}
+        self.memories: list[Tensors] = []
         self._spare: dict[int, LayerPages] = {}
 
     def draw(self) -> None:
@@ -66,6 +72,7 @@ class Loan:
         if kept is not None:
             self._spare = kept.layers
             self.tables.update(kept.tables)
+            self.memories += kept.memories
 
     def add(self, layer_idx: int, made: LayerPages) -> None:
         """Puts a layer's pages to use: those that an earlier cache has left to it, if they are like the ones made."""
@@ -79,7 +86,7 @@ class Loan:
     def __del__(self) -> None:
         arena = self._arena() if self._arena is not None else None
         if arena is not None and self.layers:
-            arena.keep(self._spare | self.layers, self.tables)
+            arena.keep(self._spare | self.layers, self.tables, self.memories)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loan:
         twin = Loan()
@@ -87,4 +94,4 @@ class Loan:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_arena": None, "layers": self.layers, "tables": {}, "_spare": {}}
+        return {"_arena": None, "layers": self.layers, "tables": {}, "memories": [], "_spare": {}}

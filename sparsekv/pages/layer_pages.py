@@ -79,7 +79,7 @@ class LayerPages:
         """Notes what every decode step asks for, after the tensors were made or moved."""
         tensors = (self.kv, *self.summary, *self.state)
         self.addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        self.page_nbytes = 2 * self.kv[:0].new_empty(self.kv.shape[3:]).nbytes if self.capacity else 0
+        self.page_nbytes = 2 * self.kv.shape[3:].numel() * self.kv.itemsize if self.capacity else 0
         self.digest_nbytes = sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,23 +23,33 @@ from sparsekv.pages.device_table import width_for
 from sparsekv.pages.formats import FORMATS
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.pages.masks import hidden_last
+from sparsekv.pages.memory import Memory
 from sparsekv.pages.page_pool import PagePool
 from sparsekv.pages.residency import RESIDENCIES, frames_of
+from sparsekv.policies import POLICIES
 
 
 class PageStore:
     """Pages of every layer. The table moves once per forward pass, led by the first layer that appends.
 
     Args:
-        config: page size, digest, format, residency, limit and backend.
+        config: page size, digest, policy, format, residency, limit and backend.
         reserve_pages: pages to allocate at once, for a cache of known size.
         arena: lends the tensors; None: they are this store's and its forks' alone.
+        dense_layers: those that the policy does not decide for.
     """
 
-    def __init__(self, config: SparseConfig, reserve_pages: int = 0, arena: Arena | None = None) -> None:
+    def __init__(
+        self,
+        config: SparseConfig,
+        reserve_pages: int = 0,
+        arena: Arena | None = None,
+        dense_layers: Collection[int] = (),
+    ) -> None:
         self.config = config
         self.digest: Digest = DIGESTS.get(config.digest)()
         self.arena, self.loan = arena, Loan(arena)
+        self.memory = Memory(POLICIES.get(config.policy)(), self.loan, dense_layers)
         least = 1 if config.is_fraction else config.budget_pages(0)
         pool = PagePool(config.page_size, config.max_tokens)
         self._table = BlockTable(pool, partial(width_for, least=least), self.loan.tables)
@@ -83,6 +93,15 @@ class PageStore:
         """A layer's tensors, and `block_table`, `seq_lens` on their device."""
         pages = self.layers[layer_idx]
         return pages, *self.table.on(pages.kv.device)
+
+    def remembered(self, layer_idx: int) -> tuple[int, list[Tensor]]:
+        """How many of the layers that the policy decides for come before one, and the memory of that one."""
+        ordinal, keeper = self.memory.place_of(layer_idx)
+        if keeper is None:
+            return ordinal, []
+        batch_size, width = self.on(keeper)[1].shape
+        kept = self.memory.of(keeper, batch_size, self.selection_width(width), width)
+        return ordinal, [tensor.to(self.layers[layer_idx].kv.device) for tensor in kept]
 
     def selection_width(self, width: int) -> int:
         """Pages that a step lists of every sequence, for a table of so many columns: a number that stays the same
@@ -163,6 +182,8 @@ class PageStore:
                 self._ensure(pages)
             for device in self.devices:
                 self.table.on(device)
+            for layer_idx in self.layers if self.memory.is_used else ():
+                self.remembered(layer_idx)
         except BaseException:
             self.table.crop(1)
             raise
@@ -176,7 +197,7 @@ class PageStore:
     def addresses(self) -> tuple[Any, ...]:
         """Where the tensors lie: as long as it is the same, so is what a captured step reads."""
         tables = [tensor.data_ptr() for device in self.devices for tensor in self.table.on(device)]
-        return *tables, *(pages.addresses for pages in self.layers.values())
+        return *tables, *(pages.addresses for pages in self.layers.values()), *self.memory.addresses
 
     def crop(self, num_tokens: int) -> None:
         """Drops the last columns in every layer; digests of pages that became partly filled are made anew.
@@ -188,16 +209,21 @@ class PageStore:
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows (repeats share their pages)."""
+        self.memory.select(rows)
         self.table.select(rows)
 
-    def fork(self, config: SparseConfig) -> PageStore:
+    def fork(self, config: SparseConfig, dense_layers: Collection[int] = ()) -> PageStore:
         """A store over the same pages; what either appends from now on is its own."""
-        twin = PageStore(config, self.reserve_pages)
+        twin = PageStore(config, self.reserve_pages, dense_layers=dense_layers)
         if not self.layers:  # nothing to share: each decides for itself what its layers keep
             return twin
         width = twin.table.width  # by the twin's own budget
         twin.digest, twin.loan, twin._table = self.digest, self.loan, self.table.fork()
         twin.table.width = width
+        if config == self.config:
+            twin.memory = self.memory.fork()
+        else:
+            twin.memory = Memory(twin.memory.policy, self.loan, dense_layers)
         twin._newest_valid = self._newest_valid
         return twin
 
@@ -254,12 +280,14 @@ class PageStore:
 
     def _advance(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
         copies = self.table.append(batch_size, num_new, valid)
+        self.memory.begin(self.table.num_tokens, is_step=num_new == 1 and valid is None)
         self._newest_valid = valid
         with self._whole_or_torn():
             self._copy(copies)
 
     def _renew(self, copies: PageCopies) -> None:
         """Follows a table that was cut: digests of pages that became partly filled are made anew."""
+        self.memory.forget()
         with self._whole_or_torn():
             self._copy(copies)
             for layer_idx, pages in self.layers.items():

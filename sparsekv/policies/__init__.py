@@ -1,6 +1,7 @@
 """Policies by name: which pages a decode step reads."""
 
 from sparsekv.policies import all_pages, oracle, random_pages, recent, top_k  # noqa: F401  (they register themselves)
-from sparsekv.policies.base import POLICIES, DecodeStep, Policy, Reads, register
+from sparsekv.policies.base import POLICIES, DecodeStep, Policy, Reads, Remembered, register
+from sparsekv.policies.declared import check_declared
 
-__all__ = ["POLICIES", "DecodeStep", "Policy", "Reads", "register"]
+__all__ = ["POLICIES", "DecodeStep", "Policy", "Reads", "Remembered", "check_declared", "register"]

@@ -10,6 +10,7 @@ class AllPages(Policy):
     """Every page."""
 
     fills_budget = True
+    reads_all = True
 
     def select(self, step: DecodeStep) -> None:
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.config import SparseConfig
+from sparsekv.digests import Field
 from sparsekv.errors import ConfigError
 from sparsekv.ops import StepArguments
 from sparsekv.ops.formats import KEYS, page_format
@@ -30,6 +31,18 @@ class Reads(Enum):
     NOTHING = "nothing"
     DIGESTS = "digests"
     KEYS = "keys"
+
+
+@dataclass(frozen=True)
+class Remembered(Field):
+    """A tensor that a policy remembers: `[b, hkv, *shape]`; dtype None means the keys' dtype.
+
+    Attributes:
+        fill: what entries hold that a wider table adds. So that widths change nothing, it is what the policy itself
+            would have written for pages that are not there.
+    """
+
+    fill: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,9 @@ class DecodeStep:
         key, value: `[b, hkv, 1, d]` of the new token, in the dtype that the first keys had, while it is not in its
             page; None: it is.
         view: where pages do not lie in `kv_pool`, how they come there: `Residency.view`; None: they do.
+        ordinal: how many of the layers that the policy decides for come before this one.
+        phase: decode steps since something could be remembered, modulo the policy's period.
+        memory: the tensors that `Policy.memory` declares, to be written in place.
     """
 
     layer_idx: int
@@ -71,6 +87,9 @@ class DecodeStep:
     key: Tensor | None = None
     value: Tensor | None = None
     view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    ordinal: int = 0
+    phase: int = 0
+    memory: list[Tensor] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -199,16 +218,43 @@ class DecodeStep:
 
 
 class Policy(ABC):
-    """Chooses pages. Stateless.
+    """Chooses pages. An instance holds nothing: what is to be known at the next step lies in `memory`.
 
     Attributes:
         reads: what it looks at.
         fills_budget: whether a selection always lists as many pages as the budget allows, so that their number is
             known without asking the device.
+        reads_all: whether every step reads every page: dense decoding.
+        capturable: whether a step can be captured in a CUDA graph and replayed: it asks the device for nothing
+            (`.item()`), and all that changes from step to step is in the tensors that it is given, and in the phase.
+        period: decode steps, after which it begins anew. `step.phase` counts them from 0 to `period - 1`.
     """
 
     reads: Reads = Reads.NOTHING
     fills_budget: bool = False
+    reads_all: bool = False
+    capturable: bool = True
+    period: int = 1
+
+    def memory(self, k: int, max_pages: int) -> list[Remembered]:
+        """What is remembered from step to step, per sequence and kv head (default: nothing).
+
+        A step of phase 0 uses nothing that an earlier step has left, and writes; the steps of other phases only read.
+        So a step that runs twice, as one that is captured does, gives the same. Phase 0 follows on a pass over
+        several tokens, on a step in which some row's token is padding, and on a crop, and it is asked for (`select`)
+        even where every page is read. Rows that are selected (beams) take along what is remembered of them; a fork
+        with the same settings has its own copy, and one with others begins anew.
+
+        Args:
+            k, max_pages: the widths of a selection and of the block table, in pages. Either may grow from step to
+                step: what is remembered is then in the first entries.
+        """
+        return []
+
+    def keeper(self, ordinal: int) -> int:
+        """The ordinal of the layer whose memory a layer shares (default: its own). In phase 0 that layer writes it,
+        those behind only read it. Layers that share have as many kv heads."""
+        return ordinal
 
     @abstractmethod
     def select(self, step: DecodeStep) -> Tensor | None:
@@ -233,7 +279,9 @@ class Policy(ABC):
             output `[b, hq, d]` in the query's dtype, and the slots that were read, `[b, hkv, k]` int32; None: all.
         """
         step.append()
-        slots = None if step.fits else self.select(step)
+        begins = bool(step.memory) and step.phase == 0  # to remember, also where nothing is to be chosen yet
+        slots = self.select(step) if begins or not step.fits else None
+        slots = None if step.fits else slots
         return step.attend(slots, softcap, sinks), slots
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparsekv import ops
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
-from sparsekv.policies import DecodeStep, Policy, Reads
+from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
 from sparsekv.testing.pages import Pages, fitted_state, fresh_summary
 
 
@@ -31,14 +33,14 @@ class Unsteady(Policy):
 def decode_step(
     query: Tensor, pages: Pages, config: SparseConfig, scaling: float = 0.25, layer_idx: int = 0
 ) -> DecodeStep:
-    """What a policy is told when the newest token of every sequence is in its pages.
+    """What a policy is told when the newest token of every sequence is in its pages, in phase 0.
 
     Args:
         query: `[b, hq, d]`.
         config: its page size must be that of the pages.
     """
     state = fitted_state(DIGESTS.get(config.digest)(), pages)
-    return DecodeStep(
+    step = DecodeStep(
         layer_idx=layer_idx,
         query=query,
         kv_pool=pages.kv_pool,
@@ -51,3 +53,15 @@ def decode_step(
         config=config,
         ops=ops.for_backend(config.backend),
     )
+    return replace(step, memory=blank_memory(step))
+
+
+def blank_memory(step: DecodeStep) -> list[Tensor]:
+    """What the policy that a step's settings name remembers, before it has written anything."""
+    (batch_size, width), pool = step.block_table.shape, step.kv_pool
+    fields = POLICIES.get(step.config.policy)().memory(step.k, width)
+    shapes = [(batch_size, pool.shape[2], *field.shape) for field in fields]
+    return [
+        torch.full(shape, field.fill, dtype=field.dtype or pool.dtype, device=pool.device)
+        for shape, field in zip(shapes, fields, strict=True)
+    ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, MambaConfig, PretrainedConfig
 
 import sparsekv
-from sparsekv.cache import PagedCache
+from sparsekv.cache import PagedCache, heads_of
+from sparsekv.cache.model_check import Heads
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.policies.all_pages import AllPages
 from sparsekv.testing.cache_pair import tiny_config
@@ -34,6 +35,20 @@ def test_dense_layers_are_counted_among_those_that_can_be_sparse() -> None:
     for each, dense in zip((cache, *forks), ({1, 3}, {1}, {4}), strict=True):
         assert each.dense_layers == dense
         assert {layer.layer_idx for layer in each.paged_layers if isinstance(layer.policy, AllPages)} == dense
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        (LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=2), Heads(8, 2, 64)),
+        (LlavaConfig(text_config=LlamaConfig(num_attention_heads=8, head_dim=16)), Heads(8, 8, 16)),
+        (PretrainedConfig(hidden_size=512, num_attention_heads=[8, 4]), None),
+        (MambaConfig(), None),
+    ],
+    ids=["grouped", "the text part", "layers that differ", "no attention"],
+)
+def test_the_heads_of_a_config(config: PretrainedConfig, heads: Heads | None) -> None:
+    assert heads_of(config) == heads
 
 
 def test_a_digest_that_cannot_be_kept_of_such_heads() -> None:

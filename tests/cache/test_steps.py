@@ -277,10 +277,10 @@ def test_the_key_of_a_step_stays_while_nothing_moves() -> None:
     for _ in range(3):
         captured(pair)
         assert pair.paged.step_key == key
-    assert pair.paged.step_shape == (2, 6)
+    assert pair.paged.step_shape == (2, 6, 0)
     captured(pair)
     assert pair.paged.step_key != key
-    assert pair.paged.step_shape == (2, 7)
+    assert pair.paged.step_shape == (2, 7, 0)
     pair.crop(1)
     assert pair.paged.step_key == key
     pair.reorder(torch.tensor([1, 0]))

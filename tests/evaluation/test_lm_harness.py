@@ -116,7 +116,7 @@ def recall(found: dict[str, Any], task: str = "sparsekv") -> float:
 
 
 @needs_lm_eval
-@pytest.mark.slow
+@pytest.mark.wide
 def test_top_k_answers_like_dense() -> None:
     dense = evaluate(["sparsekv"], 1, {"lengths": [2048]}, policy="all")
     sparse = evaluate(["sparsekv"], 1, {"lengths": [2048]}, budget=512)
@@ -276,7 +276,7 @@ def test_settings_of_json() -> None:
 
 
 @needs_lm_eval
-@pytest.mark.slow
+@pytest.mark.wide
 def test_the_command(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["--model_args", "pretrained=testbed,budget=256,tail=24", "--tasks", "sparsekv_passkey"]
     more = ["--metadata", '{"lengths": [1024], "num_examples": 2}', "--batch_size", "2", "--device", "cpu"]
@@ -299,7 +299,7 @@ def test_help_is_ours_and_lm_evals(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_lm_eval
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("task", ["niah_single_1", "ruler_vt", "ruler_cwe"])
 def test_rulers_own_tasks_that_need_no_download(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their words are not the testbed's, so nothing is answered: what counts is that they run, sparsely."""

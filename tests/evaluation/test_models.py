@@ -40,7 +40,7 @@ def test_what_reads_a_gguf_is_named_where_it_is_missing(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny.gguf").touch()
-    monkeypatch.setattr(f"transformers.utils.is_{package}_available", lambda: False)
+    monkeypatch.setattr(f"sparsekv.evaluation.models.is_{package}_available", lambda: False)
     with pytest.raises(ConfigError, match=r"is a GGUF, which needs more packages.*pip install '\.\[gguf\]'"):
         models.load(str(tmp_path / "tiny.gguf"), "cpu")
 

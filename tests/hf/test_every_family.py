@@ -100,7 +100,7 @@ def left_dense_at_first_use(model: PreTrainedModel) -> set[int]:
     return before - {status.layer_idx for status in patch.layers if status.is_sparse}
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_the_layers_that_never_turn_sparse_are_those_that_the_report_knows(monkeypatch) -> None:
     """A layer that turns dense at its first use must be known before (`sparsekv.cache.layer_kinds`), and the others
     must not."""

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsekv.ops import reference
 from sparsekv.testing import naive
 
 SELECT = torch.ops.sparsekv.select_pages
@@ -116,3 +117,8 @@ def test_strided_scores() -> None:
     scores = torch.randn(9, 2, 3).permute(2, 1, 0)
     lens = torch.tensor([36, 20, 1], dtype=torch.int32)
     assert torch.equal(SELECT(scores, lens, 4, 5, 4, 4), naive.select_pages(scores, lens, 4, 5, 4, 4))
+
+
+def test_slots_as_a_mask() -> None:
+    slots = torch.tensor([[[0, 2, -1]], [[-1, -1, -1]]], dtype=torch.int32)
+    assert reference.listed(slots, 4).tolist() == [[[True, False, True, False]], [[False] * 4]]

@@ -16,7 +16,7 @@ from sparsekv.config import GROUP_POOLINGS, SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
 from sparsekv.testing.pages import Pages, edge_lengths, random_pages
-from sparsekv.testing.steps import decode_step
+from sparsekv.testing.steps import blank_memory, decode_step
 
 P = 8
 each_policy = pytest.mark.parametrize("name", list(POLICIES))
@@ -35,10 +35,11 @@ def step_of(pages: Pages, config: SparseConfig, hq: int = 4) -> DecodeStep:
 @pytest.mark.parametrize("pooling", GROUP_POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_slots_are_well_formed(name: str, digest: str, pooling: str, dtype: torch.dtype) -> None:
-    """None, or `[b, hkv, k]` int32: existing pages, ascending, padded with -1, forced ones among them."""
+    """None if it reads all, or `[b, hkv, k]` int32: existing pages, ascending, -1 behind, forced ones among them."""
     pages = random_pages([0, *edge_lengths(P), 100], page_size=P, dtype=dtype)
     step = step_of(pages, small(name, digest=digest, group_pooling=pooling))
     slots = POLICIES.get(name)().select(step)
+    assert (slots is None) == POLICIES.get(name).reads_all
     if slots is None:
         return
     assert (slots.dtype, tuple(slots.shape)) == (torch.int32, (len(pages.lengths), 2, step.k))
@@ -99,6 +100,7 @@ def test_what_a_row_reads_depends_on_that_row_alone(name: str, budget: int | flo
                 block_table=torch.nn.functional.pad(table, (0, width - table.shape[1])),
                 k=min(step.config.budget_pages(width * P), width),
             )
+            alone = dataclasses.replace(alone, memory=blank_memory(alone))
             assert pages_read(policy, alone) == together[row : row + 1]
 
 
@@ -111,7 +113,7 @@ def pages_read(policy: Policy, step: DecodeStep) -> list[list[list[int]]]:
 
 
 @each_policy
-def test_is_stateless(name: str) -> None:
+def test_holds_nothing_itself(name: str) -> None:
     policy, pages = POLICIES.get(name)(), random_pages([100, 64], page_size=P)
     one, other = step_of(pages, small(name)), step_of(pages, small(name))
     first, _, again = policy.select(one), policy.select(other), policy.select(one)
@@ -120,9 +122,8 @@ def test_is_stateless(name: str) -> None:
 
 def test_every_module_is_registered() -> None:
     """A file in sparsekv/policies that is not imported, or whose policy has no name, is a mistake."""
-    modules = {f"sparsekv.policies.{m.name}" for m in pkgutil.iter_modules(policies.__path__)} - {
-        "sparsekv.policies.base"
-    }
+    others = {"sparsekv.policies.base", "sparsekv.policies.declared"}
+    modules = {f"sparsekv.policies.{m.name}" for m in pkgutil.iter_modules(policies.__path__)} - others
     assert modules <= {POLICIES.get(name).__module__ for name in POLICIES}
     imported = {
         alias.name

@@ -24,8 +24,9 @@ from sparsekv.hf.capture.fusion import fused
 from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
 from sparsekv.hf.support import CACHE, LayerStatus
 from sparsekv.pages import RESIDENCIES
+from sparsekv.policies import POLICIES
 
-MOST_GRAPHS = 8  # batch sizes and widths of tables that are kept ready
+MAX_GRAPHS = 8  # batch sizes and widths of tables that are kept ready, in every phase of a policy
 # What is asked for by these would be overwritten by the next replay.
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -129,6 +130,8 @@ class CapturedDecoder:
             return "not every layer lives in pages" if not cache.is_steady else "the cache is observed"
         if not all(layer.policy.fills_budget for layer in cache.paged_layers):
             return "what the policy reads is counted at every step (Policy.fills_budget)"
+        if not all(layer.policy.capturable for layer in cache.paged_layers):
+            return "the policy's steps cannot be captured (Policy.capturable)"
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             return "a mask of its own is given"
         if any(inputs.get(name) for name in _RECORDED):
@@ -186,7 +189,7 @@ class CapturedDecoder:
 
     def _keep(self, key: Any, step: CapturedStep) -> None:
         self._steps[key] = step
-        if len(self._steps) > MOST_GRAPHS:
+        if len(self._steps) > MAX_GRAPHS * POLICIES.get(self.config.policy).period:
             self._steps.popitem(last=False)
 
     def _verify(

@@ -102,7 +102,7 @@ def test_processes_share_the_documents(loaded: Any, tmp_path: Path) -> None:
     assert answers(alone) == answers(together)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_accelerate_launch(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs the eval extra: pip install '.[eval]' in the clone")
     # --multi_gpu is torchrun, and needs no GPU; --cpu would be one process

@@ -18,13 +18,14 @@ from sparsekv.cli import main
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.evaluation import readme, speed
 from sparsekv.evaluation.report import circumstances
-from sparsekv.evaluation.speed import generate_bench, generate_file, generate_model
-from sparsekv.evaluation.speed.generate_bench import Bench, compare, sweep
+from sparsekv.evaluation.speed import generate_bench, generate_file
+from sparsekv.evaluation.speed.generate_bench import GenerateBench, compare, sweep
 from sparsekv.evaluation.speed.generate_clock import Clock, check_counts, parts
 from sparsekv.evaluation.speed.generate_model import Subject
 from sparsekv.evaluation.speed.generate_points import MODES, PRESETS, Options, Point, add_arguments, options_of, point
-from sparsekv.evaluation.speed.generate_tables import notes, print_result
+from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry
 from sparsekv.evaluation.speed.plots import memory_figure, split_figure, tokens_figure
+from sparsekv.evaluation.speed.tables import print_tokens
 from sparsekv.evaluation.testbed import MODEL_DIR
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,7 +43,7 @@ def options(*points: Point, **changes: Any) -> Options:
     return Options(SparseConfig(budget=128), points or (Point(1, 200),), new_tokens=12, **changes)
 
 
-def rows_of(bench: Bench) -> list[dict[str, Any]]:
+def rows_of(bench: GenerateBench) -> list[dict[str, Any]]:
     return sweep(bench, lambda rows: None, Console(quiet=True))
 
 
@@ -75,7 +76,7 @@ def test_the_whole_command_prints_and_writes(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_every_mode_leaves_the_model_as_it_was(tiny: Subject) -> None:
-    bench = Bench(tiny, options(modes=list(MODES)), CPU)
+    bench = GenerateBench(tiny, options(modes=list(MODES)), CPU)
     assert [row["mode"] for row in rows_of(bench)] == list(MODES)
     assert not bench.is_warm  # the static mode's leavings were forgotten, and with them what else was compiled
     assert not hasattr(tiny.model, "_sparsekv_patch")
@@ -84,9 +85,9 @@ def test_every_mode_leaves_the_model_as_it_was(tiny: Subject) -> None:
 
 def test_a_model_in_a_folder_is_timed(tmp_path: Path) -> None:
     command = ["generate", "--model", str(MODEL_DIR), *SMALL, "--points", "1x200", "--modes", "sparse"]
-    assert speed.main([*command, "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "generate_cpu.json").read_text())
-    assert result["command"] == shlex.join(["python", "-m", "evaluation.speed", *command, "--out", str(tmp_path)])
+    result = speed.measure(shlex.join([*command, "--out", str(tmp_path)]))
+    assert result == json.loads((tmp_path / "generate_cpu.json").read_text())
+    assert result["command"] == shlex.join(["sparsekv", "bench", *command, "--out", str(tmp_path)])
     assert not result["settings"]["random_weights"]
     assert result["rows"][0]["speedup"] is None  # nothing unpatched was measured
 
@@ -125,7 +126,7 @@ def test_what_ran_otherwise_than_a_reader_would_think_is_noted() -> None:
 
 def test_a_sparse_mode_that_decodes_densely_stops_the_run(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODES, "sparse", MODES["all"])
-    bench = Bench(tiny, options(modes=["sparse"]), CPU)
+    bench = GenerateBench(tiny, options(modes=["sparse"]), CPU)
     assert bench.row(Point(1, 200), "sparse")["ms_per_token"] > 0  # the policy `all` promises nothing
     monkeypatch.undo()
     monkeypatch.setattr(generate_bench, "_count", lambda patch: {"sparse_steps": 0, "replays": 0})
@@ -135,17 +136,17 @@ def test_a_sparse_mode_that_decodes_densely_stops_the_run(tiny: Subject, monkeyp
 
 
 def test_a_mode_without_memory_says_so_and_the_others_go_on(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = Bench._measure
+    measure = GenerateBench._measure
 
-    def short_of_memory(bench: Bench, where: Point, name: str, patch: Any) -> Any:
+    def short_of_memory(bench: GenerateBench, where: Point, name: str, patch: Any) -> Any:
         if (where.batch, name) == (2, "default"):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if name == "static":
             raise RuntimeError("backend='inductor' raised:\nno compiler")
         return measure(bench, where, name, patch)
 
-    monkeypatch.setattr(Bench, "_measure", short_of_memory)
-    bench = Bench(tiny, options(Point(2, 200), Point(1, 200), modes=["sparse", "default", "static"]), CPU)
+    monkeypatch.setattr(GenerateBench, "_measure", short_of_memory)
+    bench = GenerateBench(tiny, options(Point(2, 200), Point(1, 200), modes=["sparse", "default", "static"]), CPU)
     rows = rows_of(bench)
     assert rows[1]["error"] == "out of memory"
     assert rows[1]["ms_per_token"] is None
@@ -159,9 +160,9 @@ def test_an_error_of_a_patched_mode_stops_the_run(tiny: Subject, monkeypatch: py
     def broken(*args: Any) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Bench, "_measure", broken)
+    monkeypatch.setattr(GenerateBench, "_measure", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        Bench(tiny, options(), CPU).row(Point(1, 200), "sparse")
+        GenerateBench(tiny, options(), CPU).row(Point(1, 200), "sparse")
 
 
 def test_limits_leave_modes_out_with_a_note() -> None:
@@ -239,53 +240,58 @@ def test_bad_options_are_named_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_a_split_needs_the_mode_it_takes_apart() -> None:
+def test_options_that_need_another_one_say_which() -> None:
     with pytest.raises(ConfigError, match="add sparse or sparse-unfused to --modes"):
         options(modes=["default"], split=True)
-
-
-def test_points_of_an_earlier_run_can_stay(tmp_path: Path) -> None:
-    """Those that are measured again are replaced; rows of another model or budget are refused, not mixed."""
-    command = ["bench", "generate", "--device", "cpu", "--geometry", "tiny", "--modes", "sparse", "--budget", "128"]
-    command += ["--new-tokens", "8", "--out", str(tmp_path), "--add"]
-    for points in (["1x256", "2x200"], ["1x200", "2x200"]):
-        assert main([*command, "--points", *points]) == 0
-    rows = json.loads((tmp_path / "generate_cpu.json").read_text())["rows"]
-    assert [(row["batch"], row["context"]) for row in rows] == [(1, 200), (1, 256), (2, 200)]
-    assert main([*command, "--points", "1x256", "--budget", "144"]) == 1
     with pytest.raises(ConfigError, match="--add adds to the result file in --out"):
         options(add=True)
 
 
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded or timed."""
+    times = dict.fromkeys(("ms_per_token", "first_token_s", "first_steps_s", "tokens_per_s"), 1.0)
+    monkeypatch.setattr(Subject, "load", lambda subject, device: None)
+    monkeypatch.setattr(Subject, "weight_bytes", 1)
+    monkeypatch.setattr(GenerateBench, "warm_up", lambda bench: None)
+    monkeypatch.setattr(GenerateBench, "_measure", lambda bench, where, name, patch: dict(times))
+
+
 def added(tmp_path: Path, *arguments: str) -> int:
-    command = ["bench", "generate", "--device", "cpu", "--geometry", "tiny", "--modes", "sparse", "--budget", "128"]
-    given = {"--new-tokens": "8", **dict(zip(arguments[::2], arguments[1::2], strict=True))}
-    options = [word for pair in given.items() for word in pair]
-    return main([*command, *options, "--out", str(tmp_path), "--add"])
+    command = ["bench", "generate", "--device", "cpu", "--geometry", "tiny", "--out", str(tmp_path), "--add"]
+    usual = {"--modes": "default", "--budget": "128", "--new-tokens": "8"}
+    given = usual | dict(zip(arguments[::2], arguments[1::2], strict=True))
+    return main([*command, *(word for option, value in given.items() for word in (option, *value.split()))])
 
 
+@pytest.mark.usefixtures("instant")
 def test_every_row_says_how_it_was_measured(tmp_path: Path) -> None:
-    """Also after another command has added to the file; of earlier files the last command alone is known."""
+    """Points that are measured again are replaced, the others stay. Of earlier files the last command alone is
+    known."""
     path = tmp_path / "generate_cpu.json"
-    assert added(tmp_path, "--points", "1x200") == 0
-    assert added(tmp_path, "--points", "1x256", "--modes", "default") == 0
+    assert added(tmp_path, "--points", "1x256 2x200") == 0
+    assert added(tmp_path, "--points", "1x200 2x200", "--modes", "static") == 0
     result = json.loads(path.read_text())
-    first, second = (row["measured"] for row in result["rows"])
-    assert "1x200" in first["command"]
+    assert [(row["batch"], row["context"], row["mode"]) for row in result["rows"]] == [
+        (1, 200, "static"), (1, 256, "default"), (2, 200, "static")
+    ]  # fmt: skip
+    second, first, _ = (row["measured"] for row in result["rows"])
+    assert "1x256" in first["command"]
     assert second["command"] == result["command"]
     assert first.keys() == {"command", "date", "gpu", "torch"}
-    assert (result["settings"]["num_points"], result["settings"]["modes"]) == (2, ["sparse", "default"])
+    assert (result["settings"]["num_points"], result["settings"]["modes"]) == (3, ["default", "static"])
     for row in result["rows"]:
         del row["measured"]
-    for num_points, command in ((2, result["command"]), (1, None)):
+    for num_points, command in ((3, result["command"]), (2, None)):
         result["settings"]["num_points"] = num_points
         path.write_text(json.dumps(result))
-        assert added(tmp_path, "--points", "1x208") == 0
+        assert added(tmp_path, "--points", "1x200") == 0
         told = [row["measured"] and row["measured"]["command"] for row in json.loads(path.read_text())["rows"]]
-        assert told[0] == told[2] == command
-        assert "1x208" in told[1]
+        assert told[1:] == [command, command]
+        assert "1x200" in told[0]
 
 
+@pytest.mark.usefixtures("instant")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -325,10 +331,10 @@ def test_the_committed_file_can_be_added_to() -> None:
 
 
 def test_learned_positions_must_hold_the_new_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(generate_model.GEOMETRIES, "gpt2", lambda: GPT2Config(n_positions=256))
-    monkeypatch.setitem(generate_model.GEOMETRIES, "rotary", lambda: generate_model._tiny())
+    gpt2 = Geometry("gpt2", 12, 12, 64, model=lambda **sizes: GPT2Config(n_positions=256))
+    monkeypatch.setitem(GEOMETRIES, "gpt2", gpt2)
     Subject(None, "gpt2").check(200, 56)
-    Subject(None, "rotary").check(1 << 20, 64)
+    Subject(None, "tiny").check(1 << 20, 64)  # rotary ones may go on
     with pytest.raises(ConfigError, match="gpt2 takes 256 tokens, and 257"):
         Subject(None, "gpt2").check(200, 57)
 
@@ -388,7 +394,7 @@ def made_rows() -> list[dict[str, Any]]:
 
 def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
     console = Console(width=118, record=True, file=io.StringIO())
-    print_result(console, made_rows())
+    print_tokens(console, made_rows())
     text = console.export_text()
     assert "…" not in text
     assert "out of memory" in text
@@ -397,7 +403,7 @@ def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
     (line,) = [line for line in text.splitlines() if line.split()[-1:] == ["6.00"]]
     assert line.split()[3:] == ["sparse", "0.60", "4.00", "1.00", "0.40", "6.00"]
     assert "static: not measured (--static-up-to 32k) (1 x 128k)" in text
-    assert notes(made_rows())[1] == "sparse: decodes eagerly: a reason (16 x 128k)"
+    assert "sparse: decodes eagerly: a reason (16 x 128k)" in text
 
 
 @pytest.mark.parametrize("rows", [made_rows(), made_rows()[:3], made_rows()[3:], made_rows()[4:], []], ids=len)

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from sparsekv.evaluation import readme
 from sparsekv.evaluation.report import circumstances, short, tokens
-from sparsekv.evaluation.speed.attention_tables import print_result
 from sparsekv.evaluation.speed.plots import accuracy_figure, parts_figure, step_figure
+from sparsekv.evaluation.speed.tables import print_steps
 
 
 @pytest.mark.parametrize(("text", "number"), [("4000", 4000), ("32k", 32768), ("1M", 1048576), ("2K", 2048)])
@@ -30,7 +30,7 @@ def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
 def row(batch: int, context: int, **changes: Any) -> dict[str, Any]:
     times = {"sparse": 10.0, "composed": 14.0, "append": 1.5, "score": 5.0, "select": 3.0, "attend": 4.5}
     times |= {"dense": 40.0, "flashinfer": 42.0, "sdpa": 38.0, "shelf": 50.0}
-    where = {"geometry": "llama-3.1-8b", "batch": batch, "context": context, "budget": 2048, "fits": False}
+    where = {"geometry": "llama-3.1-8b", "batch": batch, "context": context, "budget": 2048, "share": 0.125}
     floors = {"floor_us": 3.8, "dense_floor_us": 30.5, "of_floor": 0.38, "speedup": 3.8, "best_dense_us": 38.0}
     speeds = {"score_tb_per_s": 2.5, "attend_tb_per_s": None, "quest_us": None}
     return where | {f"{name}_us": us for name, us in times.items()} | floors | speeds | changes
@@ -46,7 +46,7 @@ ROWS = [
 
 def printed(rows: list[dict[str, Any]], check_only: bool = False) -> str:
     console = Console(width=118, record=True, file=io.StringIO())
-    print_result(console, rows, 4.39, check_only)
+    print_steps(console, rows, 4.39, check_only)
     return console.export_text()
 
 
@@ -58,7 +58,7 @@ def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
     assert "FlashInfer: flashinfer is not installed (llama-3.1-8b 1 x 128k)" in text
     assert "64.9 us (mha 16 x 32k)" in text
     (line,) = [line for line in text.splitlines() if "1 x 32k" in line and "3.8x" in line]
-    assert line.split()[5:] == ["10.0", "42.0", "38.0", "50.0", "40.0", "3.8x", "3.8", "38%"]
+    assert line.split()[5:] == ["10.0", "42.0", "38.0", "50.0", "40.0", "3.8x", "3.8", "38%", "12%"]
 
 
 def test_after_checks_alone_there_is_no_table() -> None:
@@ -89,3 +89,13 @@ def test_the_readme_can_show_the_gpus_figures(tmp_path: Path, monkeypatch: pytes
     assert "| 1 | 131,072 | - | 38.0 | - | 10.0 | 3.8x | 3.8 |" in shown
     assert "the command" in shown
     assert "16 |" not in shown
+
+
+def test_the_readme_can_show_a_cpus_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of before, in milliseconds."""
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    times = {"context": 4096, "dense_ms": 0.04, "sparse_ms": 0.01, "speedup": 4.0, "share": 0.125}
+    for rows in ([row(1, 4096, speedup=4.0, sdpa_us=40.0)], [times]):
+        (tmp_path / "attention_cpu.json").write_text(json.dumps({**circumstances("the command"), "rows": rows}))
+        shown = readme.render("<!-- figures: attention_cpu -->\n<!-- end of figures -->")
+        assert "| 4,096 | 0.04 | 0.01 | 4.0x | 12.5% |" in shown

@@ -21,6 +21,12 @@ class Every(Policy):
         return None
 
 
+class Asking(Every):
+    """A policy that a graph cannot hold."""
+
+    fills_budget, capturable = True, False
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -45,6 +51,7 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
         ({"attention_mask": torch.ones(1, 1, 1, 21)}, "a mask of its own"),
         ({"output_hidden_states": True}, "inner states"),
         ({"policy": "every"}, r"what the policy reads is counted at every step \(Policy.fills_budget\)"),
+        ({"policy": "asking"}, r"the policy's steps cannot be captured \(Policy.capturable\)"),
         ({"observed": True}, "the cache is observed"),
         ({"empty": True}, "not every layer lives in pages"),
     ],
@@ -52,6 +59,7 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
 def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, prompt, monkeypatch) -> None:
     """As it would be said there: the tokens claim to be on one."""
     monkeypatch.setitem(POLICIES._classes, "every", Every)
+    monkeypatch.setitem(POLICIES._classes, "asking", Asking)
     rest = {name: x for name, x in change.items() if name not in ("policy", "observed", "empty")}
 
     class OnGpu(torch.Tensor):

@@ -1,17 +1,14 @@
 """When decode steps are captured, replayed, compared and thrown away, on any machine.
 
-A graph is played by a copy of the model as it was when the step was captured: it computes what a graph would, and
-writes where a graph would. What CUDA does itself is left to `test_captured.py`.
+Graphs are played (`sparsekv.testing.playing`); what CUDA does itself is left to `test_captured.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -22,44 +19,19 @@ from transformers import PreTrainedModel
 
 import sparsekv
 from sparsekv import PagedCache
-from sparsekv.hf.capture import decoder
-from sparsekv.hf.capture.decoder import CapturedDecoder, CapturedStep, Run
+from sparsekv.hf.capture.decoder import CapturedDecoder, Run
 from sparsekv.hf.support import CACHE
 from sparsekv.testing.consistency import assert_consistent
+from sparsekv.testing.playing import Played, decoded, played
 
 SMALL: dict[str, Any] = {"budget": 48, "page_size": 16, "sinks": 2, "recent": 4, "dense_layers": 1, "fuse": False}
 OUT_OF_MEMORY = (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory\nmore"))
 
 
-class Played(CapturedStep):
-    """A captured step without a GPU. `failure`: what recording raises."""
-
-    failure: Exception | None = None
-
-    def record(self, forward: Any, site: Any) -> None:
-        if self.failure is not None:
-            forward(**self.inputs)  # some layers have run by then
-            raise self.failure
-        model, rest = forward.func, {name: x for name, x in forward.keywords.items() if name != CACHE}
-        self.model, self.rest = copy.deepcopy(model), rest
-        output = forward(**self.inputs)
-        self.output = type(output)(logits=output.logits.clone())
-
-    def replay(self, inputs: dict[str, Tensor], cache: PagedCache) -> Any:
-        for name, tensor in inputs.items():
-            self.inputs[name].copy_(tensor)
-        with cache.capturing():
-            played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
-        self.output.logits.copy_(played.logits)
-        return type(self.output)(**self.output, **{CACHE: cache})
-
-
 @pytest.fixture(autouse=True)
-def _played(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "CapturedStep", Played)
-    monkeypatch.setattr(decoder, "Site", lambda device: SimpleNamespace(device=device))
-    monkeypatch.setattr(CapturedDecoder, "why_eager", lambda self, device: self.refusal)
-    monkeypatch.setattr(Played, "failure", None)
+def _played() -> Iterator[None]:
+    with played():
+        yield
 
 
 @pytest.fixture
@@ -74,16 +46,6 @@ def prefilled(prompt) -> Callable[..., PagedCache]:
         return cache
 
     return make
-
-
-@torch.no_grad()
-def decoded(forward: Callable[..., Any], cache: PagedCache, tokens: range) -> list[Tensor]:
-    """Logits of some tokens."""
-    found = []
-    for token in tokens:
-        inputs = {"input_ids": torch.tensor([[token]]), "position_ids": torch.tensor([[cache.get_seq_length()]])}
-        found.append(forward(**inputs, **{CACHE: cache}, use_cache=True).logits.clone())
-    return found
 
 
 def loop(decoder: CapturedDecoder, cache: PagedCache, tokens: range) -> list[Tensor]:

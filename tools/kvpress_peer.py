@@ -4,7 +4,7 @@ A script of its own, in one file: kvpress 0.5.5 wants transformers below 5.3, so
 (torch, transformers<5.3, kvpress) and imports nothing of sparsekv. `sparsekv eval export --out DIR` writes the
 questions:
 
-python kvpress_peer.py --examples DIR/examples.jsonl --model M --methods snapkv --budgets 512 1024 \
+python tools/kvpress_peer.py --examples DIR/examples.jsonl --model M --methods snapkv --budgets 512 1024 \
     --out DIR/results-kvpress.jsonl
 
 A document is prefilled densely and cut down to `budget` tokens per kv head; then every question is decoded token by
@@ -103,7 +103,7 @@ def append(path: Path, lines: Iterable[Line]) -> None:
         os.fsync(file.fileno())
 
 
-# -- how right an answer is: as in tasks/scoring.py, which explains it (a test compares the two)
+# -- how right an answer is: as in evaluation/tasks/scoring.py, which explains it (a test compares the two)
 
 
 def score(metric: str, said: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
@@ -401,7 +401,7 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
 
 
 def weights_hash(model: Any) -> str:
-    """As in results.py: of names, shapes and a sample of the values."""
+    """As in evaluation/accuracy/manifest.py: of names, shapes and a sample of the values."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()

@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from . import vocabulary as vocab
+from sparsekv.evaluation.testbed import vocabulary as vocab
+
 from .batches import WORD_IDS
 
 
@@ -29,13 +30,10 @@ def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Saves a bf16 copy of the model, which stays as it is, with its tokenizer."""
+    """Saves the model in bf16, which it is afterwards, with its tokenizer."""
     config = model.config
-    small = LlamaForCausalLM(config)
-    small.load_state_dict(model.state_dict())
-    small.to(torch.bfloat16)
-    small.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    small.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     build_tokenizer(config.max_position_embeddings).save_pretrained(folder)

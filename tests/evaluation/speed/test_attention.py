@@ -1,39 +1,46 @@
-"""The GPU benchmark's own logic, run on the CPU with tiny layers: what it checks, counts, times and writes."""
+"""How a layer's step is timed, run on the CPU with tiny layers: what is checked, counted, timed and written."""
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
+from transformers import LlamaConfig
 
-from sparsekv import SparseConfig
+from sparsekv import DecodeStep, SparseConfig
 from sparsekv.cli import main
-from sparsekv.errors import SparseKVError
-from sparsekv.evaluation.speed import attention_gpu, attention_points
-from sparsekv.evaluation.speed.attention_gpu import Bench, Machine, Options, sweep
+from sparsekv.errors import ConfigError, SparseKVError
+from sparsekv.evaluation import speed
+from sparsekv.evaluation.speed import attention_bench
+from sparsekv.evaluation.speed.attention_bench import LayerBench, Machine, Options
+from sparsekv.evaluation.speed.attention_check import Check, same_pages
 from sparsekv.evaluation.speed.attention_inputs import Inputs
-from sparsekv.evaluation.speed.attention_points import GEOMETRIES, Geometry, K, M, Point, grid, preset_points
-from sparsekv.evaluation.speed.attention_step import Check, DecodeStep, same_pages
+from sparsekv.evaluation.speed.attention_points import K, LayerPoint, M, grid, preset_points
 from sparsekv.evaluation.speed.competitors import COMPETITORS, Unavailable
+from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry
 from sparsekv.evaluation.speed.graph_timer import Spread, Timer, read_tb_per_s
 from sparsekv.ops import reference
+from sparsekv.policies import POLICIES, Policy, register
+from sparsekv.policies.top_k import TopK
 
 CPU = torch.device("cpu")
 MACHINE = Machine(CPU, l2_bytes=4096, tb_per_s=0.01, measured_tb_per_s=0.011)
+Decoded = tuple[Tensor, Tensor]
 
 
-def point(context: int = 160, batch: int = 3, budget: int = 64, digest: str = "minmax", **changes: Any) -> Point:
+def point(context: int = 160, batch: int = 3, budget: int = 64, **changes: Any) -> LayerPoint:
+    settings = {name: changes.pop(name) for name in ("digest", "policy") if name in changes}
     geometry = Geometry("tiny", **{"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, **changes})
-    return Point(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16, digest=digest))
+    return LayerPoint(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16, **settings))
 
 
-def check_of(where: Point) -> Check:
-    return Check(DecodeStep(Inputs(where, 2, CPU)))
+def check_of(where: LayerPoint) -> Check:
+    return Check(Inputs(where, 2, CPU), POLICIES.get(where.config.policy)())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_layers_reach_past_the_l2_cache_and_stay_within_memory() -> None:
 def test_presets_name_known_shapes_and_quests_own_times_belong_to_one_of_them() -> None:
     full = preset_points("full")
     assert len({str(p.describe()) for p in full}) == len(full)
-    assert {p.geometry.name for p in full} == set(GEOMETRIES)
+    assert {p.geometry.name for p in full} == set(GEOMETRIES) - {"tiny"}
     quest = {p.context: p.quest_us for p in full if p.quest_us}
     assert quest == {32 * K: 64.9, 128 * K: 183.7}
     assert len(preset_points("quick")) == 3
@@ -100,55 +107,52 @@ def test_inputs_are_shuffled_pages_with_their_digests(context: int, monkeypatch:
 @pytest.mark.parametrize("digest", ["minmax", "sign_sketch"])
 def test_the_check_accepts_the_operators(digest: str, context: int, dtype: torch.dtype) -> None:
     with torch.inference_mode():
-        check_of(point(context, digest=digest, dtype=dtype, sinks=context == 157)).all()
+        listed = check_of(point(context, digest=digest, dtype=dtype, sinks=context == 157)).all()
+    assert listed == min(8, -(-context // 8))
 
 
-def wrong_output(step: Any) -> Any:
-    return lambda i: (1.05 * step(i)[0], step(i)[1])
+@pytest.mark.parametrize(("policy", "listed"), [("all", 20), ("oracle", 8), ("random", 8), ("recent", 8)])
+def test_the_check_accepts_every_policy(policy: str, listed: int) -> None:
+    with torch.inference_mode():
+        assert check_of(point(policy=policy)).all() == listed
 
 
-def other_pages(step: DecodeStep) -> Any:
-    def sparse(i: int) -> tuple[Tensor, Tensor]:
-        step.append(i)
-        slots = step.select(-step.score(i))
-        return step.attend(i, slots, None), slots
-
-    return sparse
+def wrong_output(step: DecodeStep) -> Decoded:
+    out, slots = step.attend_best()
+    return 1.05 * out, slots
 
 
-def no_append(step: DecodeStep) -> Any:
-    def sparse(i: int) -> tuple[Tensor, Tensor]:
-        slots = step.select(step.score(i))
-        return step.attend(i, slots, None), slots
-
-    return sparse
+def other_pages(step: DecodeStep) -> Decoded:
+    step.append()
+    slots = step.select(-step.digest_scores())
+    return step.attend(slots), slots
 
 
-def stale_digest(step: DecodeStep) -> Any:
-    def sparse(i: int) -> tuple[Tensor, Tensor | None]:
-        (summary,) = step.inputs.layers[i].summary
-        before = summary.clone()
-        out = step.composed(i)
-        summary.copy_(before)
-        return out
+def no_append(step: DecodeStep) -> Decoded:
+    slots = step.select(step.digest_scores())
+    return step.attend(slots), slots
 
-    return sparse
+
+def stale_digest(step: DecodeStep) -> Decoded:
+    before = step.summary[0].clone()
+    out = step.attend_best()
+    step.summary[0].copy_(before)
+    return out
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda step: wrong_output(step.sparse), "output of sparse is 5.0e-02 off"),
+        (wrong_output, "output of sparse is 5.0e-02 off"),
         (other_pages, "sparse step reads other pages"),
         (no_append, "sparse step did not store the new token"),
         (stale_digest, "Digests after the sparse step"),
     ],
 )
 def test_the_check_refuses_a_wrong_step(broken: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = check_of(point())
-    monkeypatch.setattr(check.step, "sparse", broken(check.step))
+    monkeypatch.setattr(TopK, "decode", lambda policy, step, softcap, sinks: broken(step))
     with torch.inference_mode(), pytest.raises(SparseKVError, match=f"{message}.*no speed"):
-        check.all()
+        check_of(point()).all()
 
 
 def test_pages_may_differ_only_where_their_scores_nearly_tie() -> None:
@@ -217,16 +221,20 @@ def test_the_shelf_takes_no_part_where_it_cannot() -> None:
     COMPETITORS["flashinfer"](Inputs(point(157), 2, CPU))
 
 
-def run_sweep(points: list[Point], tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
-    with torch.inference_mode():
-        return sweep(points, MACHINE, Options(3, out=str(tmp_path), **options), "the command", Console(quiet=True))
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "of", lambda device, options: MACHINE)
 
 
-def test_a_sweep_times_everything_and_goes_on_without_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def rows_of(points: list[LayerPoint], tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
+    found = attention_bench.run(points, Options(3, out=str(tmp_path), **options), CPU, "the command")
+    return list(found["rows"])
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_is_missing_stops_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)  # as if it were not installed
-    rows = run_sweep([point(), point(60)], tmp_path)
+    rows = rows_of([point(), point(60)], tmp_path)
     assert rows[0]["flashinfer_us"] is None
     assert "not installed" in rows[0]["flashinfer_note"]
     for name in ("sparse", "composed", "append", "score", "select", "attend", "dense", "sdpa"):
@@ -236,42 +244,79 @@ def test_a_sweep_times_everything_and_goes_on_without_what_is_missing(
     assert rows[0]["of_floor"] == pytest.approx(rows[0]["floor_us"] / rows[0]["sparse_us"])
     assert rows[1]["fits"]
     assert "score_us" not in rows[1]
-    result = json.loads((tmp_path / "attention_cuda.json").read_text())
+    result = json.loads((tmp_path / "attention_cpu.json").read_text())
     assert result["rows"] == rows
     assert result["settings"]["num_points"] == 2
 
 
-def test_a_point_without_memory_says_so_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = attention_gpu.Inputs
+@pytest.fixture
+def first_pages() -> Iterator[str]:
+    """A policy of one's own, which lists fewer pages than it may, without scores."""
 
-    def inputs(where: Point, *rest: Any) -> Inputs:
+    @register("first_pages")
+    class FirstPages(Policy):
+        def select(self, step: DecodeStep) -> Tensor:
+            slots = torch.full((len(step.query), step.kv_pool.shape[2], step.k), -1, dtype=torch.int32)
+            slots[..., :3] = torch.arange(3)
+            return slots
+
+    yield "first_pages"
+    POLICIES.remove("first_pages")
+
+
+@pytest.mark.usefixtures("machine")
+def test_any_policy_can_be_timed(first_pages: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of its parts those that it has; what it reads is what it listed."""
+    sizes = ["--device", "cpu", "--contexts", "512", "--budget", "256", "--repeats", "2", "--out", str(tmp_path)]
+    parts = {first_pages: {"append", "attend"}, "all": {"append"}, "recent": {"append", "select", "attend"}}
+    for policy, expected in parts.items():
+        assert main(["bench", "attention", "--policy", policy, *sizes]) == 0
+        (row,) = json.loads((tmp_path / f"attention_cpu_{policy}.json").read_text())["rows"]
+        assert {part for part in ("append", "score", "select", "attend") if f"{part}_us" in row} == expected
+        assert row["policy"] == policy
+        assert row["share"] == {"all": 1, "recent": 0.5, first_pages: 3 / 32}[policy]
+        assert min(row["sparse_us"], row["dense_us"], row["sdpa_us"]) > 0
+        assert "composed_us" not in row
+    assert "512" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_point_without_memory_says_so_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = attention_bench.Inputs
+
+    def inputs(where: LayerPoint, *rest: Any) -> Inputs:
         if where.context == 320:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return make(where, *rest)
 
-    monkeypatch.setattr(attention_gpu, "Inputs", inputs)
-    rows = run_sweep([point(320), point()], tmp_path, against=["sdpa"])
+    monkeypatch.setattr(attention_bench, "Inputs", inputs)
+    rows = rows_of([point(320), point()], tmp_path, against=["sdpa"])
     assert rows[0]["error"] == "out of memory"
     assert rows[1]["sdpa_us"] > 0
 
 
+@pytest.mark.usefixtures("machine")
 def test_check_only_times_and_writes_nothing(tmp_path: Path) -> None:
-    (row,) = run_sweep([point()], tmp_path, against=["sdpa"], check_only=True)
+    (row,) = rows_of([point()], tmp_path, against=["sdpa"], check_only=True)
     assert not [key for key in row if key.endswith("_us")]
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_alone_visits_other_pages_at_every_turn() -> None:
-    bench = Bench(point(batch=1, context=512), Machine(CPU, 1 << 16, 1.0, 1.0), Timer(CPU, 2))
+def test_attention_alone_visits_other_pages_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = LayerBench(point(batch=1, context=512), Machine(CPU, 1 << 16, 1.0, 1.0), Timer(CPU, 2))
     bench.num_layers = 2
     seen = []
-    bench.step.attend = lambda layer, slots, sinks: seen.append((layer, tuple(slots[0, 0].tolist())))  # type: ignore
-    attend = bench._attend([bench.step.score(i) for i in range(2)])
+    monkeypatch.setattr(DecodeStep, "attend", lambda step, slots, *rest: seen.append((step.layer_idx, slots[0, 0])))
+    slots = torch.arange(8, dtype=torch.int32).expand(1, 2, 8).clone()
+    slots[..., 7] = -1
+    attend = bench._attend([slots, slots])
     for i in range(2 * bench._turns):
         attend(i)
     assert bench._turns == 8
-    assert len(set(seen)) == 16
-    assert all(pages == tuple(sorted(set(pages))) for _, pages in seen)
+    assert len({(layer, tuple(pages.tolist())) for layer, pages in seen}) == 16
+    for _, pages in seen:
+        assert pages[7] == -1
+        assert pages[:7].tolist() == sorted(set(pages[:7].tolist()))
 
 
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
@@ -284,13 +329,15 @@ def test_a_spread_is_the_median_and_the_quartiles() -> None:
     ("options", "message"),
     [
         (["--device", "cpu", "--preset", "full"], "--preset=full is for --device cuda"),
-        (["--device", "cpu", "--budget", "512", "1024"], "several budgets"),
-        (["--device", "cuda", "--head-dim", "128"], "--head-dim=128 is for --device cpu"),
         (["--device", "cuda", "--quick", "--contexts", "1k"], "set by --preset quick"),
-        (["--device", "cuda", "--geometry", "llama"], "Did you mean 'llama-3.1-8b'"),
-        (["--device", "cuda", "--budget", "16"], "budget=16 is below"),
-        (["--device", "cuda", "--digest", "sign_sketsh"], "Did you mean 'sign_sketch'"),
-        (["--device", "cuda", "--bandwidth", "0"], "more than 0 TB/s"),
+        (["--device", "cuda", "--quick", "--head-dim", "128"], "set by --preset quick"),
+        (["--geometry", "gemma", "--head-dim", "128"], "--head-dim=128 is told by --model or --geometry"),
+        (["--q-heads", "6", "--kv-heads", "4"], "--q-heads=6 must be a multiple of --kv-heads=4"),
+        (["--geometry", "llama"], "Did you mean 'llama-3.1-8b'"),
+        (["--budget", "16"], "budget=16 is below"),
+        (["--digest", "sign_sketsh"], "Did you mean 'sign_sketch'"),
+        (["--policy", "topk"], "Did you mean 'top_k'"),
+        (["--bandwidth", "0"], "more than 0 TB/s"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(
@@ -301,21 +348,46 @@ def test_options_are_refused_before_anything_is_measured(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("machine")
 def test_the_whole_command_prints_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the CPU, told that it is a GPU."""
-    monkeypatch.setattr(attention_gpu.Machine, "of", lambda device, options: MACHINE)
-    monkeypatch.setitem(attention_points.GEOMETRIES, "mha", Geometry("mha", 2, 2, 16, torch.float16))
-    where = SimpleNamespace(type="cuda", index=None)
-    monkeypatch.setattr("sparsekv.evaluation.speed.command.choose_device", lambda name: where)
-    command = ["bench", "--geometry", "mha", "--contexts", "8k", "4000", "--batches", "1", "2", "--repeats", "2"]
-    assert main([*command, "--out", str(tmp_path)]) == 0
+    """Several geometries, batches and budgets, and a context that Quest's own kernels were measured at."""
+    monkeypatch.setitem(GEOMETRIES, "mha", Geometry("mha", 2, 2, 16))
+    command = ["bench", "--device", "cpu", "--geometry", "mha", "--contexts", "8k", "4000", "--batches", "1", "2"]
+    command += ["--budget", "2k", "--repeats", "2", "--against", "sdpa", "shelf", "--out", str(tmp_path)]
+    assert main(command) == 0
     printed = capsys.readouterr().out
     assert "Quest's own kernels, measured separately (speed/attention_points.py): 35.4 us (mha 1 x 8k)" in printed
     assert "shelf: flashinfer is not installed" in printed or "flashinfer" in sys.modules
-    assert len(json.loads((tmp_path / "attention_cuda.json").read_text())["rows"]) == 4
-    assert (tmp_path / "attention_cuda.png").stat().st_size > 5_000
+    result = json.loads((tmp_path / "attention_cpu.json").read_text())
+    assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 8192), (1, 4000), (2, 8192), (2, 4000)]
+    assert {row["dtype"] for row in result["rows"]} == {"float32"}
+    assert (tmp_path / "attention_cpu.png").stat().st_size > 5_000
+
+
+def test_a_measurement_from_python_is_what_json_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    found = speed.measure("attention --device cpu --contexts 1k 2k --budget 256 --repeats 1")
+    assert [row["context"] for row in found["rows"]] == [1024, 2048]
+    assert found["rows"][0] | {"batch": 1, "budget": 256} == found["rows"][0]
+    assert found["command"].startswith("sparsekv bench attention --device cpu")
+    assert "1 x 2k" in capsys.readouterr().out
+
+
+def test_an_option_that_is_not_allowed_is_an_error_in_python_too() -> None:
+    with pytest.raises(ConfigError, match="--preset=quick is for --device cuda"):
+        speed.measure("attention --device cpu --preset quick")
+
+
+def test_a_models_layers_are_read_from_its_config(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=2).save_pretrained(tmp_path)
+    found = Geometry.of(str(tmp_path))
+    assert (found.num_q_heads, found.num_kv_heads, found.head_dim, found.group) == (8, 2, 64, 4)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--model .*nothing.*--geometry \(llama-3.1-8b"):
+        Geometry.of(str(tmp_path / "nothing"))
 
 
 @pytest.mark.gpu

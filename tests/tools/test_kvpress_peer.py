@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekv.cli import main
-from sparsekv.evaluation import kvpress_peer, testbed
+from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.manifest import model_hash
 from sparsekv.evaluation.accuracy.results import Key, read_lines
 from sparsekv.evaluation.accuracy.summary import Run
-from sparsekv.evaluation.kvpress_peer import InputError, Peer
-from sparsekv.evaluation.tasks import Metric, score
+from sparsekv.evaluation.tasks import Metric, long_output, score
+from tools import kvpress_peer
+from tools.kvpress_peer import InputError, Peer
 
 SCRIPT = Path(kvpress_peer.__file__)
 MODEL = str(testbed.MODEL_DIR)
@@ -35,8 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     options = ["--lengths", "512", "--budgets", "128", "--examples", "2", "--methods", "dense", "--device", "cpu"]
     options += ["--tasks", *TASKS, "--out", str(out)]
-    assert main(["eval", "export", *options]) == 0
-    assert main(["eval", "run", *options, "--no-probe"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_output, "ROWS", 8)  # two turns instead of eight
+        assert main(["eval", "export", *options]) == 0
+        assert main(["eval", "run", *options, "--no-probe"]) == 0
     return out
 
 
@@ -196,7 +199,7 @@ def last_tokens(kept: int) -> Any:
     return press
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.skipif(PYTHON is None, reason="needs kvpress: KVPRESS_PYTHON=... names a Python that has it")
 def test_kvpress_itself(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "results-kvpress.jsonl"

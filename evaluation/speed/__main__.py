@@ -1,8 +1,0 @@
-"""`python -m evaluation.speed`."""
-
-import sys
-
-from sparsekv.evaluation.speed import main
-
-if __name__ == "__main__":
-    sys.exit(main())

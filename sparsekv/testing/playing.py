@@ -1,0 +1,72 @@
+"""Captured decode steps on any machine.
+
+A graph is played by a copy of the model as it was when the step was captured: it computes what a graph would, and
+writes where a graph would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from sparsekv.cache import PagedCache
+from sparsekv.hf.capture import decoder
+from sparsekv.hf.capture.decoder import CapturedDecoder
+from sparsekv.hf.capture.graphs import CapturedStep
+from sparsekv.hf.support import CACHE
+
+
+class Played(CapturedStep):
+    """A captured step without a GPU. `failure`: what recording raises."""
+
+    failure: Exception | None = None
+
+    def record(self, forward: Any, site: Any) -> None:
+        """As CapturedStep's, but that it computes."""
+        if self.failure is not None:
+            forward(**self.inputs)  # some layers have run by then
+            raise self.failure
+        model, rest = forward.func, {name: x for name, x in forward.keywords.items() if name != CACHE}
+        self.model, self.rest = copy.deepcopy(model), rest
+        output = forward(**self.inputs)
+        self.output = type(output)(logits=output.logits.clone())
+
+    def replay(self, inputs: dict[str, Tensor], cache: PagedCache) -> Any:
+        """As CapturedStep's."""
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        with cache.capturing():
+            played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
+        self.output.logits.copy_(played.logits)
+        return type(self.output)(**self.output, **{CACHE: cache})
+
+
+@contextlib.contextmanager
+def played() -> Iterator[None]:
+    """Within it, decode steps are captured and played, whatever the device."""
+    with (
+        patch.object(decoder, "CapturedStep", Played),
+        patch.object(decoder, "Site", lambda device: SimpleNamespace(device=device)),
+        patch.object(CapturedDecoder, "why_eager", lambda self, device: self.refusal),
+        patch.object(Played, "failure", None),
+    ):
+        yield
+
+
+@torch.no_grad()
+def decoded(forward: Callable[..., Any], cache: PagedCache, tokens: range) -> list[Tensor]:
+    """Logits of some tokens, one after the other in every row."""
+    found = []
+    device = next(iter(cache._store.devices))
+    for token in tokens:
+        ids = torch.full((cache._store.table.batch_size, 1), token, device=device)
+        inputs = {"input_ids": ids, "position_ids": torch.full_like(ids, cache.get_seq_length())}
+        found.append(forward(**inputs, **{CACHE: cache}, use_cache=True).logits.clone())
+    return found
