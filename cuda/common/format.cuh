@@ -2,16 +2,14 @@
 // PageFormat (sparsekv/ops/formats.py). A page of one kv head has a record for every token. A format is a type with,
 // for element type T and head size D,
 //
-// - `Element`, of a record, and `record<D>(page_shift)`, how many of them it has, pages having 1 << page_shift
-// tokens;
+// - `Element`, of a record, and `record<D>(page_shift)`, how many of them one has in pages of 1 << page_shift tokens;
 // - `Keys<T, D, STEP>` and `Values<T, D, STEP>`: what a lane holds of sixteen tokens, in the order of the matrix
 //   products in attend.cuh. `load` asks for it, the other functions turn it into 16-bit floats when it is used: loads
 //   should be under way meanwhile;
-// - `load8`, `load1`: channels of one token of a page, for digests; `store8`: new ones, and `rounded8`, what is left
-// of
-//   them; `AS_IS`, whether all of these leave them as they are.
+// - `load8`, `load1`: channels of one token of a page, for digests; `store8`: new ones; `rounded8`: what is left of
+//   these; `AS_IS`, whether all of them leave channels as they are.
 //
-// `ByChannel` makes a format of two functions, for one that stores each channel by itself.
+// `ByChannel` makes a format out of how channels are packed and unpacked, where each is stored by itself.
 #pragma once
 #include "common/pages.cuh"
 
