@@ -5,10 +5,10 @@
 // `merge_attention` puts the parts together.
 #include "common/merge.cuh"
 
-template <typename T, int D, int HEAD_TILES>
+template <typename T, int D, int HEAD_TILES, typename Format>
 __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     attend_pages(const u16* query,                  // [b, hq, d]
-                 const u16* kv_pool,                // [num_pages, 2, hkv, page_size, d]
+                 const void* kv_pool,               // [num_pages, 2, hkv, page_size, record]
                  const int* block_table,            // [b, max_pages]
                  const int* seq_lens,               // [b]
                  const int* slots,                  // [b, hkv, k], -1: none; null: all pages
@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
         if (mine[i] >= 0) atomicMax(&used, i + 1);
     __syncthreads();
 
-    Attention<T, D, HEAD_TILES> attention;
-    attention.attend(kv_pool, pages.values_after(), staged, blockIdx.x * num_warps() + warp_id(),
-                     gridDim.x * num_warps(), used << pages.unit_shift(), Logits(scaling, softcap),
-                     [&](int i) { return pages.locate(mine, pages.block_table, i); });
+    Attention<T, D, HEAD_TILES, Format> attention;
+    attention.attend(static_cast<const typename Format::Element*>(kv_pool), pages, staged,
+                     blockIdx.x * num_warps() + warp_id(), gridDim.x * num_warps(), used << pages.unit_shift(),
+                     Logits(scaling, softcap), [&](int i) { return pages.locate(mine, pages.block_table, i); });
     Partial<D, HEAD_TILES>* const part = partials ? partials + i64(item) * gridDim.x + blockIdx.x : nullptr;
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group, part);
     cluster_wait();

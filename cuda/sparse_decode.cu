@@ -16,7 +16,7 @@ struct StepParams {
     const u16* value;        // [b, hkv, d]
     const int* block_table;  // [b, max_pages]
     const int* seq_lens;     // [b] the new token counted
-    u16* kv_pool;            // [num_pages, 2, hkv, page_size, d]
+    void* kv_pool;           // [num_pages, 2, hkv, page_size, record]
     Digests digests;
     const int* limits;  // [b] fewer than k pages for some; null: k
     const void* sinks;  // [hq] or null, float32 or as the query
@@ -99,7 +99,7 @@ __device__ void score_own_pages(const StepParams& p, const Pages& pages, const S
     if (!waited) cluster_wait();
 }
 
-template <typename T, int D, int HEAD_TILES, typename Kind>
+template <typename T, int D, int HEAD_TILES, typename Kind, typename Format>
 __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decode(const StepParams p) {
     using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
     extern __shared__ uint4 base[];
@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
     const Pages pages = {p.block_table + i64(row) * p.max_pages, p.seq_lens[row], p.page_shift, num_kv_heads, head};
+    auto* const pool = static_cast<typename Format::Element*>(p.kv_pool);
     const bool direct = p.priorities == nullptr;
     const StepShared<T, D, HEAD_TILES, Scorer::STAGED> room(base, p.max_pages, p.k, direct, p.group);
     const int count = min(pages.count(), p.max_pages), limit = min(p.limits ? p.limits[row] : p.k, p.k);
@@ -130,13 +131,14 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     const int newest = pages.length - 1, offset = newest & ((1 << p.page_shift) - 1);
     const int newest_unit = ((max(min(count, limit), 1) - 1) << pages.unit_shift()) + offset / UNIT;
     const auto newest_page = [&] {
-        return Page(p.kv_pool, pages.block_table[newest >> p.page_shift], head, num_kv_heads, p.page_shift, D);
+        const i64 page = pages.block_table[newest >> p.page_shift];
+        return StoredPage<T, D, Format>(pool, page, head, num_kv_heads, p.page_shift);
     };
     // Which of the cluster's warps appends, counted from this CTA's first.
     const int appending = p.key && newest >= 0 ? newest_unit % warps - (first - warp_id()) : -1;
     if (appending == warp_id())
-        store_token<D>(newest_page(), offset, p.key + row * p.key_batch + head * p.key_head,
-                       p.value + row * p.value_batch + head * p.value_head);
+        store_token(newest_page(), offset, p.key + row * p.key_batch + head * p.key_head,
+                    p.value + row * p.value_batch + head * p.value_head);
     __syncwarp();
     cluster_wait();  // for all priorities, or if nothing is chosen for all CTAs to run
     __syncthreads();
@@ -151,14 +153,13 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     __syncthreads();
 
     const int* const table = direct && choose ? room.table : pages.block_table;
-    Attention<T, D, HEAD_TILES> attention;
-    attention.attend(p.kv_pool, pages.values_after(), room.query, first, warps, found << pages.unit_shift(),
-                     Logits(p.scaling, p.softcap),
+    Attention<T, D, HEAD_TILES, Format> attention;
+    attention.attend(pool, pages, room.query, first, warps, found << pages.unit_shift(), Logits(p.scaling, p.softcap),
                      [&](int i) { return pages.locate(choose ? room.select.chosen : nullptr, table, i); });
     const Result<D, HEAD_TILES> result(p.out, p.lse, Sinks{p.sinks, p.wide_sinks}, item, head, p.group);
     merge_cluster(attention, room.merge, room.sums, result, [&] {
         if (appending < 0 || appending >= num_warps() || offset + 1 < 1 << p.page_shift) return;
         const int part = (warp_id() - appending + num_warps()) % num_warps();
-        summarize_page<T, D, Kind>(newest_page(), p.digests, offset + 1, 1 << p.page_shift, part);
+        summarize_page<Kind>(newest_page(), p.digests, offset + 1, 1 << p.page_shift, part);
     });
 }

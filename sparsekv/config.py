@@ -44,10 +44,12 @@ class SparseConfig:
         fuse: whether the norms and rotary embeddings of a captured step run as one kernel each, where that gives
             the same but for the last bits: a millisecond a token less for 32 layers. Not with `backend="reference"`.
         max_tokens: the most tokens the page pool of a cache may hold over all its sequences; None: no limit.
+        page_format: what a page of keys and values looks like in memory (`sparsekv.pages.formats`).
+        residency: where pages lie between steps (`sparsekv.pages.residency`).
 
     Raises:
-        ConfigError: a value is not allowed. Names of digests and policies are resolved against their registries
-            when a cache or a patch is made (`UnknownNameError`), since users may register their own.
+        ConfigError: a value is not allowed. Names of digests, policies, formats and residencies are resolved against
+            their registries when a cache or a patch is made (`UnknownNameError`), since users may register their own.
     """
 
     budget: int | float = 2048
@@ -62,6 +64,8 @@ class SparseConfig:
     capture: bool = True
     fuse: bool = True
     max_tokens: int | None = None
+    page_format: str = "plain"
+    residency: str = "device"
 
     def __post_init__(self) -> None:
         _check_int("page_size", self.page_size, 1, 1024)

@@ -7,7 +7,7 @@
 // With up to 8 query heads the upper half of Q's rows is zero; with up to 16 there is a second tile of heads.
 #pragma once
 #include "common/digest.cuh"
-#include "common/pages.cuh"
+#include "common/format.cuh"
 
 // A query's words of 16 bytes, in the order the lanes want them.
 template <int D, int HEAD_TILES>
@@ -35,7 +35,7 @@ struct Logits {
 
 // What a warp has gathered so far: of head lane / 4 of a tile the largest logit and this lane's share of the weights'
 // sum, and the weighted sum of the values as d [16 channels a time] x heads [8], not divided by the weights yet.
-template <typename T, int D, int HEAD_TILES>
+template <typename T, int D, int HEAD_TILES, typename Format = Plain>
 struct Attention {
     // Head sizes above 128 go in steps of 128 channels, so that loads in flight fit the registers.
     static constexpr int STEP = D <= 128 ? D : 128, STEPS = D / STEP;
@@ -44,10 +44,9 @@ struct Attention {
     static constexpr int ROWS = D / 16, STEP_ROWS = STEP / 16;  // tiles of sixteen channels
 
     float out[HEAD_TILES][ROWS][4];
-    float m[HEAD_TILES], l[HEAD_TILES];    // largest logit, share of the weights' sum
-    uint4 keys[2][STEP / 32];              // of tokens r and r + 8
-    uint4 values[4][BLOCKS ? BLOCKS : 1];  // of tokens 2c, 2c + 1, 2c + 8, 2c + 9
-    uint2 tail[4];
+    float m[HEAD_TILES], l[HEAD_TILES];  // largest logit, share of the weights' sum
+    typename Format::template Keys<T, D, STEP> keys;
+    typename Format::template Values<T, D, STEP> values;
 
     __device__ Attention() {
 #pragma unroll
@@ -60,27 +59,6 @@ struct Attention {
         }
     }
 
-    __device__ static int value_token(int i) { return lane_id() % 4 * 2 + i % 2 + i / 2 * 8; }
-
-    __device__ void load_keys(const u16* pool, int block, int step) {
-        const u16* const from = pool + i64(block) * (UNIT * D) + lane_id() / 4 * D + step * STEP + lane_id() % 4 * 8;
-        unrolled<STEP / 32>([&](auto j) {
-            keys[0][j.value] = load16<j.value * 64>(from);
-            keys[1][j.value] = load16<j.value * 64 + 8 * D * 2>(from);
-        });
-    }
-
-    __device__ void load_values(const u16* pool, int block, int step) {
-        const u16* const from = pool + i64(block) * (UNIT * D) + value_token(0) * D + step * STEP;
-        unrolled<4>([&](auto i) {
-            constexpr int token = i.value % 2 + i.value / 2 * 8;  // value_token(i) - value_token(0)
-            unrolled<BLOCKS>([&](auto j) {
-                values[i.value][j.value] = load16<(token * D + j.value * 64) * 2>(from + lane_id() / 4 * 8);
-            });
-            if constexpr (TAIL != 0) tail[i.value] = load8<(token * D + BLOCKS * 64) * 2>(from + lane_id() / 4 * 4);
-        });
-    }
-
     // Adds the dot products of a step's channels: [tile of 8 tokens] x (heads r: 2 tokens, heads r + 8: 2 tokens).
     __device__ void multiply_keys(float (&dots)[2][4], const uint4* query, int step) {
 #pragma unroll
@@ -90,8 +68,9 @@ struct Attention {
                 HEAD_TILES == 2 ? query[(D / 32 + step * (STEP / 32) + j) * WARP + lane_id()] : uint4{0, 0, 0, 0};
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                T::mma(dots[half], low.x, high.x, low.y, high.y, keys[half][j].x, keys[half][j].y);
-                T::mma(dots[half], low.z, high.z, low.w, high.w, keys[half][j].z, keys[half][j].w);
+                const uint4 key = keys.get(half, j);
+                T::mma(dots[half], low.x, high.x, low.y, high.y, key.x, key.y);
+                T::mma(dots[half], low.z, high.z, low.w, high.w, key.z, key.w);
             }
         }
     }
@@ -137,12 +116,8 @@ struct Attention {
     // Memory no token was written to may hold NaN, and 0 * NaN is NaN.
     __device__ void clear_missing_values(int count) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (value_token(i) < count) continue;
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) values[i][block] = {0, 0, 0, 0};
-            tail[i] = {0, 0};
-        }
+        for (int i = 0; i < 4; ++i)
+            if (value_token(i) >= count) values.clear(i);
     }
 
     __device__ void add_row(int row, const u32 (&weights)[HEAD_TILES][2], u32 t0, u32 t1, u32 t2, u32 t3) {
@@ -156,27 +131,31 @@ struct Attention {
         int row = step * STEP_ROWS;
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
-            const uint4 &a = values[0][block], &b = values[1][block], &c = values[2][block], &d = values[3][block];
+            const uint4 a = values.get(0, block), b = values.get(1, block), c = values.get(2, block),
+                        d = values.get(3, block);
             add_row(row++, weights, a.x, b.x, c.x, d.x);
             add_row(row++, weights, a.y, b.y, c.y, d.y);
             add_row(row++, weights, a.z, b.z, c.z, d.z);
             add_row(row++, weights, a.w, b.w, c.w, d.w);
         }
-        if (TAIL) {
-            add_row(row++, weights, tail[0].x, tail[1].x, tail[2].x, tail[3].x);
-            add_row(row++, weights, tail[0].y, tail[1].y, tail[2].y, tail[3].y);
+        if constexpr (TAIL != 0) {
+            const uint2 a = values.get_tail(0), b = values.get_tail(1), c = values.get_tail(2),
+                        d = values.get_tail(3);
+            add_row(row++, weights, a.x, b.x, c.x, d.x);
+            add_row(row++, weights, a.y, b.y, c.y, d.y);
         }
     }
 
     // Units first, first + stride, ... below `end`; `locate(i)` says where the i-th lies. Registers are loaded again
     // as soon as they were used, so a warp always has loads in flight.
     template <typename Locate>
-    __device__ void attend(const u16* pool, int values_after, const uint4* query, int first, int stride, int end,
-                           const Logits& logits, Locate locate) {
+    __device__ void attend(const typename Format::Element* pool, const Pages& pages, const uint4* query, int first,
+                           int stride, int end, const Logits& logits, Locate locate) {
         if (first >= end) return;
+        const int values_after = pages.values_after(), page_shift = pages.page_shift;
         Unit now = locate(first);
-        load_keys(pool, now.block, 0);
-        load_values(pool, now.block + values_after, 0);
+        keys.load(pool, now.block, 0, page_shift);
+        values.load(pool, now.block + values_after, 0, page_shift);
 #pragma unroll 1
         for (int i = first; i < end; i += stride) {
             const bool more = i + stride < end;
@@ -186,9 +165,9 @@ struct Attention {
             for (int step = 0; step < STEPS; ++step) {
                 multiply_keys(dots, query, step);
                 if (step + 1 < STEPS)
-                    load_keys(pool, now.block, step + 1);
+                    keys.load(pool, now.block, step + 1, page_shift);
                 else if (more)
-                    load_keys(pool, next.block, 0);
+                    keys.load(pool, next.block, 0, page_shift);
             }
             u32 weights[HEAD_TILES][2];
             weigh(weights, dots, now.count, logits);
@@ -197,9 +176,9 @@ struct Attention {
                 if (now.count < UNIT) clear_missing_values(now.count);
                 multiply_values(weights, step);
                 if (step + 1 < STEPS)
-                    load_values(pool, now.block + values_after, step + 1);
+                    values.load(pool, now.block + values_after, step + 1, page_shift);
                 else if (more)
-                    load_values(pool, next.block + values_after, 0);
+                    values.load(pool, next.block + values_after, 0, page_shift);
             }
             now = next;
         }

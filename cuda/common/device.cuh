@@ -140,6 +140,12 @@ __device__ inline uint2 load8(const void* p) {
                  : "memory");
     return v;
 }
+template <int OFFSET = 0>
+__device__ inline u32 load4(const void* p) {
+    u32 v;
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1 + %2];" : "=r"(v) : "l"(p), "n"(OFFSET) : "memory");
+    return v;
+}
 
 // A line into the L2 cache, without waiting.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory"); }

@@ -28,17 +28,10 @@ struct Digests {
     }
 };
 
-// A page of one kv head.
+// A page of one kv head. Kinds that want to read its keys again take a `StoredPage` (append.cuh) instead.
 struct Page {
     int head;
-    i64 item;            // where its digest lies, counted in digests
-    u16 *keys, *values;  // [page_size, d]
-
-    __device__ Page(u16* kv_pool, i64 page, int head, int num_kv_heads, int page_shift, int d)
-        : head(head),
-          item(page * num_kv_heads + head),
-          keys(kv_pool + (((page * 2 * num_kv_heads + head) << page_shift) * d)),
-          values(keys + ((i64(num_kv_heads) << page_shift) * d)) {}
+    i64 item;  // where its digest lies, counted in digests
 };
 
 __device__ inline void store16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }

@@ -205,7 +205,8 @@ struct MergeBuffers {
         check_shared_end(warp_stats + num_warps());
     }
 
-    __device__ void store_warp_stats(const Attention<T, D, HEAD_TILES>& warp) const {
+    template <typename Format>
+    __device__ void store_warp_stats(const Attention<T, D, HEAD_TILES, Format>& warp) const {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float l = warp.l[tile];  // the four lanes of a head have a share each
@@ -244,7 +245,8 @@ struct MergeBuffers {
         }
     }
 
-    __device__ void store_warp_acc(const Attention<T, D, HEAD_TILES>& warp,
+    template <typename Format>
+    __device__ void store_warp_acc(const Attention<T, D, HEAD_TILES, Format>& warp,
                                    const OutputFragments<T, D, HEAD_TILES>& fragments, int num_fragments) const {
         float4* const own = warp_acc + warp_id() * num_fragments;
 #pragma unroll
@@ -275,8 +277,8 @@ struct MergeBuffers {
 // Merges the states of all warps of a cluster, as drawn above, and writes the result. `own` is the same place in
 // every CTA and used for nothing else: a CTA that is ahead writes into those behind, once all run. `reused` may be
 // what this CTA's warps read while they attended.
-template <typename T, int D, int HEAD_TILES, typename Meanwhile>
-__device__ void merge_cluster(Attention<T, D, HEAD_TILES>& warp, void* own, void* reused,
+template <typename T, int D, int HEAD_TILES, typename Format, typename Meanwhile>
+__device__ void merge_cluster(Attention<T, D, HEAD_TILES, Format>& warp, void* own, void* reused,
                               const Result<D, HEAD_TILES>& result, Meanwhile meanwhile) {
     const OutputFragments<T, D, HEAD_TILES> fragments(result.group);
     const int rank = cluster_rank(), num_ctas = cluster_size(), num_fragments = fragments.count();

@@ -10,6 +10,9 @@ struct Unit {
     int block, count;
 };
 
+// The tokens of a unit whose values a lane holds, i 0 to 3: 2c, 2c + 1, 2c + 8 and 2c + 9 for c = lane % 4.
+__device__ inline int value_token(int i) { return lane_id() % 4 * 2 + i % 2 + i / 2 * 8; }
+
 struct Pages {
     const int* block_table;  // [max_pages], this sequence's row
     int length;              // tokens of this sequence

@@ -113,7 +113,9 @@ struct SketchSummary {
     }
 
     // Every warp makes the mean, and the signs of every `parts`-th token. Lane l has channels l, l + 32, ...
-    __device__ void store(const Page& page, const Digests& digests, int count, int page_size, int part, int parts) {
+    template <typename StoredPage>
+    __device__ void store(const StoredPage& page, const Digests& digests, int count, int page_size, int part,
+                          int parts) {
         const SketchTensors tensors(digests);
         float mean[N];
         const float unit = round_mean(count, mean);
@@ -135,7 +137,7 @@ struct SketchSummary {
             float x[N], squares = 0.f, sizes = 0.f;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                x[i] = T::to_float(page.keys[token * D + i * WARP + lane_id()]) - mean[i];
+                x[i] = T::to_float(page.key(token, i * WARP + lane_id())) - mean[i];
                 squares += x[i] * x[i];
             }
             rotate(x);

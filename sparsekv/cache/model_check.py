@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
@@ -13,6 +14,7 @@ from sparsekv.cache.layer_kinds import plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
+from sparsekv.pages import FORMATS, RESIDENCIES
 from sparsekv.policies import POLICIES, Reads, check_declared
 
 
@@ -45,15 +47,18 @@ def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None
         model_config: the model's; of a multimodal model its text part is used.
 
     Raises:
-        UnknownNameError: there is no such digest or policy.
-        ConfigError: `dense_layers` names a layer that the model does not have, the digest cannot be kept of heads
-            of this size, or the policy declares what cannot be.
+        UnknownNameError: there is no such digest, policy, page format or residency.
+        ConfigError: `dense_layers` names a layer that the model does not have, there are no such pages or no such
+            digests of heads of this size, or the policy declares what cannot be.
     """
     digest, policy, plain = DIGESTS.get(config.digest)(), POLICIES.get(config.policy), plain_layers(model_config)
-    heads = heads_of(model_config)
+    heads, pages = heads_of(model_config), FORMATS.get(config.page_format)()
+    RESIDENCIES.get(config.residency)
     _check_dense_layers(config, len(DynamicCache(config=model_config).layers))
     num_deciding = len(plain) - len(config.dense_among(plain))
     check_declared(config, policy, num_deciding)
+    if heads is not None:
+        pages.record(config.page_size, heads.head_dim, torch.float16)
     if policy.reads is Reads.DIGESTS and num_deciding and heads is not None:
         digest.fields(config.page_size, heads.head_dim)
 

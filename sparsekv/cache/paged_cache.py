@@ -24,7 +24,7 @@ from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.pages.arena import Arena
 from sparsekv.pages.page_store import PageStore
 
-_FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
+_FORK_FIXED = ("page_size", "digest", "backend", "max_tokens", "page_format", "residency")
 
 
 class PagedCache(SteppedCache):
@@ -146,8 +146,8 @@ class PagedCache(SteppedCache):
             config, settings: what to change: budget, policy, sinks, recent, group_pooling, dense_layers.
 
         Raises:
-            ConfigError: page_size, digest, backend or max_tokens would change, or digests are needed that were not
-                kept for some layer.
+            ConfigError: page_size, digest, backend, max_tokens, page_format or residency would change, or digests are
+                needed that were not kept for some layer.
             UnknownNameError: there is no such setting or policy.
         """
         changed = SparseConfig.of(config if config is not None else self.config, **settings)

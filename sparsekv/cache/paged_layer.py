@@ -157,8 +157,8 @@ class PagedLayer(ReadableLayer):
             ConfigError: the policy asks for digests, and there are none.
         """
         accepted = self._accept(visible)
-        if accepted is not None and accepted[2] is not None:  # some rows' token is padding
-            self._write(accepted)
+        if accepted is not None and (accepted[2] is not None or not self.store.is_in_place):
+            self._write(accepted)  # some rows' token is padding, or what a step reads is no place to write to
             accepted = None
         step = self._step(query.squeeze(2), scaling, accepted)
         with torch.no_grad(), _own_precision(query.device):
@@ -229,6 +229,7 @@ class PagedLayer(ReadableLayer):
             is_covered=self.store.is_covered,
             key=None if new is None else new[0],
             value=None if new is None else new[1],
+            view=None if self.store.is_in_place else pages.residency.view,
             ordinal=ordinal,
             phase=self.store.memory.phase,
             memory=memory,

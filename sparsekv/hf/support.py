@@ -176,7 +176,7 @@ def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:
         return "plain torch (backend='reference')"
     heads = heads_of(model.config)
     geometry = None if heads is None else (heads.head_dim, heads.num_q_heads // heads.num_kv_heads)
-    reason = why_reference(model.device, model.dtype, geometry, config.page_size, config.digest)
+    reason = why_reference(model.device, model.dtype, geometry, config.page_size, config.digest, config.page_format)
     if reason is not None:
         return f"plain torch ({reason})"
     return "CUDA kernels" if geometry else "CUDA kernels, in layers whose head size they serve"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.ops import compiler, instances, reference, rooms
+from sparsekv.ops.formats import FORMATS, PageFormat, formats_with_kernels
 from sparsekv.ops.formulas import MAX_TENSORS, DigestKernel, kernel_of, with_kernels
 from sparsekv.ops.launch import launch, readable, usable
 from sparsekv.ops.plans import UNIT, Split, attend_plan, score_plan, selectable, step_plan
@@ -24,7 +25,12 @@ PER_HEAD = 2  # in place of a pooling: a score for every query head
 
 
 def why_reference(
-    device: torch.device, dtype: torch.dtype, geometry: tuple[int, int] | None, page_size: int, digest: str
+    device: torch.device,
+    dtype: torch.dtype,
+    geometry: tuple[int, int] | None,
+    page_size: int,
+    digest: str,
+    page_format: str = "plain",
 ) -> str | None:
     """Why a model runs in plain torch on a device, or None if kernels serve it.
 
@@ -32,25 +38,30 @@ def why_reference(
         dtype: of the model.
         geometry: head_dim and query heads of a kv head; None: not the same in all layers.
         page_size: in tokens.
-        digest: its name.
+        digest, page_format: their names.
     """
     if device.type != "cuda":
         return f"there are kernels for CUDA, and the device is {device.type}"
     head_dim, group = geometry or (instances.HEAD_DIMS[0], 1)
     reason = compiler.unavailable(device.index or 0) or instances.why_not(dtype, head_dim, group, page_size)
-    if reason is None and kernel_of(digest) is None:
+    if reason is None and digest not in with_kernels():
         known = ", ".join(map(repr, with_kernels()))
         return f"digest {digest!r} is appended and scored in plain torch (kernels: {known})"
+    if reason is None and FORMATS.get(page_format).kernel is None:
+        known = ", ".join(map(repr, formats_with_kernels()))
+        return f"pages of format {page_format!r} are written and read in plain torch (kernels: {known})"
     return reason
 
 
-def _served(query: Tensor, kv_pool: Tensor) -> bool:
-    """Whether kernels serve these shapes; warns once if none can run on this device."""
+def _served(query: Tensor, kv_pool: Tensor, format: str) -> type[PageFormat] | None:
+    """The pages' format, if kernels serve it in these shapes; warns once if none can run on this device."""
     if not usable(query.device.index):
-        return False
-    _, _, num_kv_heads, page_size, head_dim = kv_pool.shape
-    reason = instances.why_not(kv_pool.dtype, head_dim, query.shape[1] // num_kv_heads, page_size)
-    return reason is None and query.dtype == kv_pool.dtype and kv_pool.is_contiguous()
+        return None
+    (_, _, num_kv_heads, page_size, record), head_dim, kind = kv_pool.shape, query.shape[-1], FORMATS.get(format)
+    reason = instances.why_not(query.dtype, head_dim, query.shape[1] // num_kv_heads, page_size)
+    if reason is not None or kind.kernel is None or not kv_pool.is_contiguous():
+        return None
+    return kind if kind().record(page_size, head_dim, query.dtype) == (record, kv_pool.dtype) else None
 
 
 def append_kv(
@@ -63,11 +74,13 @@ def append_kv(
     summary: Sequence[Tensor],
     state: Sequence[Tensor],
     digest: str,
+    format: str = "plain",
 ) -> None:
     """See `reference.append_kv`."""
-    kernel = _kernel(digest, summary, state, kv_pool) if summary else instances.NO_DIGEST
-    if kernel is None or not _served(key, kv_pool):
-        reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest)
+    kernel = _kernel(digest, summary, state, key) if summary else instances.NO_DIGEST
+    kind = None if kernel is None else _served(key, kv_pool, format)
+    if kernel is None or kind is None:
+        reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest, format)
         return
     key, value = readable(key), readable(value)
     (b, num_kv_heads, t, head_dim), page_size = key.shape, kv_pool.shape[3]
@@ -81,7 +94,7 @@ def append_kv(
     strides = [np.int64(stride) for tensor in (key, value) for stride in tensor.stride()[:3]]
     args: list[Any] = [key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool]
     args += [*_digests(summary, state), *strides, t, num_kv_heads, _log2(page_size), block_table.shape[1], touched]
-    launch(instances.append_kv(kv_pool.dtype, head_dim, kernel), kv_pool, grid, warps, args)
+    launch(instances.append_kv(key.dtype, head_dim, kernel, kind), kv_pool, grid, warps, args)
 
 
 def score_pages(
@@ -161,14 +174,17 @@ def attend_pages(
     scaling: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    format: str = "plain",
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend_pages`."""
-    if not _served(query, kv_pool):
-        return reference.attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks)
+    kind = _served(query, kv_pool, format)
+    if kind is None:
+        return reference.attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks, format)
     (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
     group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
     k = max_pages if slots is None else slots.shape[2]
-    plan = attend_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, k * page_size // UNIT)
+    units = k * page_size // UNIT
+    plan = attend_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, units, kind)
     split = plan.split
     out, lse = _outputs(query)
     partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
@@ -179,7 +195,7 @@ def attend_pages(
     launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.cluster)
     if partials is not None:
         args = [partials, sinks, out, lse, split.ctas, group, wide]
-        spec = instances.grouped("merge_attention", query.dtype, head_dim, group, source="attend_pages")
+        spec = instances.merge_attention(query.dtype, head_dim, group)
         launch(spec, query, (4, num_kv_heads, b), 8, args)
     return out, lse
 
@@ -191,9 +207,10 @@ def sparse_decode(*args: Any) -> Result:
     (b, num_q_heads, head_dim), num_kv_heads = query.shape, kv_pool.shape[2]
     group, plan = num_q_heads // num_kv_heads, None
     kernel = _kernel(step.digest, step.summary, step.state, query)
-    if kernel is not None and step.group_pooling in POOLINGS and _served(query, kv_pool):
+    kind = None if kernel is None else _served(query, kv_pool, step.format)
+    if kernel is not None and kind is not None and step.group_pooling in POOLINGS:
         shape = (b * num_kv_heads, head_dim, group)
-        plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k)
+        plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k, kind)
     if plan is None:
         return step_by_step(torch.ops.sparsekv, step)
     out, lse = _outputs(query)
@@ -209,7 +226,7 @@ def sparse_decode(*args: Any) -> Result:
 def _step_params(step: StepArguments, keys: Tensor | None, slots: Tensor, out: Tensor, lse: Tensor) -> list[Any]:
     """`StepParams` of cuda/sparse_decode.cu."""
     (_, num_q_heads, _), (_, _, num_kv_heads, page_size, _) = step.query.shape, step.kv_pool.shape
-    key, value = (None if x is None else readable(x.to(step.kv_pool.dtype)) for x in (step.key, step.value))
+    key, value = (None if x is None else readable(x.to(step.query.dtype)) for x in (step.key, step.value))
     strides = [np.int64(stride) for x in (key, value) for stride in ((0, 0) if x is None else x.stride()[:2])]
     sinks, wide = _sink_logits(step.sinks, step.query)
     limits = None if step.limits is None else _int32s(step.limits)

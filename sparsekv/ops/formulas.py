@@ -71,7 +71,7 @@ class Formula(ABC):
         """Summaries of m pages.
 
         Args:
-            keys: `[m, hkv, p, d]`, in the pool's dtype.
+            keys: `[m, hkv, p, d]`, in the model's dtype.
             valid: `[m, p]` bool. Every page has at least one valid token; what lies in the others is arbitrary, NaN
                 included.
             state: the digest's fixed tensors, `[hkv, ...]`.

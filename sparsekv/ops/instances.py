@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from typing import NamedTuple, cast
 
 import torch
 
 from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops.formats import FormatKernel, PageFormat, Plain
 from sparsekv.ops.formulas import DigestKernel, kernel_of, with_kernels
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -33,24 +36,65 @@ def staged_words(kernel: DigestKernel, head_dim: int, group: int) -> int:
     return kernel.staged(head_dim, _heads(group))
 
 
-def append_kv(dtype: torch.dtype, head_dim: int, kernel: DigestKernel) -> KernelSpec:
+def append_kv(
+    dtype: torch.dtype, head_dim: int, kernel: DigestKernel, format: type[PageFormat] = Plain
+) -> KernelSpec:
     """Appending."""
-    kind = kernel.type_name.format(heads=_heads(1))
-    expression = f"append_kv<{ELEMENTS[dtype]}, {head_dim}, {kind}>"
-    return KernelSpec("append_kv.cu", expression, (str(kernel.header),))
+    kind, pages = kernel.type_name.format(heads=_heads(1)), _pages(format, dtype, head_dim)
+    expression = f"append_kv<{ELEMENTS[dtype]}, {head_dim}, {kind}, {pages.name}>"
+    return KernelSpec("append_kv.cu", expression, (str(kernel.header), pages.header), pages.claim)
 
 
-def grouped(name: str, dtype: torch.dtype, head_dim: int, group: int, source: str | None = None) -> KernelSpec:
-    """What works on the query heads of a kv head together and needs no digest: attending and merging."""
-    return KernelSpec(f"{source or name}.cu", f"{name}<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}>")
+def attend_pages(dtype: torch.dtype, head_dim: int, group: int, format: type[PageFormat] = Plain) -> KernelSpec:
+    """Attending."""
+    pages = _pages(format, dtype, head_dim)
+    expression = f"attend_pages<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}, {pages.name}>"
+    return KernelSpec("attend_pages.cu", expression, (pages.header,), pages.claim)
 
 
-def scoring(name: str, dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> KernelSpec:
-    """What scores digests: `score_pages`, and the whole step."""
+def merge_attention(dtype: torch.dtype, head_dim: int, group: int) -> KernelSpec:
+    """Merging what several CTAs have attended to."""
+    return KernelSpec("attend_pages.cu", f"merge_attention<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}>")
+
+
+def score_pages(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> KernelSpec:
+    """Scoring digests."""
+    shape, kind, claim = _scorer(dtype, head_dim, group, kernel)
+    return KernelSpec("score_pages.cu", f"score_pages<{shape}, {kind}>", (str(kernel.header),), claim)
+
+
+def sparse_decode(
+    dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel, format: type[PageFormat] = Plain
+) -> KernelSpec:
+    """The whole step."""
+    (shape, kind, claim), pages = _scorer(dtype, head_dim, group, kernel), _pages(format, dtype, head_dim)
+    expression, headers = f"sparse_decode<{shape}, {kind}, {pages.name}>", (str(kernel.header), pages.header)
+    return KernelSpec("sparse_decode.cu", expression, headers, f"{claim} && {pages.claim}")
+
+
+def _scorer(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> tuple[str, str, str]:
+    """The first template arguments of what scores digests, the digest's type, and what is claimed of it."""
     kind = kernel.type_name.format(heads=_heads(group))
     shape = f"{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}"
-    claim = f"{kind}::Scorer<{shape}>::STAGED == {staged_words(kernel, head_dim, group)}"
-    return KernelSpec(f"{name}.cu", f"{name}<{shape}, {kind}>", (str(kernel.header),), claim)
+    return shape, kind, f"{kind}::Scorer<{shape}>::STAGED == {staged_words(kernel, head_dim, group)}"
+
+
+class _Pages(NamedTuple):
+    """The type of a format, its header, and what is claimed of it."""
+
+    name: str
+    header: str
+    claim: str
+
+
+@functools.lru_cache(256)  # as tokens may be appended at every step
+def _pages(format: type[PageFormat], dtype: torch.dtype, head_dim: int) -> _Pages:
+    kernel, claims = cast(FormatKernel, format.kernel), []
+    for page_size in PAGE_SIZES:
+        size, stored = format().record(page_size, head_dim, dtype)
+        claims.append(f"{kernel.type_name}::record<{head_dim}>({page_size.bit_length() - 1}) == {size}")
+    claims.append(f"sizeof({kernel.type_name}::Element) == {stored.itemsize}")
+    return _Pages(kernel.type_name, str(kernel.header), " && ".join(claims))
 
 
 def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
@@ -67,9 +111,10 @@ def of_model(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel
         *(append_kv(dtype, head_dim, kept) for kept in (kernel, NO_DIGEST)),
         *(elementwise(name, dtype) for name in ("rotate", "rms_norm")),
         SELECT_PAGES,
-        *(scoring(name, dtype, head_dim, group, kernel) for name in ("score_pages", "sparse_decode")),
-        grouped("attend_pages", dtype, head_dim, group),
-        grouped("merge_attention", dtype, head_dim, group, source="attend_pages"),
+        score_pages(dtype, head_dim, group, kernel),
+        sparse_decode(dtype, head_dim, group, kernel),
+        attend_pages(dtype, head_dim, group),
+        merge_attention(dtype, head_dim, group),
     ]
 
 

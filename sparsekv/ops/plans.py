@@ -15,6 +15,7 @@ import torch
 
 from sparsekv.ops import instances, rooms
 from sparsekv.ops.compiler import DEBUG, KernelSpec
+from sparsekv.ops.formats import PageFormat, Plain
 from sparsekv.ops.formulas import DigestKernel
 from sparsekv.ops.launch import Gpu, capacity, gpu
 from sparsekv.ops.rooms import UNIT
@@ -102,19 +103,29 @@ class Plan:
     direct: bool = False
 
 
-def planned_attention(split: Split, dtype: torch.dtype, head_dim: int, group: int) -> Plan:
+def planned_attention(
+    split: Split, dtype: torch.dtype, head_dim: int, group: int, format: type[PageFormat] = Plain
+) -> Plan:
     """attend_pages over a given split."""
-    spec = instances.grouped("attend_pages", dtype, head_dim, group)
+    spec = instances.attend_pages(dtype, head_dim, group, format)
     return Plan(spec, split, rooms.attend_bytes(head_dim, group, split.cluster, split.warps))
 
 
 @functools.lru_cache(1024)
-def attend_plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, units: int) -> Plan:
+def attend_plan(
+    device: int,
+    dtype: torch.dtype,
+    rows: int,
+    head_dim: int,
+    group: int,
+    units: int,
+    format: type[PageFormat] = Plain,
+) -> Plan:
     """attend_pages for `rows` (sequence, kv head) pairs of up to `units` of sixteen tokens."""
     facts = gpu(device)
     split = split_attention(facts, rows, units, max_warps(head_dim, group))
     split = fitted(split, facts, lambda split: planned_attention(split, dtype, head_dim, group).shared)
-    return planned_attention(split, dtype, head_dim, group)
+    return planned_attention(split, dtype, head_dim, group, format)
 
 
 def planned_step(
@@ -126,9 +137,10 @@ def planned_step(
     max_pages: int,
     k: int,
     direct: bool,
+    format: type[PageFormat] = Plain,
 ) -> Plan:
     """sparse_decode over a given split."""
-    spec = instances.scoring("sparse_decode", dtype, head_dim, group, kernel)
+    spec = instances.sparse_decode(dtype, head_dim, group, kernel, format)
     staged = instances.staged_words(kernel, head_dim, group)
     shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, staged, max_pages, k, direct)
     return Plan(spec, split, shared, direct)
@@ -143,10 +155,11 @@ def step_plan(
     kernel: DigestKernel,
     max_pages: int,
     k: int,
+    format: type[PageFormat] = Plain,
 ) -> Plan | None:
     """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better."""
     width = -(-max_pages // WIDTHS) * WIDTHS
-    return _step_plan(device, dtype, rows, head_dim, group, kernel, width, k, k >= max_pages)
+    return _step_plan(device, dtype, rows, head_dim, group, kernel, width, k, k >= max_pages, format)
 
 
 @functools.lru_cache(1024)
@@ -160,6 +173,7 @@ def _step_plan(
     width: int,
     k: int,
     fits: bool,
+    format: type[PageFormat],
 ) -> Plan | None:
     facts = gpu(device)
     if facts.max_cluster == 1 or not selectable(width, k):
@@ -167,7 +181,7 @@ def _step_plan(
     direct = width <= DIRECT_PAGES
 
     def plan(ctas: int, warps: int) -> Plan:
-        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, kernel, width, k, direct)
+        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, kernel, width, k, direct, format)
 
     def room(ctas: int, warps: int) -> int:
         made = plan(ctas, warps)
@@ -212,5 +226,5 @@ def score_plan(
         heads //= 2
     tiles = -(-max_pages * heads // (UNIT * warps))
     chunks = min(tiles, max(1, 2 * gpu(device).sms * heads // (b * num_kv_heads)))
-    spec = instances.scoring("score_pages", dtype, head_dim, group, kernel)
+    spec = instances.score_pages(dtype, head_dim, group, kernel)
     return ScorePlan(spec, heads, chunks, warps, heads * staged)

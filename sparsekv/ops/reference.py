@@ -1,9 +1,10 @@
 """What each op means, in plain torch. It is also the CPU implementation: no loop over pages, heads or sequences.
 
 Names and shapes (the dictionary of the whole project): batch b, query heads hq, kv heads hkv, group g = hq / hkv,
-head_dim d, page_size p; `kv_pool [num_pages, 2, hkv, p, d]` (keys at 0, values at 1), `block_table [b, max_pages]`
-int32 (page ids of a sequence in order; entries past its end are ignored), `seq_lens [b]` int32, selected
-`slots [b, hkv, k]` int32 (positions in the block table, ascending, -1 for none).
+head_dim d, page_size p; `kv_pool [num_pages, 2, hkv, p, record]` (keys at 0, values at 1; in plain pages a token's
+record are its d channels: see `formats.py`), `block_table [b, max_pages]` int32 (page ids of a sequence in order;
+entries past its end are ignored), `seq_lens [b]` int32, selected `slots [b, hkv, k]` int32 (positions in the block
+table, ascending, -1 for none).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparsekv.errors import ConfigError
+from sparsekv.ops.formats import KEYS, VALUES, PageFormat, page_format
 from sparsekv.ops.formulas import formula
 
 NEG_INF = float("-inf")
@@ -36,24 +38,43 @@ def append_kv(
     summary: Sequence[Tensor],
     state: Sequence[Tensor],
     digest: str,
+    format: str = "plain",
 ) -> None:
-    """Writes new tokens into their pages and brings the digests of the pages they touch up to date.
+    """Writes new tokens into their pages and brings the digests of the pages they touch up to date. A digest sums up
+    what its page holds, which in some formats are rounded keys.
 
     Args:
-        key, value: `[b, hkv, t, d]`, in the pool's dtype. With t = 0 only the digest of a partly filled last page is
+        key, value: `[b, hkv, t, d]`, in the model's dtype. With t = 0 only the digest of a partly filled last page is
             recomputed (what a crop needs).
         valid: `[b, t]` bool, False for padding, which is not stored; None: all valid.
         block_table, seq_lens: the sequences *after* the append.
         kv_pool, summary: written in place. An empty `summary` means that no digest is kept.
         state: the digest's fixed per-head tensors.
         digest: name of the digest's formula.
+        format: name of the pages' format.
     """
-    num_new = _num_new_tokens(key, valid)
-    start = seq_lens - num_new
-    _write_tokens(key, value, valid, start, block_table, kv_pool)
+    coded, page_size = page_format(format), kv_pool.shape[3]
+    start = seq_lens - _num_new_tokens(key, valid)
+    if coded.by_token:
+        _write_tokens(key, value, valid, start, block_table, kv_pool, coded)
+        if not summary:
+            return
+    row, slot = _touched_pages(start, seq_lens, page_size, key.shape[2], valid is None)
+    pages = block_table[row, slot]
+    position = slot[:, None] * page_size + torch.arange(page_size, device=key.device)  # [m, p]
+    exists = position < seq_lens[row, None]
+    if not coded.by_token and key.shape[2]:
+        column = _columns(valid, position - start[row, None], row, key.shape[2])
+        is_new = exists & (position >= start[row, None])
+        for which, states in ((KEYS, key), (VALUES, value)):
+            old = coded.decode(kv_pool[pages, which], key.shape[3], key.dtype, which)
+            new = states[row[:, None], :, column].transpose(1, 2)  # [m, hkv, p, d]
+            merged = torch.where(is_new[:, None, :, None], new, old)
+            kv_pool[pages, which] = coded.encode(merged, exists, which)
     if summary:
-        places = (block_table, seq_lens, kv_pool, summary, state, digest)
-        _refresh_digests(start, key.shape[2], valid is None, *places)
+        keys = coded.decode(kv_pool[pages, KEYS], key.shape[3], key.dtype, KEYS)
+        for stored, computed in zip(summary, formula(digest).summarize(keys, exists, state), strict=True):
+            stored[pages] = computed.to(stored.dtype)
 
 
 def _num_new_tokens(key: Tensor, valid: Tensor | None) -> Tensor:
@@ -63,48 +84,49 @@ def _num_new_tokens(key: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _write_tokens(
-    key: Tensor, value: Tensor, valid: Tensor | None, start: Tensor, block_table: Tensor, kv_pool: Tensor
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    start: Tensor,
+    block_table: Tensor,
+    kv_pool: Tensor,
+    coded: PageFormat,
 ) -> None:
     """Padding is left out, so a sequence's tokens lie without gaps from position 0."""
     page_size = kv_pool.shape[3]
+    key, value = coded.encode(key, valid, KEYS), coded.encode(value, valid, VALUES)
     if valid is None:
         position = start[:, None] + torch.arange(key.shape[2], device=key.device)  # [b, t]
         pages = block_table.gather(1, position // page_size)
         offset = position % page_size
-        kv_pool[pages, 0, :, offset] = rearrange(key, "b h t d -> b t h d")
-        kv_pool[pages, 1, :, offset] = rearrange(value, "b h t d -> b t h d")
+        kv_pool[pages, KEYS, :, offset] = rearrange(key, "b h t record -> b t h record")
+        kv_pool[pages, VALUES, :, offset] = rearrange(value, "b h t record -> b t h record")
         return
     row, column = valid.nonzero(as_tuple=True)
     position = start[row] + valid.cumsum(1)[row, column] - 1  # [num_valid]
     pages, offset = block_table[row, position // page_size], position % page_size
-    kv_pool[pages, 0, :, offset] = key[row, :, column]
-    kv_pool[pages, 1, :, offset] = value[row, :, column]
+    kv_pool[pages, KEYS, :, offset] = key[row, :, column]
+    kv_pool[pages, VALUES, :, offset] = value[row, :, column]
 
 
-def _refresh_digests(
-    start: Tensor,
-    num_tokens: int,
-    unpadded: bool,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_pool: Tensor,
-    summary: Sequence[Tensor],
-    state: Sequence[Tensor],
-    digest: str,
-) -> None:
-    page_size = kv_pool.shape[3]
+def _touched_pages(
+    start: Tensor, seq_lens: Tensor, page_size: int, num_tokens: int, unpadded: bool
+) -> tuple[Tensor, Tensor]:
+    """Row and slot `[m]` of every page that new tokens come to, or that a row's last page is."""
     most_touched = (num_tokens + page_size - 2) // page_size + 1
     slot = start[:, None] // page_size + torch.arange(most_touched, device=start.device)  # [b, touched]
     if num_tokens == 1 and unpadded:  # the page of the one token; nothing here asks the device, so it can be captured
-        row, slot = torch.arange(len(start), device=start.device), slot[:, 0]
-    else:
-        row, column = (slot * page_size < seq_lens[:, None]).nonzero(as_tuple=True)
-        slot = slot[row, column]
-    pages = block_table[row, slot]
-    position = slot[:, None] * page_size + torch.arange(page_size, device=start.device)
-    fresh = formula(digest).summarize(kv_pool[pages, 0], position < seq_lens[row, None], state)
-    for stored, computed in zip(summary, fresh, strict=True):
-        stored[pages] = computed.to(stored.dtype)
+        return torch.arange(len(start), device=start.device), slot[:, 0]
+    row, column = (slot * page_size < seq_lens[:, None]).nonzero(as_tuple=True)
+    return row, slot[row, column]
+
+
+def _columns(valid: Tensor | None, index: Tensor, row: Tensor, num_tokens: int) -> Tensor:
+    """Which of the new columns is the i-th to be stored, for i in `index [m, p]` of rows `[m]`; any if none is."""
+    index = index.clamp(0, num_tokens - 1)
+    if valid is None:
+        return index
+    return valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[row[:, None], index]
 
 
 def score_pages(
@@ -214,6 +236,7 @@ def attend_pages(
     scaling: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    format: str = "plain",
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence over the listed pages.
 
@@ -222,21 +245,29 @@ def attend_pages(
         slots: `[b, hkv, k]` int32 pages to read (-1: none); None reads every page (dense decode).
         scaling: factor on the dot products; softcap: `softcap * tanh(x / softcap)` where not 0.
         sinks: `[hq]`, one extra logit per head that takes mass but has no value (gpt-oss).
+        format: name of the pages' format.
 
     Returns:
         output `[b, hq, d]` in the query's dtype and log-sum-exp `[b, hq]` float32 (natural log; the sink is in it).
         For float64 queries all is computed, and the log-sum-exp given, in float64.
     """
-    num_kv_heads, wide = kv_pool.shape[2], torch.promote_types(query.dtype, torch.float32)
+    (num_kv_heads, page_size), head_dim = kv_pool.shape[2:4], query.shape[2]
+    coded, wide = page_format(format), torch.promote_types(query.dtype, torch.float32)
     if slots is None:
         every = torch.arange(block_table.shape[1], dtype=torch.int32, device=query.device)
         slots = every.expand(query.shape[0], num_kv_heads, -1)
     grouped = rearrange(query.to(wide), "b (h g) d -> b h g d", h=num_kv_heads)
-    chunk = max(1, CHUNK_ELEMENTS // (slots.shape[0] * kv_pool[0, 0].numel()))
-    parts = [
-        _attend_chunk(grouped, *_gather_pages(kv_pool, block_table, seq_lens, some, wide), scaling, softcap)
-        for some in slots.split(chunk, dim=-1)
-    ]
+    chunk = max(1, CHUNK_ELEMENTS // (slots.shape[0] * num_kv_heads * page_size * head_dim))
+    parts = []
+    for some in slots.split(chunk, dim=-1):
+        *stored, valid = _gather_pages(kv_pool, block_table, seq_lens, some)
+        keys, values = (
+            coded.decode(x, head_dim, query.dtype, which).flatten(2, 3).to(wide) for which, x in enumerate(stored)
+        )
+        if valid.is_cuda or not valid.all():
+            # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
+            values.masked_fill_(~valid[..., None], 0.0)  # in place: it is the copy just taken
+        parts.append(_attend_chunk(grouped, keys, values, valid, scaling, softcap))
     sink = None if sinks is None else rearrange(sinks.to(wide), "(h g) -> h g", h=num_kv_heads)
     out, lse = _merge(parts, sink)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1)
@@ -271,22 +302,19 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None) 
 
 
 def _gather_pages(
-    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor, dtype: torch.dtype
+    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of the listed pages `[b, hkv, k * p, d]` in a dtype, and which tokens of them exist."""
+    """What the listed pages hold of keys and of values, `[b, hkv, k, p, record]`, and which tokens of them exist,
+    `[b, hkv, k * p]`."""
     num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
     heads = torch.arange(num_kv_heads, device=slots.device)[None, :, None]
     table = block_table[:, None].expand(-1, num_kv_heads, -1)
     pages = table.gather(2, slots.clamp_min(0).long())
     position = slots[..., None] * page_size + torch.arange(page_size, device=slots.device)
     valid = ((slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])).flatten(2)
-    key_rows = pages * (2 * num_kv_heads) + heads  # a row: one head's keys, or values, of one page
-    keys = _take_rows(kv_pool.flatten(0, 2), key_rows).flatten(2, 3).to(dtype)
-    values = _take_rows(kv_pool.flatten(0, 2), key_rows + num_kv_heads).flatten(2, 3).to(dtype)
-    if valid.is_cuda or not valid.all():
-        # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
-        values.masked_fill_(~valid[..., None], 0.0)  # in place: it is the copy just taken
-    return keys, values, valid
+    key_rows = pages * (2 * num_kv_heads) + heads  # one head's keys, or values, of one page
+    by_head = kv_pool.flatten(0, 2)
+    return _take_rows(by_head, key_rows), _take_rows(by_head, key_rows + num_kv_heads), valid
 
 
 def listed(slots: Tensor, num_pages: int) -> Tensor:

@@ -19,7 +19,7 @@ NAMESPACE = "sparsekv"
 SCHEMAS = {
     "append_kv": (
         "(Tensor key, Tensor value, Tensor? valid, Tensor block_table, Tensor seq_lens, "
-        "Tensor(a!) kv_pool, Tensor(b!)[] summary, Tensor[] state, str digest) -> ()"
+        "Tensor(a!) kv_pool, Tensor(b!)[] summary, Tensor[] state, str digest, str format='plain') -> ()"
     ),
     "score_pages": (
         "(Tensor query, Tensor[] summary, Tensor[] state, Tensor block_table, Tensor seq_lens, "
@@ -31,13 +31,13 @@ SCHEMAS = {
     ),
     "attend_pages": (
         "(Tensor query, Tensor kv_pool, Tensor block_table, Tensor seq_lens, Tensor? slots, "
-        "float scaling, float softcap=0.0, Tensor? sinks=None) -> (Tensor, Tensor)"
+        "float scaling, float softcap=0.0, Tensor? sinks=None, str format='plain') -> (Tensor, Tensor)"
     ),
     "sparse_decode": (
         "(Tensor query, Tensor? key, Tensor? value, Tensor block_table, Tensor seq_lens, Tensor(a!) kv_pool, "
         "Tensor(b!)[] summary, Tensor[] state, Tensor? limits, str digest, str group_pooling, int k, "
-        "int sink_tokens, int recent_tokens, float scaling, float softcap=0.0, Tensor? sinks=None) "
-        "-> (Tensor, Tensor, Tensor)"
+        "int sink_tokens, int recent_tokens, float scaling, float softcap=0.0, Tensor? sinks=None, "
+        "str format='plain') -> (Tensor, Tensor, Tensor)"
     ),
     "rotate": "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     "rms_norm": "(Tensor x, Tensor weight, float epsilon) -> Tensor",

@@ -22,7 +22,7 @@ class StepArguments:
         query: `[b, hq, d]`.
         key, value: `[b, hkv, 1, d]` of the new token; None: it is in its page already.
         block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
-        kv_pool: `[num_pages, 2, hkv, p, d]`.
+        kv_pool: `[num_pages, 2, hkv, p, record]`.
         summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`.
         limits: `[b]` int32, fewer than k pages for some; None: k for all.
         digest: its name.
@@ -32,6 +32,7 @@ class StepArguments:
         scaling: factor on the dot products.
         softcap: `softcap * tanh(x / softcap)` of the logits; 0: none.
         sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
+        format: name of the pages' format.
     """
 
     query: Tensor
@@ -51,6 +52,7 @@ class StepArguments:
     scaling: float
     softcap: float = 0.0
     sinks: Tensor | None = None
+    format: str = "plain"
 
     def __iter__(self) -> Iterator[Any]:
         return iter(vars(self).values())
@@ -73,12 +75,12 @@ def sparse_decode(*args: Any) -> Result:
 def step_by_step(ops: Any, step: StepArguments) -> Result:
     """`sparse_decode` by the four ops of a namespace."""
     where, page_size = (step.block_table, step.seq_lens), step.kv_pool.shape[3]
-    digests, last = (step.summary, step.state), (step.scaling, step.softcap, step.sinks)
+    digests, last = (step.summary, step.state), (step.scaling, step.softcap, step.sinks, step.format)
     if step.key is not None and step.value is not None:
-        ops.append_kv(step.key, step.value, None, *where, step.kv_pool, *digests, step.digest)
+        ops.append_kv(step.key, step.value, None, *where, step.kv_pool, *digests, step.digest, step.format)
     if step.k >= step.block_table.shape[1] and step.limits is None:  # every page is read: there is nothing to choose
         out, lse = ops.attend_pages(step.query, step.kv_pool, *where, None, *last)
-        return out, lse, _every_slot(step)
+        return out, lse, every_slot(*where, step.kv_pool, step.k)
     scores = ops.score_pages(step.query, *digests, *where, page_size, step.digest, step.group_pooling, step.scaling)
     slots = ops.select_pages(
         scores, step.seq_lens, page_size, step.k, step.sink_tokens, step.recent_tokens, step.limits
@@ -87,8 +89,8 @@ def step_by_step(ops: Any, step: StepArguments) -> Result:
     return out, lse, slots
 
 
-def _every_slot(step: StepArguments) -> Tensor:
+def every_slot(block_table: Tensor, seq_lens: Tensor, kv_pool: Tensor, k: int) -> Tensor:
     """The selection of all pages: slots `[b, hkv, k]` int32."""
-    slot = torch.arange(step.k, dtype=torch.int32, device=step.block_table.device)
-    slots = torch.where(slot * step.kv_pool.shape[3] < step.seq_lens[:, None], slot, -1)
-    return slots[:, None].expand(-1, step.kv_pool.shape[2], -1).contiguous()
+    slot = torch.arange(k, dtype=torch.int32, device=block_table.device)
+    slots = torch.where(slot * kv_pool.shape[3] < seq_lens[:, None], slot, -1)
+    return slots[:, None].expand(-1, kv_pool.shape[2], -1).contiguous()

@@ -82,6 +82,22 @@ class BlockTable:
         """The pages of one sequence, in order."""
         return self._pages[row, : self.num_pages[row]]
 
+    def first_pages(self, lengths: NDArray[np.int64]) -> PageIds:
+        """`[b, n]`, the pages of the first `lengths [b]` tokens of each sequence; 0 where there are fewer than n."""
+        counts = -(-lengths // self.pool.page_size)
+        column = np.arange(counts.max(initial=1))
+        ids: PageIds = np.zeros((self.batch_size, len(column)), np.int32)
+        known = column < counts[:, None]
+        ids[known] = self._pages[:, : len(column)][known[:, : self._pages.shape[1]]]
+        return ids
+
+    def touched_pages(self, new: int | NDArray[np.int64]) -> PageIds:
+        """The pages that hold the last tokens, `new` or `new [b]`, of the sequences, or more of these; each once,
+        ascending."""
+        start = (self.lengths - new) // self.pool.page_size
+        pages = [self.pages_of(row)[start[row] :] for row in range(self.batch_size)]
+        return np.unique(np.concatenate([NO_PAGES, *pages]))
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`block_table [b, width]` and `seq_lens [b]`, both int32, on a device. They are changed in place."""
         width = self.max_pages if self.width is None else self.width(self.max_pages, device)

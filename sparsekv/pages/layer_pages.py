@@ -1,4 +1,4 @@
-"""One layer's tensors: the keys and values of its pages, and their digests."""
+"""One layer's pages: their keys and values, in a format and in a place, and their digests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsekv.digests import Digest
+from sparsekv.pages import residency
 from sparsekv.pages.block_table import PageCopies
+from sparsekv.pages.formats import KEYS, VALUES, PageFormat, Plain
+from sparsekv.pages.page_pool import PageIds
 from sparsekv.policies import Reads
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom
@@ -18,32 +21,55 @@ RESERVE_SLACK = 64  # pages more than reserved, at most
 class LayerPages:
     """Tensors of one layer, indexed by page id; caches forked from one another share them.
 
+    Args:
+        key: `[b, hkv, t, d]`, the layer's first; valid: `[b, t]` bool, or None when all are.
+        page_size: in tokens.
+        digest: what is kept of a page to score it; None: the layer is never scored.
+        format, where: what a page looks like, and where it lies.
+
     Attributes:
-        kv: `[capacity, 2, hkv, p, d]`, keys at 0 and values at 1. Tokens not written yet hold arbitrary memory.
+        no_tokens: `[1, hkv, 0, d]`: of which shape, dtype and device keys and values are.
+        residency: where keys and values lie, in records of `format`. Tokens not written yet hold arbitrary memory.
         summary: the digest's fields, each `[capacity, hkv, ...]`; empty if the layer is never scored.
         state: the digest's fixed per-head tensors `[hkv, ...]`.
         addresses: where all of these lie.
         page_nbytes, digest_nbytes: bytes of one page's keys and values, and of its digest, of one kv head.
     """
 
-    def __init__(self, key: Tensor, valid: Tensor | None, page_size: int, digest: Digest | None) -> None:
+    def __init__(
+        self,
+        key: Tensor,
+        valid: Tensor | None,
+        page_size: int,
+        digest: Digest | None,
+        format: type[PageFormat] = Plain,
+        where: type[residency.Residency] = residency.OnDevice,
+    ) -> None:
         num_kv_heads, head_dim = key.shape[1], key.shape[3]
         fields = digest.fields(page_size, head_dim) if digest is not None else []
+        self.format = format()
+        record, dtype = self.format.record(page_size, head_dim, key.dtype)
         with torch.inference_mode(False), torch.no_grad():  # else a later call outside inference mode cannot write
-            self.kv = key.new_empty(0, 2, num_kv_heads, page_size, head_dim)
+            self.no_tokens = key.new_empty(1, num_kv_heads, 0, head_dim)
+            self.residency = where(key.new_empty(0, 2, num_kv_heads, page_size, record, dtype=dtype))
             self.summary = [key.new_empty(0, num_kv_heads, *f.shape, dtype=f.dtype or key.dtype) for f in fields]
             self.state = [s.clone() for s in digest.fit(key.detach(), valid)] if digest is not None else []
         self._note()
 
     @property
+    def kv(self) -> Tensor:
+        """The frames that keys and values lie in, `[frames, 2, hkv, p, record]`, keys at 0 and values at 1."""
+        return self.residency.pool
+
+    @property
     def capacity(self) -> int:
         """Pages there is memory for."""
-        return self.kv.shape[0]
+        return self.residency.capacity
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and digests, growth slack counted."""
-        return sum(t.nbytes for t in (self.kv, *self.summary, *self.state))
+        return self.residency.nbytes + sum(t.nbytes for t in (*self.summary, *self.state))
 
     def nbytes_to_choose(self, reads: Reads) -> int:
         """Bytes of a page, in one kv head, that a policy reads to decide whether to read all of it."""
@@ -53,11 +79,8 @@ class LayerPages:
         """Notes what every decode step asks for, after the tensors were made or moved."""
         tensors = (self.kv, *self.summary, *self.state)
         self.addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        self.page_nbytes = self.kv[0, :, 0].nbytes if self.capacity else 0
+        self.page_nbytes = 2 * self.kv.shape[3:].numel() * self.kv.itemsize if self.capacity else 0
         self.digest_nbytes = sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kv": self.kv, "summary": self.summary, "state": self.state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -65,8 +88,12 @@ class LayerPages:
 
     def is_like(self, other: LayerPages) -> bool:
         """Whether pages of both hold the same, in the same places."""
-        mine, theirs = ((p.kv, *p.summary, *p.state) for p in (self, other))
-        return [(t.shape[1:], t.dtype, t.device) for t in mine] == [(t.shape[1:], t.dtype, t.device) for t in theirs]
+        mine, theirs = (
+            [(type(p.format), type(p.residency))]
+            + [(t.shape[1:], t.dtype, t.device) for t in (p.no_tokens, p.kv, *p.summary, *p.state)]
+            for p in (self, other)
+        )
+        return mine == theirs
 
     def ensure(self, num_pages: int, most: int | None = None, reserve: int = 0) -> None:
         """Makes room for the page ids below `num_pages`; tensors are copied one by one.
@@ -82,21 +109,33 @@ class LayerPages:
         capacity = capacity if most is None else max(num_pages, min(capacity, most))
         try:
             for i in range(len(self.summary)):
-                self.summary[i] = _grown(self.summary[i], capacity)
-            self.kv = _grown(self.kv, capacity)  # last, as it says how much room there is
+                self.summary[i] = residency.grown(self.summary[i], capacity)
+            self.residency.ensure(capacity)  # last, as it says how much room there is
         finally:  # memory may have run out on the way
             self._note()
 
+    def read(self, pages: PageIds) -> tuple[Tensor, list[Tensor]]:
+        """Whole pages `[n, 2, hkv, p, record]` and their digests, on the device."""
+        ids = torch.from_numpy(pages).to(self.kv.device)
+        return self.residency.read(pages), [field[ids] for field in self.summary]
+
+    def write(self, pages: PageIds, content: Tensor, summary: list[Tensor]) -> None:
+        """Puts what `read` gives in the place of other pages, each named once."""
+        self.residency.write(pages, content)
+        ids = torch.from_numpy(pages).to(self.kv.device)
+        for field, fresh in zip(self.summary, summary, strict=True):
+            field[ids] = fresh
+
     def copy_pages(self, copies: PageCopies) -> None:
         """Copies whole pages and their digests."""
-        source = torch.from_numpy(copies.source).to(self.kv.device)
-        target = torch.from_numpy(copies.target).to(self.kv.device)
-        for tensor in (self.kv, *self.summary):
-            tensor[target] = tensor[source]
+        self.write(copies.target, *self.read(copies.source))
 
-
-def _grown(old: Tensor, capacity: int) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        new = old.new_empty(capacity, *old.shape[1:])
-        new[: old.shape[0]] = old
-        return new
+    def tokens(self, pages: PageIds) -> tuple[Tensor, Tensor]:
+        """Keys and values of pages `[b, n]`, `[b, hkv, n * p, d]` each; what no token was written to is arbitrary."""
+        stored = self.residency.read(pages.reshape(-1)).unflatten(0, pages.shape)
+        like = self.no_tokens
+        keys, values = (
+            self.format.decode(stored[:, :, which].transpose(1, 2), like.shape[3], like.dtype, which).flatten(2, 3)
+            for which in (KEYS, VALUES)
+        )
+        return keys, values

@@ -77,10 +77,10 @@ class Memory:
         """The tensors that a layer keeps, `[b, hkv, *shape]`, for a selection and a table of these widths. They move
         only where there must be more room."""
         if self._sizes.get(layer_idx) != (batch_size, k, width):
-            kv, fields = self._loan.layers[layer_idx].kv, self.policy.memory(k, width)
-            room = self._room(layer_idx, [(field.dtype or kv.dtype, kv.device) for field in fields])
+            like, fields = self._loan.layers[layer_idx].no_tokens, self.policy.memory(k, width)
+            room = self._room(layer_idx, [(field.dtype or like.dtype, like.device) for field in fields])
             for tensor, field in zip(room, fields, strict=True):
-                _reshape(tensor, (batch_size, kv.shape[2], *field.shape), field.fill)
+                _reshape(tensor, (batch_size, like.shape[1], *field.shape), field.fill)
             self._sizes[layer_idx] = batch_size, k, width
         return self._kept[layer_idx]
 

@@ -20,10 +20,12 @@ from sparsekv.errors import CacheStateError
 from sparsekv.pages.arena import Arena, Loan
 from sparsekv.pages.block_table import BlockTable, PageCopies
 from sparsekv.pages.device_table import width_for
+from sparsekv.pages.formats import FORMATS
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.pages.masks import hidden_last
 from sparsekv.pages.memory import Memory
 from sparsekv.pages.page_pool import PagePool
+from sparsekv.pages.residency import RESIDENCIES, frames_of
 from sparsekv.policies import POLICIES
 
 
@@ -31,7 +33,7 @@ class PageStore:
     """Pages of every layer. The table moves once per forward pass, led by the first layer that appends.
 
     Args:
-        config: page size, digest, policy, limit and backend.
+        config: page size, digest, policy, format, residency, limit and backend.
         reserve_pages: pages to allocate at once, for a cache of known size.
         arena: lends the tensors; None: they are this store's and its forks' alone.
         dense_layers: those that the policy does not decide for.
@@ -71,6 +73,11 @@ class PageStore:
                 "more. Start from a new one, or reset it; other caches and forks are not affected."
             )
         return self._table
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether pages lie where the ops read and write them."""
+        return RESIDENCIES.get(self.config.residency).in_place
 
     @property
     def layers(self) -> dict[int, LayerPages]:
@@ -142,7 +149,7 @@ class PageStore:
         try:
             valid = None if self._newest_valid is None else self._newest_valid.to(key.device)
             pages = self._pages_of(layer_idx, key, value, valid, scored)
-            return key.to(pages.kv.dtype), value.to(pages.kv.dtype), valid
+            return key.to(pages.no_tokens.dtype), value.to(pages.no_tokens.dtype), valid
         except BaseException:
             if is_new:
                 self.layers.pop(layer_idx, None)
@@ -157,7 +164,8 @@ class PageStore:
             if not self.layers:
                 self.loan.draw()
             digest = self.digest if scored else None
-            self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest))
+            kind = FORMATS.get(self.config.page_format), RESIDENCIES.get(self.config.residency)
+            self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest, *kind))
         self._ensure(self.layers[layer_idx])
         return self.layers[layer_idx]
 
@@ -226,36 +234,20 @@ class PageStore:
             num_tokens: the first so many columns (a layer that has not appended yet lags behind the table);
                 None: all.
         """
-        pages, block_table, _ = self.on(layer_idx)
-        position, real = self._positions(self.table.num_tokens if num_tokens is None else num_tokens, pages.kv.device)
-        page_size = self.config.page_size
-        page = block_table.gather(1, position // page_size).long()
-        if real is not None:
-            page = page.masked_fill(~real, 0)  # a row of only padding may have no page in this layer yet
-        kv = pages.kv[page, :, :, position % page_size]  # [b, n, 2, hkv, d]
-        if real is not None:
-            kv = kv.masked_fill(~real[:, :, None, None, None], 0)
-        keys, values = kv.permute(2, 0, 3, 1, 4)
+        columns = self.table.columns()[:, :num_tokens]
+        keys, values = self.layers[layer_idx].tokens(self.table.first_pages(columns.sum(1).numpy()))
+        if self.table.valid is None:
+            return keys[:, :, : columns.shape[1]], values[:, :, : columns.shape[1]]
+        real = columns.to(keys.device)
+        position = (real.cumsum(1) - 1).clamp_min(0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        keys, values = (x.gather(2, position).masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
         return keys, values
 
     def sequence(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
-        kv, ids = self.layers[layer_idx].kv, self.table.pages_of(row)
-        if (np.diff(ids) == 1).all():  # as in a fresh pool: no copy before the one into order
-            pages = kv[ids[0] : ids[0] + len(ids)]
-        else:
-            pages = kv[torch.from_numpy(ids).to(kv.device)]
+        keys, values = self.layers[layer_idx].tokens(self.table.pages_of(row)[None])
         length = int(self.table.lengths[row])
-        keys, values = (pages[:, i].transpose(0, 1).flatten(1, 2)[None, :, :length] for i in (0, 1))
-        return keys, values
-
-    def _positions(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Position in the pages of the first columns `[b, n]`, and which are no padding (None: all)."""
-        if self.table.valid is None:
-            columns = torch.arange(num_tokens, device=device)
-            return columns.expand(self.table.batch_size, -1), None
-        real = self.table.columns()[:, :num_tokens]
-        return (real.cumsum(1) - 1).clamp_min(0).to(device), real.to(device)
+        return keys[:, :, :length], values[:, :, :length]
 
     def _ensure(self, pages: LayerPages) -> None:
         pool = self.table.pool
@@ -299,16 +291,22 @@ class PageStore:
         with self._whole_or_torn():
             self._copy(copies)
             for layer_idx, pages in self.layers.items():
-                no_tokens = pages.kv.new_empty(self.table.batch_size, pages.kv.shape[2], 0, pages.kv.shape[4])
+                no_tokens = pages.no_tokens.expand(self.table.batch_size, -1, -1, -1)
                 self.write(layer_idx, no_tokens, no_tokens, None)
 
     def write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Puts tokens `[b, hkv, t, d]` into the pages that the table has for them; without tokens, only renews the
         digests of partly filled pages."""
-        pages, block_table, seq_lens = self.on(layer_idx)
-        self.ops.append_kv(
-            key, value, valid, block_table, seq_lens, pages.kv, pages.summary, pages.state, self.config.digest
-        )
+        pages, table, lengths = self.on(layer_idx)
+        content, summary, touched = pages.kv, pages.summary, None
+        if not self.is_in_place:
+            touched = self.table.touched_pages(key.shape[2] if valid is None else valid.sum(1).cpu().numpy())
+            content, summary = pages.read(touched)
+            table = frames_of(torch.from_numpy(touched).to(table.device), table)
+        where = (table, lengths, content, summary, pages.state)
+        self.ops.append_kv(key, value, valid, *where, self.config.digest, self.config.page_format)
+        if touched is not None:
+            pages.write(touched, content, summary)
 
     def _copy(self, copies: PageCopies) -> None:
         for pages in self.layers.values() if len(copies.source) else ():

@@ -18,6 +18,8 @@ from sparsekv.config import SparseConfig
 from sparsekv.digests import Field
 from sparsekv.errors import ConfigError
 from sparsekv.ops import StepArguments
+from sparsekv.ops.formats import KEYS, page_format
+from sparsekv.ops.step import every_slot
 from sparsekv.registry import Registry
 
 POLICIES: Registry[Policy] = Registry("policy")
@@ -52,7 +54,8 @@ class DecodeStep:
     Attributes:
         layer_idx: the layer.
         query: `[b, hq, d]`, in the model's dtype.
-        kv_pool: `[num_pages, 2, hkv, p, d]`, in the dtype that the first keys had; tokens not written are arbitrary.
+        kv_pool: `[num_pages, 2, hkv, p, record]`, as `config.page_format` stores it (`keys` reads it); tokens not
+            written are arbitrary.
         summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`, in its dtypes; none where the
             policy does not read digests. A last page that is not full may have none yet: it is always read.
         block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
@@ -61,7 +64,9 @@ class DecodeStep:
         config: the settings in force.
         ops: the namespace of the ops.
         is_covered: whether the budget of every sequence covers all its pages, as far as the host knows lengths.
-        key, value: `[b, hkv, 1, d]` of the new token, in the pool's dtype, while it is not in its page; None: it is.
+        key, value: `[b, hkv, 1, d]` of the new token, in the dtype that the first keys had, while it is not in its
+            page; None: it is.
+        view: where pages do not lie in `kv_pool`, how they come there: `Residency.view`; None: they do.
         ordinal: how many of the layers that the policy decides for come before this one.
         phase: decode steps since something could be remembered, modulo the policy's period.
         memory: the tensors that `Policy.memory` declares, to be written in place.
@@ -81,6 +86,7 @@ class DecodeStep:
     is_covered: bool = False
     key: Tensor | None = None
     value: Tensor | None = None
+    view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     ordinal: int = 0
     phase: int = 0
     memory: list[Tensor] = field(default_factory=list)
@@ -94,7 +100,22 @@ class DecodeStep:
         """Puts the new token into its page, if it is not there yet. Before anything else is read."""
         if self.key is not None and self.value is not None:
             where = (self.block_table, self.seq_lens, self.kv_pool, self.summary, self.state)
-            self.ops.append_kv(self.key, self.value, None, *where, self.config.digest)
+            self.ops.append_kv(self.key, self.value, None, *where, self.config.digest, self.config.page_format)
+
+    def keys(self) -> Tensor:
+        """The keys of all pages, `[b, max_pages, hkv, p, d]` in the query's dtype; what no token was written to is
+        arbitrary."""
+        pool, table = self._viewed(None)
+        stored = pool[:, KEYS][table]
+        return page_format(self.config.page_format).decode(stored, self.query.shape[2], self.query.dtype, KEYS)
+
+    def _viewed(self, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The pool that has the listed pages (None: all), and the table that leads to them."""
+        if self.view is None:
+            return self.kv_pool, self.block_table
+        if slots is None:
+            slots = every_slot(self.block_table, self.seq_lens, self.kv_pool, self.block_table.shape[1])
+        return self.view(self.block_table, slots)
 
     def digest_scores(self) -> Tensor:
         """The digest's score of every page, `[b, hkv, max_pages]` float32; -inf past a sequence's end.
@@ -139,18 +160,21 @@ class DecodeStep:
             softcap: `softcap * tanh(x / softcap)` of the logits; 0: none.
             sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
         """
-        out: Tensor = self.ops.attend_pages(
-            self.query, self.kv_pool, self.block_table, self.seq_lens, slots, self.scaling, softcap, sinks
-        )[0]
+        where, kind = (*self._viewed(slots), self.seq_lens), self.config.page_format
+        out: Tensor = self.ops.attend_pages(self.query, *where, slots, self.scaling, softcap, sinks, kind)[0]
         return out
 
-    def attend_best(self, softcap: float = 0.0, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attend_best(self, softcap: float = 0.0, sinks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """`append`, `digest_scores`, `select`, `attend` in one op: output `[b, hq, d]`, slots `[b, hkv, k]` int32.
+        Where pages must be fetched, one after the other; then slots are None where all are read.
 
         Raises:
             ConfigError: as `digest_scores`.
         """
         config = self.config
+        if self.view is not None:
+            slots = None if self.fits else self.select(self.digest_scores())
+            return self.attend(slots, softcap, sinks), slots
         if not self.fits:
             self._check_digests()
         step = StepArguments(
@@ -171,6 +195,7 @@ class DecodeStep:
             scaling=self.scaling,
             softcap=softcap,
             sinks=sinks,
+            format=config.page_format,
         )
         out, _, slots = self.ops.sparse_decode(*step)
         return out, slots

@@ -12,9 +12,8 @@ from sparsekv.policies.base import DecodeStep, Policy, Reads, register
 
 def exact_scores(step: DecodeStep) -> Tensor:
     """The best true dot product in every page, `[b, hkv, max_pages]` float32, pooled like a digest's scores."""
-    config, page_size = step.config, step.kv_pool.shape[3]
-    keys = step.kv_pool[:, 0][step.block_table].float()  # [b, pages, hkv, p, d]
-    keys = rearrange(keys, "b pages h p d -> b h (pages p) d")
+    config, page_size = step.config, step.config.page_size
+    keys = rearrange(step.keys().float(), "b pages h p d -> b h (pages p) d")
     grouped = rearrange(step.query.float(), "b (h g) d -> b h g d", h=keys.shape[1])
     products = grouped @ keys.transpose(-1, -2)  # [b, hkv, g, pages * p]
     missing = torch.arange(keys.shape[2], device=keys.device) >= step.seq_lens[:, None]  # [b, pages * p]

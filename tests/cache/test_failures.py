@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsekv.cache import PagedCache
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import CacheStateError
-from sparsekv.pages import layer_pages
+from sparsekv.pages import residency
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.testing.cache_pair import CachePair
 
@@ -95,7 +95,7 @@ def test_a_first_prompt_without_memory_leaves_an_empty_cache(
     pair = CachePair(**SMALL)
     valid = torch.arange(12) >= torch.tensor([[6], [0]]) if padded else None
     with monkeypatch.context() as patched:
-        patched.setattr(layer_pages, "_grown", failing_at(failing, layer_pages._grown))
+        patched.setattr(residency, "grown", failing_at(failing, residency.grown))
         with pytest.raises(torch.OutOfMemoryError):
             pair.forward(12, 2, valid)
     table = pair.paged._store.table
@@ -112,7 +112,7 @@ def test_a_later_pass_without_memory_changes_nothing(t: int, monkeypatch: pytest
     pair = CachePair(**SMALL)
     pair.forward(12, 3, torch.arange(12) >= torch.tensor([[0], [5], [11]]))
     with monkeypatch.context() as patched:
-        patched.setattr(layer_pages, "_grown", failing_at(1, layer_pages._grown))
+        patched.setattr(residency, "grown", failing_at(1, residency.grown))
         with pytest.raises(torch.OutOfMemoryError):
             pair.forward(t)
     pair.plain.layers[0].crop(12 - pair.plain.get_seq_length())  # it may have taken its token already

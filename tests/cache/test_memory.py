@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.digests import DIGESTS
-from sparsekv.pages import layer_pages
+from sparsekv.pages import residency
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.testing.cache_pair import CachePair
 
@@ -67,8 +67,8 @@ class Growths:
         self.count: Counter[int] = Counter()  # by layer: layers grow in turn, so their first tensors tell them apart
         self.alive: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.peak = 0
-        self._grow = layer_pages._grown
-        monkeypatch.setattr(layer_pages, "_grown", self)
+        self._grow = residency.grown
+        monkeypatch.setattr(residency, "grown", self)
 
     def __call__(self, old: Tensor, capacity: int) -> Tensor:
         new = self._grow(old, capacity)

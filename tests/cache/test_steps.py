@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsekv.cache import DecodeStats, PagedCache
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import CacheFullError, CacheStateError
-from sparsekv.pages import Arena, layer_pages
+from sparsekv.pages import Arena, residency
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.policies import POLICIES, DecodeStep, Reads
 from sparsekv.testing.cache_pair import CachePair, tiny_config
@@ -363,7 +363,7 @@ def test_a_pool_that_could_not_grow_grows_later(failing: int, monkeypatch: pytes
     """Keys and values, or digests, have found memory, and the others have not."""
     pages = LayerPages(torch.randn(1, 2, 1, 8), None, 4, DIGESTS.get("minmax")())
     pages.ensure(4)
-    before, grow, calls = pages.capacity, layer_pages._grown, itertools.count(1)
+    before, grow, calls = pages.capacity, residency.grown, itertools.count(1)
 
     def fail(old: Tensor, capacity: int) -> Tensor:
         if next(calls) == failing:
@@ -371,7 +371,7 @@ def test_a_pool_that_could_not_grow_grows_later(failing: int, monkeypatch: pytes
         return grow(old, capacity)
 
     with monkeypatch.context() as patched:
-        patched.setattr(layer_pages, "_grown", fail)
+        patched.setattr(residency, "grown", fail)
         with pytest.raises(torch.OutOfMemoryError):
             pages.ensure(40)
     assert pages.capacity == before

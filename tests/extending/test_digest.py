@@ -44,8 +44,8 @@ def _registered() -> Iterator[None]:
 def test_its_kernels_compile(arch: str) -> None:
     for spec in (
         instances.append_kv(torch.float16, 96, Peak.kernel),
-        instances.scoring("score_pages", torch.bfloat16, 128, 16, Peak.kernel),
-        instances.scoring("sparse_decode", torch.bfloat16, 64, 4, Peak.kernel),
+        instances.score_pages(torch.bfloat16, 128, 16, Peak.kernel),
+        instances.sparse_decode(torch.bfloat16, 64, 4, Peak.kernel),
     ):
         assert compiler.compile_cubin(spec, arch).code
 
@@ -54,9 +54,10 @@ def test_its_kernels_compile(arch: str) -> None:
 def test_a_wrong_count_of_staged_words_does_not_compile() -> None:
     wrong = replace(Peak.kernel, staged=lambda head_dim, heads: 7)
     with pytest.raises(KernelCompileError, match="STAGED == 7"):
-        compiler.compile_cubin(instances.scoring("score_pages", torch.bfloat16, 64, 4, wrong), "sm_90")
+        compiler.compile_cubin(instances.score_pages(torch.bfloat16, 64, 4, wrong), "sm_90")
 
 
+@needs_nvrtc
 def test_its_header_is_part_of_a_kernels_key(tmp_path: Path) -> None:
     header = tmp_path / "own.cuh"
     keys = set()
@@ -66,6 +67,7 @@ def test_its_header_is_part_of_a_kernels_key(tmp_path: Path) -> None:
     assert len(keys) == 2
 
 
+@needs_nvrtc
 def test_a_header_that_is_not_there_is_named() -> None:
     lost = replace(Peak.kernel, header="/nowhere/lost.cuh")
     with pytest.raises(KernelCompileError, match=r"lost\.cuh"):

@@ -85,7 +85,7 @@ def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.Mo
         query, pages.kv_pool, pages.block_table, pages.seq_lens, None, 0.1
     )
 
-    def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, units: int) -> plans.Plan:
+    def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, group: int, *rest: Any) -> plans.Plan:
         return plans.planned_attention(split, dtype, head_dim, group)
 
     monkeypatch.setattr(cuda, "attend_plan", plan)
@@ -98,7 +98,7 @@ def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("direct", [True, False])
 def test_any_cluster_gives_the_same_step(ctas: int, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, *rest: Any) -> plans.Plan:
-        group, kernel, width, k = rest
+        group, kernel, width, k, _ = rest
         return plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, kernel, width, k, direct)
 
     monkeypatch.setattr(cuda, "step_plan", plan)

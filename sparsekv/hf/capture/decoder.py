@@ -23,6 +23,7 @@ from sparsekv.config import SparseConfig
 from sparsekv.hf.capture.fusion import fused
 from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
 from sparsekv.hf.support import CACHE, LayerStatus
+from sparsekv.pages import RESIDENCIES
 from sparsekv.policies import POLICIES
 
 MAX_GRAPHS = 8  # batch sizes and widths of tables that are kept ready, in every phase of a policy
@@ -108,6 +109,8 @@ class CapturedDecoder:
             return "capture=False"
         if device.type != "cuda":
             return f"CUDA graphs need a GPU, and the device is {device}"
+        if not RESIDENCIES.get(self.config.residency).can_be_captured:
+            return f"pages of residency {self.config.residency!r} are fetched between a step's launches"
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             return "the model lies on several devices"
         not_paged = [str(status.layer_idx) for status in self.layers if not status.is_paged]
