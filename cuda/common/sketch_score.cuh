@@ -157,7 +157,7 @@ struct SketchScorer {
         __syncwarp();  // all are under way before the first is used
     }
 
-    // The tile whose first sixteen tokens are under way; `next()` aims at the one after.
+    // Scores the tile whose first sixteen tokens are under way; `next()` aims at the one after.
     template <typename Next>
     __device__ void score(float (&scores)[HEAD_TILES][4], Next next) {
         float best[TILES][2];
@@ -219,7 +219,7 @@ struct SketchScorer {
         }
     }
 
-    // This lane's part, a quarter of the channels.
+    // This lane's part of a mean, a quarter of the channels.
     __device__ static void load_mean(u32 (&words)[MEAN_WORDS], const i8* mean /* [d] */) {
         const i8* const part = mean + lane_id() % 4 * (D / 4);
         if constexpr (D == 96) {
@@ -235,7 +235,7 @@ struct SketchScorer {
             });
         }
     }
-    // Where a page lies, counted in digests, whose factors begin there.
+    // Where the page lies, counted in digests, whose first factor this is.
     __device__ i64 item_of(const u16* factor) const { return (factor - factors) >> page_shift; }
 
     template <int I>
@@ -244,7 +244,7 @@ struct SketchScorer {
         low[4 * I] = a.x, low[4 * I + 1] = a.y, low[4 * I + 2] = a.z, low[4 * I + 3] = a.w;
         high[4 * I] = b.x, high[4 * I + 1] = b.y, high[4 * I + 2] = b.z, high[4 * I + 3] = b.w;
     }
-    // Of eight tokens.
+    // The factors of eight tokens.
     template <int I>
     __device__ void load_factors() {
         const uint4 a = load16_of_line<I * 16>(low_factor), b = load16_of_line<I * 16>(high_factor);
@@ -270,7 +270,7 @@ struct SketchScorer {
         return fp16::to_float(TOKEN % 2 ? pairs[TOKEN / 2] >> 16 : pairs[TOKEN / 2] & 0xFFFF);
     }
 
-    // Counts of one token of every page; then loads what is not needed any more.
+    // Counts of one token of every page; then the next signs are loaded into the registers that are free by now.
     template <int TOKEN>
     __device__ void count_token(Counts& counts) {
         const Bits<TOKEN> bits(low, high);
