@@ -1,10 +1,10 @@
 // sparse_decode: append, score, select and attend in one launch, for the policy top_k.
 //
-// A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA the keys they are
-// sorted by; after one cluster barrier every CTA makes the same selection for itself, attends to its share of it, and
-// the cluster merges. The new token's page is read whatever its score, so the token need not be there when the pages
-// are scored: the warp that will attend to it writes it, and nobody waits for it. For the same reason a page needs no
-// digest before it is full; then it is made while the cluster waits to merge.
+// A cluster of CTAs takes one (sequence, kv head). Its warps score the pages and tell every CTA their priorities
+// in the selection; after one cluster barrier every CTA makes the same selection for itself, attends to its share of
+// it, and the cluster merges. The new token's page is read whatever its score, so the token need not be there when
+// the pages are scored: the warp that will attend to it writes it, and nobody waits for it. For the same reason a
+// page needs no digest before it is full; then it is made while the cluster waits to merge.
 #include "common/append.cuh"
 #include "common/merge.cuh"
 #include "common/select.cuh"

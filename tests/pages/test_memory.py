@@ -44,7 +44,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def loan() -> Loan:
     """Of a cache with pages of a layer 0 and a layer 1."""
     made = Loan()
-    made.layers = dict.fromkeys((0, 1), SimpleNamespace(kv=torch.zeros(1, 2, 3, 4, 8, dtype=torch.bfloat16)))
+    made.layers = dict.fromkeys((0, 1), SimpleNamespace(no_tokens=torch.zeros(1, 3, 0, 8, dtype=torch.bfloat16)))
     return made
 
 
