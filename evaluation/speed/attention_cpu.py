@@ -104,7 +104,9 @@ class Bench:
     def sparse(self) -> Tensor:
         """A whole sparse step, bookkeeping included."""
         self.layer.update(*self.new)
-        return self.layer.decode(self.query, self.shape.scaling, 0.0, None)
+        out = self.layer.decode(self.query, self.shape.scaling, 0.0, None)
+        assert isinstance(out, Tensor)
+        return out
 
     def dense(self) -> Tensor:
         """The competitor's attention over the past tokens."""

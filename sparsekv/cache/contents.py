@@ -40,6 +40,11 @@ class ReadableLayer(DynamicLayer):
         """Whether the handshake has succeeded."""
         return self.mode is Mode.PAGED
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a plain dynamic layer, as its attention is no plain one."""
+        return self.mode is Mode.DENSE
+
     # -- for those who look
 
     @property

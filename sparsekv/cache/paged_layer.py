@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekv.cache import prefill
 from sparsekv.cache.contents import ReadableLayer
 from sparsekv.cache.handshake import Mode, tagged
+from sparsekv.cache.masks import COLUMNS_ONLY, visible_columns
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
@@ -22,6 +24,8 @@ from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
 Observer = Callable[[DecodeStep, "Tensor | None"], None]
 FallbackListener = Callable[[int, str], None]
 Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what PageStore.accept returns
+# An output `[b, hq, t, d]`; or keys and values `[b, hkv, n, d]`, over which the model's own attention is to run.
+Attended = Tensor | tuple[Tensor, Tensor]
 
 
 def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -59,7 +63,6 @@ class PagedLayer(ReadableLayer):
         self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
         policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
         self.policy: Policy = POLICIES.get("all")() if is_dense else policy()
-        self._is_uncounted = False  # the tokens stored last are not in the counters yet
 
     # -- transformers' protocol
 
@@ -136,9 +139,38 @@ class PagedLayer(ReadableLayer):
         if accepted is not None:
             self._write(accepted)
 
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_plain: bool
+    ) -> Attended:
+        """Dense attention of several new tokens, which are stored first if they are not yet.
+
+        Args:
+            query: `[b, hq, t, d]`.
+            key, value: `[b, hkv, t, d]`, what `update` gave.
+            mask: as the model's attention gets it; of a large one that is only causal, the columns (COLUMNS_ONLY).
+            scaling: factor on the dot products.
+            is_plain: whether the attention is softmax(q k^T) v and nothing else.
+
+        Returns:
+            The output, `[b, hq, t, d]`; or keys and values of all tokens so far, `[b, hkv, n, d]` in transformers'
+            order, over which the model's own attention is to run: under a mask that was made, or not a plain one.
+
+        Raises:
+            CacheStateError, CacheFullError: as `commit`.
+        """
+        is_new = self._pending is not None
+        self.commit(visible_columns(mask))
+        if self.is_dense:
+            return key, value
+        if is_new:
+            self.stats.record_pass(self.layer_idx)
+        if is_plain and self._is_left_out(mask, query.shape[2]) and key.shape[2] == query.shape[2]:
+            return prefill.attend(self, query, key, value, scaling)
+        return self.with_past(key, value)
+
     def decode(
         self, query: Tensor, scaling: float, softcap: float, sinks: Tensor | None, visible: Tensor | None = None
-    ) -> Tensor:
+    ) -> Attended:
         """Attention of one new token over the pages the policy selects; if the token is not committed yet, it is
         stored on the way.
 
@@ -150,12 +182,17 @@ class PagedLayer(ReadableLayer):
             visible: as `commit` would get it.
 
         Returns:
-            `[b, hq, 1, d]` in the query's dtype.
+            `[b, hq, 1, d]` in the query's dtype; or keys and values, if the layer turns out not to be servable.
 
         Raises:
             CacheStateError, CacheFullError: as `commit`.
             ConfigError: the policy asks for digests, and there are none.
         """
+        new = self._pending
+        if new is not None and not self.is_paged:
+            self.commit(visible)
+            if self.is_dense:
+                return new
         accepted = self._accept(visible)
         if accepted is not None and accepted[2] is not None:  # some rows' token is padding
             self._write(accepted)
@@ -166,18 +203,11 @@ class PagedLayer(ReadableLayer):
             if accepted is not None:
                 self._count_tokens(accepted[0])
             slots = None if step.fits else slots
-            self._record(slots, self._is_uncounted)
-            self._is_uncounted = False
+            self._record(slots, new is not None)
             for observe in self.observers:
                 observe(step, slots)
         (out,) = self._untracked(out, tracked=query.requires_grad)
         return out.unsqueeze(2)
-
-    def record_pass(self) -> None:
-        """Counts a dense forward of several tokens, once for all modules that share the layer."""
-        if self._is_uncounted:
-            self.stats.record_pass(self.layer_idx)
-        self._is_uncounted = False
 
     # -- how
 
@@ -198,6 +228,10 @@ class PagedLayer(ReadableLayer):
             self._tracked_from = self.length if is_tracked else math.inf
         return accepted
 
+    def _is_left_out(self, mask: Tensor | None, num_new: int) -> bool:
+        """Whether a mask was not made because of its size. (A prompt that needs none is the model's own business.)"""
+        return self.length > num_new if mask is None else mask.dtype == COLUMNS_ONLY
+
     def _write(self, accepted: Accepted) -> None:
         with torch.no_grad(), _own_precision(accepted[0].device):
             self.store.write(self.layer_idx, *accepted)
@@ -209,7 +243,6 @@ class PagedLayer(ReadableLayer):
             return
         self.mode = Mode.PAGED
         self.length += key.shape[-2]
-        self._is_uncounted = True
 
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekv import PagedCache, Patch
 from sparsekv.evaluation.accuracy.asking import stop_ids
 from sparsekv.evaluation.wording import Wording
-from sparsekv.hf.prefill import without_single
+from sparsekv.hf.chunks import without_single
 from sparsekv.hf.support import CACHE
 
 from . import model_options
