@@ -18,16 +18,17 @@ from sparsekv.cache.layer_kinds import plain_layers
 from sparsekv.cache.model_check import check_digests, check_settings
 from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
 from sparsekv.cache.stats import DecodeStats
-from sparsekv.cache.steps import SteppedCache
+from sparsekv.cache.steps import Step
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.pages.arena import Arena
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.step_state import Stage
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens")
 
 
-class PagedCache(SteppedCache):
+class PagedCache(DynamicCache):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
@@ -78,7 +79,6 @@ class PagedCache(SteppedCache):
         self.stats = stats if stats is not None else DecodeStats()
         self._observers: list[Observer] = []  # the layers refer to this list
         self._on_fallback = on_fallback or warn_fallback
-        self._updated = None
         self._attention: Any = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
         plain = plain_layers(model_config)
@@ -101,8 +101,6 @@ class PagedCache(SteppedCache):
                 ask for the pages.
         """
         self._check_patched()
-        layer = self.layers[layer_idx]
-        self._updated = layer if isinstance(layer, PagedLayer) else None
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -114,6 +112,11 @@ class PagedCache(SteppedCache):
     @observers.setter
     def observers(self, observers: Iterable[Observer]) -> None:
         self._observers[:] = observers
+
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers that live, or may come to live, in pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     @property
     def dense_layers(self) -> frozenset[int]:
@@ -128,13 +131,25 @@ class PagedCache(SteppedCache):
     def check_room(self, batch_size: int, num_new: int, visible: Tensor | None = None) -> None:
         """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, CacheStateError
         if batch or mask do not continue what is stored. `visible [b, n]`: which columns are no padding; None: all."""
-        if not self._store.step_begun:
+        if self._store.step.stage is Stage.EAGER:
             self._store.check(batch_size, num_new, visible)
 
     @property
     def visible(self) -> Tensor | None:
         """`[b, n]` bool on the CPU, False for padding: the mask of what is stored; None if nothing is."""
         return self._store.table.columns() if self._store.table.batch_size else None
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether a decode step changes nothing but tensors where they are: every layer lives in pages and holds the
+        same tokens."""
+        num_tokens = self._store.table.num_tokens
+        return all(isinstance(x, PagedLayer) and x.is_paged and x.length == num_tokens for x in self.layers)
+
+    def step(self) -> Step:
+        """A decode step of every layer, to be entered: room for its token is made before any layer runs."""
+        self._settle()
+        return Step(self.config, self._store, self.paged_layers)
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -249,6 +264,11 @@ class PagedCache(SteppedCache):
 
     # -- how
 
+    def _settle(self) -> None:
+        """Nothing is pending any more."""
+        for layer in self.paged_layers:
+            layer.store_or_fall_back()
+
     def _paged(self, layer_idx: int, is_dense: bool) -> PagedLayer:
         told = self._observers, self._on_fallback
         return PagedLayer(self._store, layer_idx, self.config, self.stats, *told, is_dense)
@@ -257,11 +277,10 @@ class PagedCache(SteppedCache):
         """The attention that answered before must be the one that is asked now: another would see the new tokens
         alone. A model may be patched after its cache was made, so the first tokens count."""
         attention = attention_of(self.model_config)
-        if not any(layer.is_paged for layer in self.paged_layers):
+        paged = [layer for layer in self.paged_layers if layer.is_paged]
+        if not paged:
             self._attention = attention
-        passed_by = [layer for layer in self.paged_layers if layer.is_paged and attention != self._attention]
-        if self._updated is not None and self._updated.is_unanswered:
-            passed_by = [self._updated]
+        passed_by = [layer for layer in paged if layer.is_unanswered or attention != self._attention]
         if passed_by:
             raise CacheStateError(
                 f"Layer {passed_by[0].layer_idx} of this cache lives in pages, but its attention now runs without "

@@ -18,6 +18,7 @@ from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.step_state import Stage
 from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
 
 # Called with a layer's decode step and the slots that it has read, `[b, hkv, k]` int32; None: all pages.
@@ -239,7 +240,7 @@ class PagedLayer(ReadableLayer):
 
     def _count_tokens(self, key: Tensor) -> None:
         """Counts tokens that were written; those of a captured step are counted when it is replayed."""
-        if self.store.captured_reads is not None:
+        if self.store.step.stage is Stage.CAPTURED:
             return
         self.mode = Mode.PAGED
         self.length += key.shape[-2]
@@ -268,8 +269,8 @@ class PagedLayer(ReadableLayer):
         read_all = slots is None
         if slots is not None and not self.policy.fills_budget:
             self.stats.count_listed(self.layer_idx, slots, self.store.layers[self.layer_idx].page_nbytes)
-        if self.store.captured_reads is not None:
-            self.store.captured_reads.append((self.layer_idx, read_all))
+        if self.store.step.stage is Stage.CAPTURED:
+            self.store.step.reads.append((self.layer_idx, read_all))
             return
         self.record_step(read_all, self.store.table.total_pages, self.store.pages_to_read(), new)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 import sparsekv
 from sparsekv import PagedCache
+from sparsekv.cache.steps import Step
 from sparsekv.hf.capture import decoder
 from sparsekv.hf.capture.decoder import CapturedDecoder, CapturedStep, Run
 from sparsekv.hf.support import CACHE
@@ -48,7 +49,7 @@ class Played(CapturedStep):
     def replay(self, inputs: dict[str, Tensor], cache: PagedCache) -> Any:
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
-        with cache.capturing():
+        with Step(cache.config, cache._store, cache.paged_layers).capturing():
             played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
         self.output.logits.copy_(played.logits)
         return type(self.output)(**self.output, **{CACHE: cache})
