@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, Observer
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
-from sparsekv.cache.handshake import Mode, attention_of, warn_fallback
-from sparsekv.cache.layer_kinds import plain_layers
+from sparsekv.cache.handshake import attention_of, warn_fallback
+from sparsekv.cache.layer_kinds import places, plain_layers
 from sparsekv.cache.model_check import check_digests, check_settings
-from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
+from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import Step
 from sparsekv.config import SparseConfig
@@ -32,8 +33,9 @@ class PagedCache(DynamicCache):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
-    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own. Of layers in pages
-    `layers[i].keys`, `.values` and iteration give copies.
+    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own, unless a kind is
+    registered for them (`sparsekv.cache.LAYER_KINDS`). Of layers in pages `layers[i].keys`, `.values` and iteration
+    give copies.
 
     >>> from transformers import LlamaConfig
     >>> cache = PagedCache(LlamaConfig(num_hidden_layers=4), budget=512)
@@ -82,8 +84,9 @@ class PagedCache(DynamicCache):
         self._attention: Any = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
         plain = plain_layers(model_config)
-        for i in plain:
-            self.layers[i] = self._paged(i, i in self.config.dense_among(plain))
+        for i, place in enumerate(places(model_config)):
+            if place.kind is not None:
+                self.layers[i] = self._made(place.kind, i, i in self.config.dense_among(plain), place.config)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -117,6 +120,11 @@ class PagedCache(DynamicCache):
     def paged_layers(self) -> list[PagedLayer]:
         """The layers that live, or may come to live, in pages."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def _served_layers(self) -> list[AttentionLayer]:
+        """The layers that are not transformers' own."""
+        return [layer for layer in self.layers if isinstance(layer, AttentionLayer)]
 
     @property
     def dense_layers(self) -> frozenset[int]:
@@ -185,10 +193,12 @@ class PagedCache(DynamicCache):
         plain = DynamicCache(config=self.model_config)
         with torch.no_grad():
             for i, layer in enumerate(self.layers):
-                if not isinstance(layer, PagedLayer):
+                if not isinstance(layer, AttentionLayer):
                     plain.layers[i] = untracked_copy(layer)
                 elif layer.get_seq_length():
                     plain.layers[i].update(*layer.content())
+                    if hasattr(plain.layers[i], "cumulative_length"):  # a window holds only the last tokens
+                        plain.layers[i].cumulative_length = layer.get_seq_length()
         return plain
 
     # -- operations on whole sequences: once for the pages, then for every layer that has none
@@ -198,17 +208,21 @@ class PagedCache(DynamicCache):
 
         Raises:
             ConfigError: the number is positive.
+            CacheStateError: a layer's kind cannot drop tokens; nothing has changed.
             CacheFullError: there is no room to copy a page that others share; nothing has changed.
         """
         count = -int(tokens_to_remove)
         if count < 0:
             raise ConfigError(f"crop({-count}): give the number of tokens to remove as a negative number.")
         self._settle()
+        stuck = [layer.layer_idx for layer in self._served_layers if count and not layer.is_croppable]
+        if stuck:
+            raise CacheStateError(f"Layer {stuck[0]} of this cache is of a kind that cannot drop its last tokens.")
         stored = min(count, self._store.table.num_tokens)
         if stored:
             self._store.crop(stored)
             self._sync_lengths()
-        for layer in self._dense_layers():
+        for layer in self._other_layers():
             layer.crop(-count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -243,7 +257,7 @@ class PagedCache(DynamicCache):
         self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena)
         for layer in self.layers:
             layer.reset()
-            if isinstance(layer, PagedLayer):
+            if isinstance(layer, AttentionLayer):
                 layer.store = self._store
 
     def __repr__(self) -> str:
@@ -266,39 +280,37 @@ class PagedCache(DynamicCache):
 
     def _settle(self) -> None:
         """Nothing is pending any more."""
-        for layer in self.paged_layers:
+        for layer in self._served_layers:
             layer.store_or_fall_back()
 
-    def _paged(self, layer_idx: int, is_dense: bool) -> PagedLayer:
+    def _made(self, kind: type[AttentionLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> AttentionLayer:
         told = self._observers, self._on_fallback
-        return PagedLayer(self._store, layer_idx, self.config, self.stats, *told, is_dense)
+        return kind(self._store, layer_idx, self.config, self.stats, *told, is_dense, layer_config)
 
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens
         alone. A model may be patched after its cache was made, so the first tokens count."""
         attention = attention_of(self.model_config)
-        paged = [layer for layer in self.paged_layers if layer.is_paged]
-        if not paged:
+        served = [layer for layer in self._served_layers if layer.is_served]
+        if not served:
             self._attention = attention
-        passed_by = [layer for layer in paged if layer.is_unanswered or attention != self._attention]
+        passed_by = [layer for layer in served if layer.is_unanswered or attention != self._attention]
         if passed_by:
+            home = "pages" if passed_by[0].in_pages else f"a {type(passed_by[0]).__name__}"
             raise CacheStateError(
-                f"Layer {passed_by[0].layer_idx} of this cache lives in pages, but its attention now runs without "
-                "them: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
+                f"Layer {passed_by[0].layer_idx} of this cache lives in {home}, but its attention now runs without "
+                "asking there: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
             )
 
     def _fork_layer(self, layer: Any, dense: frozenset[int]) -> Any:
-        if not isinstance(layer, PagedLayer):
+        if not isinstance(layer, AttentionLayer):
             return untracked_copy(layer)
-        twin = self._paged(layer.layer_idx, layer.layer_idx in dense)
-        # A dense layer grows by concatenation, so the tensors themselves can be shared.
-        twin._own, twin.mode, twin.length = list(layer._own), layer.mode, layer.length
-        twin.is_initialized, twin._tracked_from = layer.is_initialized, layer._tracked_from
-        twin.__dict__.update({name: x for name, x in vars(layer).items() if name in ("dtype", "device")})
+        twin = self._made(type(layer), layer.layer_idx, layer.layer_idx in dense, layer.layer_config)
+        layer.fork(twin)
         return twin
 
-    def _dense_layers(self) -> Iterable[Any]:
-        return [x for x in self.layers if not isinstance(x, PagedLayer) or x.mode is Mode.DENSE]
+    def _other_layers(self) -> Iterable[Any]:
+        return [x for x in self.layers if not isinstance(x, PagedLayer) or x.is_dense]
 
     def _select(self, rows: Any, method: str, argument: Any) -> None:
         self._settle()
@@ -306,7 +318,7 @@ class PagedCache(DynamicCache):
         if batch_size:
             wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
             self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would
-        for layer in self._dense_layers():
+        for layer in self._other_layers():
             getattr(layer, method)(argument)
 
     def _sync_lengths(self) -> None:

@@ -16,12 +16,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsekv.cache import PagedLayer, tagged_layer
+from sparsekv.cache import AttentionLayer, tagged_layer
 from sparsekv.cache.masks import COLUMNS_ONLY, visible_columns
 
 LARGE_MASK = 1 << 24  # elements (of a batch) beyond which no mask is made
 
-# Arguments that change which keys a query may see, or how: what the four ops do not express is left dense.
+# Arguments that change which keys a query may see, or how: a layer whose kind does not understand them is left dense.
 _SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indices", "sliding_window")
 
 
@@ -82,8 +82,8 @@ def sparsekv_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query `[b, hq, t, d]`, key and value `[b, hkv, n, d]` -> `[b, t, hq, d]`, in
-    the query's dtype, and the weights `[b, hq, t, n]` if the model's own implementation gives any. Of a layer in
-    pages key and value are the new tokens alone (n = t), and a step of one token has no weights.
+    the query's dtype, and the weights `[b, hq, t, n]` if the model's own implementation gives any. Of a layer
+    that is served key and value are the new tokens alone (n = t), and what it gives itself has no weights.
 
     Raises:
         CacheStateError: the tokens do not continue what is in the pages; CacheFullError: there is no room for them.
@@ -93,7 +93,7 @@ def sparsekv_attention(
         if attention_mask is not None:  # else it is the model's own business: keys may have room behind the tokens
             attention_mask = _own_mask(module, query, key, attention_mask)
         return _dense(module, query, key, value, attention_mask, **kwargs)
-    return _paged(layer, module, query, key, value, attention_mask, **kwargs)
+    return _served(layer, module, query, key, value, attention_mask, **kwargs)
 
 
 def sparsekv_mask(
@@ -143,8 +143,8 @@ def _columns_only(
 
 
 @torch.compiler.disable  # it moves page tables, which no graph can hold
-def _paged(
-    layer: PagedLayer,
+def _served(
+    layer: AttentionLayer,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -152,7 +152,7 @@ def _paged(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    special = [name for name in _SPECIAL_ARGUMENTS if kwargs.get(name) is not None]
+    special = [x for x in _SPECIAL_ARGUMENTS if kwargs.get(x) is not None and x not in layer.understands]
     if special:
         layer.refuse(f"its attention uses {', '.join(special)}")
     attended: Tensor | tuple[Tensor, Tensor] = (key, value)
@@ -175,7 +175,7 @@ def _is_plain(module: torch.nn.Module, **kwargs: Any) -> bool:
 
 
 def _ask(
-    layer: PagedLayer,
+    layer: AttentionLayer,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,

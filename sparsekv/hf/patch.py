@@ -199,7 +199,7 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
     made = Patch(model, settled, support.examine(model, settled))
     made._apply()
     reasons = dict.fromkeys(status.reason for status in made.layers)
-    if not any(status.is_paged for status in made.layers):
+    if all(status.kind is None for status in made.layers):
         warnings.warn(
             f"sparsekv: {type(model).__name__} decodes as densely as it does unpatched: {'; '.join(reasons)}.",
             stacklevel=2,
