@@ -27,11 +27,12 @@ from sparsekv.registry import Registry
 # Called with a layer's decode step and the slots that it has read, `[b, hkv, k]` int32; None: all pages.
 Observer = Callable[[DecodeStep, "Tensor | None"], None]
 FallbackListener = Callable[[int, str], None]
+NoticeListener = Callable[[str], None]
 # An output `[b, hq, t, d]`; or keys and values `[b, hkv, n, d]`, over which the model's own attention is to run.
 Attended = Tensor | tuple[Tensor, Tensor]
 
 LAYER_KINDS: Registry[AttentionLayer] = Registry("layer kind")
-_FROM_CACHE = {"store", "layer_idx", "config", "stats", "observers", "on_fallback", "policy", "layer_config"}
+_FROM_CACHE = "store layer_idx config stats observers on_fallback on_notice policy layer_config".split()
 
 
 class AttentionLayer(DynamicLayer):
@@ -48,6 +49,7 @@ class AttentionLayer(DynamicLayer):
         on_fallback: called with (layer_idx, reason) if the layer turns out to be no layer of its kind.
         is_dense: whether it reads everything, whatever the policy.
         layer_config: the model's config; the layer's own, where layers differ.
+        on_notice: told, in a sentence, of what is asked for and cannot be done.
 
     Attributes:
         layer_types: transformers' words for the layers that it serves: "full_attention", "sliding_attention", ...
@@ -76,12 +78,13 @@ class AttentionLayer(DynamicLayer):
         on_fallback: FallbackListener | None = None,
         is_dense: bool = False,
         layer_config: Any = None,
+        on_notice: NoticeListener | None = None,
     ) -> None:
         self.store, self.layer_idx, self.config = store, layer_idx, config
         self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
         policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
         self.policy: Policy = POLICIES.get("all")() if is_dense else policy()
-        self.layer_config, self.length = layer_config, 0
+        self.layer_config, self.on_notice, self.length = layer_config, on_notice, 0
         self._pending: tuple[Tensor, Tensor] | None = None
         super().__init__()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, Observer
+from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, NoticeListener, Observer
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
 from sparsekv.cache.handshake import attention_of, warn_fallback
 from sparsekv.cache.layer_kinds import places, plain_layers
@@ -51,6 +52,7 @@ class PagedCache(DynamicCache):
         reserve_tokens: tokens to allocate pages for at once, over all sequences.
         on_fallback: called with (layer_idx, reason) when a layer turns out not to be servable sparsely; default:
             a warning.
+        on_notice: called with a sentence about what a setting asks for and cannot be done; default: a warning.
         arena: lends the tensors, and gets them back for the next cache; default: they are freed with the cache.
 
     Attributes:
@@ -71,6 +73,7 @@ class PagedCache(DynamicCache):
         stats: DecodeStats | None = None,
         reserve_tokens: int = 0,
         on_fallback: FallbackListener | None = None,
+        on_notice: NoticeListener | None = None,
         arena: Arena | None = None,
         **settings: Any,
     ) -> None:
@@ -80,7 +83,7 @@ class PagedCache(DynamicCache):
         self.model_config = model_config
         self.stats = stats if stats is not None else DecodeStats()
         self._observers: list[Observer] = []  # the layers refer to this list
-        self._on_fallback = on_fallback or warn_fallback
+        self._on_fallback, self._on_notice = on_fallback or warn_fallback, on_notice or warnings.warn
         self._attention: Any = None  # what the model's config named when the first tokens came
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena)
         plain = plain_layers(model_config)
@@ -285,7 +288,7 @@ class PagedCache(DynamicCache):
 
     def _made(self, kind: type[AttentionLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> AttentionLayer:
         told = self._observers, self._on_fallback
-        return kind(self._store, layer_idx, self.config, self.stats, *told, is_dense, layer_config)
+        return kind(self._store, layer_idx, self.config, self.stats, *told, is_dense, layer_config, self._on_notice)
 
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens

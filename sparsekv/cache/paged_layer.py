@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.cache import prefill
+from sparsekv.cache import prefill, prompt_blocks
 from sparsekv.cache.attention_layer import LAYER_KINDS, Attended
 from sparsekv.cache.contents import ReadableLayer
 from sparsekv.cache.handshake import Mode
 from sparsekv.cache.layer_kinds import why_not_paged
-from sparsekv.cache.masks import COLUMNS_ONLY, visible_columns
+from sparsekv.cache.masks import COLUMNS_ONLY, is_causal, visible_columns
 from sparsekv.pages.step_state import Stage
-from sparsekv.policies import DecodeStep, Reads
+from sparsekv.policies import DecodeStep, Policy, PromptChunk, Reads
 
 Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what PageStore.accept returns
 
@@ -65,7 +65,12 @@ class PagedLayer(ReadableLayer):
             return key, value
         if is_new:
             self.stats.record_pass(self.layer_idx)
-        if is_plain and self._is_left_out(mask, query.shape[2]) and key.shape[2] == query.shape[2]:
+        num_new, is_whole = query.shape[2], key.shape[2] == query.shape[2]  # else its last tokens alone are asked for
+        if type(self.policy).prompt_blocks is not Policy.prompt_blocks:
+            if is_plain and is_whole and is_causal(mask, num_new):
+                return prefill.attend(self, query, key, value, scaling, self._over_blocks)
+            self._say_that_it_is_dense(is_plain)
+        if is_plain and is_whole and self._is_left_out(mask, num_new):
             return prefill.attend(self, query, key, value, scaling)
         return self.with_past(key, value)
 
@@ -122,6 +127,27 @@ class PagedLayer(ReadableLayer):
     def _is_left_out(self, mask: Tensor | None, num_new: int) -> bool:
         """Whether a mask was not made because of its size. (A prompt that needs none is the model's own business.)"""
         return self.length > num_new if mask is None else mask.dtype == COLUMNS_ONLY
+
+    def _over_blocks(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of a prompt's newest tokens to the blocks that the policy chooses."""
+        size = prompt_blocks.block_size(self.config.page_size)
+        chunk = PromptChunk(self.layer_idx, query, key, size, scaling, self.config)
+        chosen = self.policy.prompt_blocks(chunk)
+        if chosen is None:
+            return prefill.causal(query, key, value, scaling)
+        blocks = prompt_blocks.settled(chunk, chosen)
+        num_causal = int(prompt_blocks.causal_blocks(chunk).sum())
+        self.stats.record_blocks(int(blocks.sum()), num_causal * blocks.shape[0] * blocks.shape[1])
+        return prompt_blocks.attend(chunk, value, blocks)
+
+    def _say_that_it_is_dense(self, is_plain: bool) -> None:
+        """Tells that the policy's blocks of a prompt are not followed."""
+        reason = "a mask of its own is given, or the last tokens alone are asked for"
+        if not is_plain:
+            reason = "its attention is not sdpa's, or is more than softmax(q k^T) v"
+        if self.on_notice is not None:
+            name = self.config.policy
+            self.on_notice(f"a prompt is read densely, whatever policy {name!r} chooses of it: {reason}")
 
     def _write(self, accepted: Accepted) -> None:
         with torch.no_grad(), _own_precision(accepted[0].device):

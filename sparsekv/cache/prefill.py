@@ -8,6 +8,7 @@ left out row by row.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,25 @@ from sparsekv.cache.contents import ReadableLayer
 BLOCK_ELEMENTS = 1 << 24  # of a mask, where there is no kernel without one
 
 
-def attend(layer: ReadableLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # as `causal`
+
+
+def attend(
+    layer: ReadableLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    attention: Attention | None = None,
+) -> Tensor:
     """Causal attention of a layer's newest tokens, which are in its pages already: query `[b, hq, t, d]`, key and
-    value `[b, hkv, t, d]` -> `[b, hq, t, d]`; zero where there is padding."""
+    value `[b, hkv, t, d]` -> `[b, hq, t, d]`; zero where there is padding. `attention` (default: `causal`) gets
+    sequences without padding, and all keys and values of each."""
+    attention = attention or causal
     num_new = query.shape[2]
     past, valid = layer.length - num_new, layer.valid
     if valid is None and not past:
-        return causal(query, key, value, scaling)
+        return attention(query, key, value, scaling)
     out = query.new_zeros(query.shape[0], num_new, *query.shape[1::2]).transpose(1, 2)  # as models want it to lie
     for row in range(len(out)):
         columns = _columns(valid, row, past, num_new)
@@ -34,7 +47,7 @@ def attend(layer: ReadableLayer, query: Tensor, key: Tensor, value: Tensor, scal
         own = [x[row : row + 1, :, columns] for x in (query, key, value)]
         if layer.row_length(row) > own[0].shape[2]:
             own[1:] = layer.sequence(row)
-        out[row, :, columns] = causal(own[0], own[1], own[2], scaling)[0]
+        out[row, :, columns] = attention(own[0], own[1], own[2], scaling)[0]
     return out
 
 

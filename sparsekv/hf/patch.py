@@ -64,6 +64,7 @@ class Patch:
             stats=self.stats,
             reserve_tokens=reserve_tokens,
             on_fallback=partial(_turn_dense, self.layers),  # no reference to the model: caches are copied and pickled
+            on_notice=self.notices.say,
             arena=self._arena if self._captures else None,
         )
 
@@ -133,6 +134,7 @@ class Patch:
         head = f"sparsekv patch of {type(self.model).__name__} (budget {budget}, page_size {config.page_size}{state})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
         dense = [f"  decoded densely: {reason}" for reason in self.notices.reasons]
+        dense += [f"  {text}" for text in self.notices.others]
         return "\n".join([head, *self._layer_lines, steps, f"  decode loop of generate: {self._loop}", *dense])
 
     @property

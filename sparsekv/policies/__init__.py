@@ -2,5 +2,6 @@
 
 from sparsekv.policies import all_pages, oracle, random_pages, recent, top_k  # noqa: F401  (they register themselves)
 from sparsekv.policies.base import POLICIES, DecodeStep, Policy, Reads, register
+from sparsekv.policies.prompt import PromptChunk
 
-__all__ = ["POLICIES", "DecodeStep", "Policy", "Reads", "register"]
+__all__ = ["POLICIES", "DecodeStep", "Policy", "PromptChunk", "Reads", "register"]
