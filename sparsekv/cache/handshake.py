@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sparsekv.errors import CacheStateError
+
 if TYPE_CHECKING:
     from sparsekv.cache.attention_layer import AttentionLayer
 
@@ -46,6 +48,15 @@ def warn_fallback(layer_idx: int, reason: str) -> None:
         f"Layer {layer_idx} of this PagedCache runs dense: {reason}, or the model is not patched "
         "(sparsekv.patch(model) first).",
         stacklevel=4,
+    )
+
+
+def not_patched(layer: AttentionLayer) -> CacheStateError:
+    """The error of a layer whose attention does not ask it any more."""
+    home = "pages" if layer.in_pages else f"a {type(layer).__name__}"
+    return CacheStateError(
+        f"Layer {layer.layer_idx} of this cache lives in {home}, but its attention now runs without asking there: "
+        "the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
     )
 
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, NoticeListener, Observer
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
-from sparsekv.cache.handshake import attention_of, warn_fallback
+from sparsekv.cache.handshake import attention_of, not_patched, warn_fallback
 from sparsekv.cache.layer_kinds import places, plain_layers
 from sparsekv.cache.model_check import check_digests, check_settings
 from sparsekv.cache.paged_layer import PagedLayer
@@ -125,8 +125,8 @@ class PagedCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     @property
-    def _served_layers(self) -> list[AttentionLayer]:
-        """The layers that are not transformers' own."""
+    def _asked_layers(self) -> list[AttentionLayer]:
+        """The layers that answer their attention themselves."""
         return [layer for layer in self.layers if isinstance(layer, AttentionLayer)]
 
     @property
@@ -218,13 +218,16 @@ class PagedCache(DynamicCache):
         if count < 0:
             raise ConfigError(f"crop({-count}): give the number of tokens to remove as a negative number.")
         self._settle()
-        stuck = [layer.layer_idx for layer in self._served_layers if count and not layer.is_croppable]
+        stuck = [x for x in self._asked_layers if count and x.is_served and not x.is_croppable]
         if stuck:
-            raise CacheStateError(f"Layer {stuck[0]} of this cache is of a kind that cannot drop its last tokens.")
+            kind = type(stuck[0]).__name__
+            raise CacheStateError(f"Layer {stuck[0].layer_idx} of this cache is a {kind}, which cannot drop tokens.")
         stored = min(count, self._store.table.num_tokens)
         if stored:
             self._store.crop(stored)
-            self._sync_lengths()
+            # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
+            for layer in (layer for layer in self.paged_layers if layer.is_paged):
+                layer.length = min(layer.length, self._store.table.num_tokens)
         for layer in self._other_layers():
             layer.crop(-count)
 
@@ -283,7 +286,7 @@ class PagedCache(DynamicCache):
 
     def _settle(self) -> None:
         """Nothing is pending any more."""
-        for layer in self._served_layers:
+        for layer in self._asked_layers:
             layer.store_or_fall_back()
 
     def _made(self, kind: type[AttentionLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> AttentionLayer:
@@ -294,16 +297,12 @@ class PagedCache(DynamicCache):
         """The attention that answered before must be the one that is asked now: another would see the new tokens
         alone. A model may be patched after its cache was made, so the first tokens count."""
         attention = attention_of(self.model_config)
-        served = [layer for layer in self._served_layers if layer.is_served]
+        served = [layer for layer in self._asked_layers if layer.is_served]
         if not served:
             self._attention = attention
         passed_by = [layer for layer in served if layer.is_unanswered or attention != self._attention]
         if passed_by:
-            home = "pages" if passed_by[0].in_pages else f"a {type(passed_by[0]).__name__}"
-            raise CacheStateError(
-                f"Layer {passed_by[0].layer_idx} of this cache lives in {home}, but its attention now runs without "
-                "asking there: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
-            )
+            raise not_patched(passed_by[0])
 
     def _fork_layer(self, layer: Any, dense: frozenset[int]) -> Any:
         if not isinstance(layer, AttentionLayer):
@@ -323,9 +322,3 @@ class PagedCache(DynamicCache):
             self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would
         for layer in self._other_layers():
             getattr(layer, method)(argument)
-
-    def _sync_lengths(self) -> None:
-        for layer in self.paged_layers:
-            if layer.is_paged:
-                # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
-                layer.length = min(layer.length, self._store.table.num_tokens)

@@ -123,7 +123,7 @@ def test_what_it_cannot_do_changes_nothing() -> None:
     with sparsekv.patch(model, **FULL) as patch:
         cache = patch.new_cache()
         logits(model, torch.randint(3, 100, (1, 20)), cache)
-        with pytest.raises(CacheStateError, match="Layer 0 of this cache is of a kind that cannot drop"):
+        with pytest.raises(CacheStateError, match="Layer 0 of this cache is a Window, which cannot drop"):
             cache.crop(-2)
         assert [layer.get_seq_length() for layer in cache.layers] == [20] * 4
         cache.reset()
