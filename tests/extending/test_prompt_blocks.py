@@ -145,7 +145,7 @@ def test_what_cannot_be_honoured_is_dense_and_says_so_once(implementation: str, 
         with pytest.warns(UserWarning, match=reason) as warned:
             found = [logits(model, ids, real, mask=mask) for _ in range(2)]
         assert "a prompt is read densely, whatever policy 'ends' chooses of it: " in str(patch)
-    assert len(warned) == 1
+    assert sum(reason in str(each.message) for each in warned) == 1
     for each in found:
         torch.testing.assert_close(each, expected, rtol=0, atol=1e-4)
 
