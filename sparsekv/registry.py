@@ -53,6 +53,10 @@ class Registry(Generic[T]):
         self.get(name)
         del self._classes[name]
 
+    def classes(self) -> Iterator[type[T]]:
+        """All classes, the one registered last first."""
+        return reversed(list(self._classes.values()))
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._classes))
 

@@ -37,6 +37,13 @@ def test_a_name_that_is_removed_is_free_again() -> None:
         colours.remove("rod")
 
 
+def test_the_class_registered_last_comes_first() -> None:
+    colours: Registry[object] = Registry("colour")
+    for name, kind in (("red", int), ("blue", str)):
+        colours.register(name)(kind)
+    assert list(colours.classes()) == [str, int]
+
+
 def test_a_name_that_is_no_text_is_not_known() -> None:
     colours: Registry[object] = Registry("colour")
     colours.register("red")(int)

@@ -18,7 +18,7 @@ from sparsekv import Patch
 from sparsekv.evaluation.tasks import Metric, Question
 from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.capture.decoder import Run
-from sparsekv.hf.prefill import CHUNK, WHOLE, without_single
+from sparsekv.hf.chunks import chunk_size, without_single
 from sparsekv.hf.support import CACHE
 
 MAX_AT_ONCE = 1 << 20  # of all documents together
@@ -148,7 +148,7 @@ def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Ten
         mask[row, longest - len(document) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    step = min(CHUNK if longest > WHOLE else longest, max(MAX_AT_ONCE // len(documents), 1024))
+    step = min(chunk_size(1, longest) or longest, max(MAX_AT_ONCE // len(documents), 1024))
     step = without_single(step, longest)
     for start in range(0, longest, step):
         part = slice(start, start + step)

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
+from sparsekv.cache.attention_layer import AttentionLayer
 from sparsekv.cache.gradients import barrier
-from sparsekv.cache.handshake import Mode
 from sparsekv.errors import CacheStateError
-from sparsekv.pages.page_store import PageStore
 
 
-class ReadableLayer(DynamicLayer):
+class ReadableLayer(AttentionLayer):
     """The reading half of a paged layer. `keys` and `values` of pages are copies, made when they are read: to change
     such a copy in place changes nothing in the cache, and to assign others is an error.
-
-    Args:
-        store: the pages, shared by the layers of a cache.
-        layer_idx: the layer.
-
-    Attributes:
-        length: columns stored, those pending not counted.
     """
 
-    mode = Mode.NEW
+    in_pages = True
 
-    def __init__(self, store: PageStore, layer_idx: int) -> None:
-        self.store, self.layer_idx, self.length = store, layer_idx, 0
-        self._pending: tuple[Tensor, Tensor] | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._tracked_from: float = math.inf  # the first column whose keys or values had a gradient to wait for
         self._own: list[Tensor | None] = [None, None]  # keys and values of a layer that runs dense
-        super().__init__()
+        super().__init__(*args, **kwargs)
 
     @property
     def is_paged(self) -> bool:
         """Whether the handshake has succeeded."""
-        return self.mode is Mode.PAGED
+        return self.is_served
 
     # -- for those who look
 
@@ -92,15 +82,19 @@ class ReadableLayer(DynamicLayer):
 
     # -- how
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Notes dtype and device; pages are made when the first tokens are stored."""
-        if self.mode is Mode.DENSE:
-            super().lazy_initialization(key_states, value_states)
-        else:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+    def reset(self) -> None:
+        """Forgets everything; the cache gives the pages back."""
+        super().reset()
+        self._own, self._tracked_from = [None, None], math.inf
+
+    def fork(self, twin: AttentionLayer) -> None:
+        """Gives a new layer of another cache the same tokens. What a dense one holds grows by concatenation, so the
+        tensors themselves can be shared."""
+        names = ("mode", "length", "is_initialized", "_tracked_from", "dtype", "device")
+        twin.__dict__.update({name: x for name, x in vars(self).items() if name in names}, _own=list(self._own))
 
     def _assign(self, which: int, states: Tensor | None) -> None:
-        if self.mode is Mode.DENSE:
+        if self.is_dense:
             self._own[which] = states
         elif states is not None or self.is_paged:
             raise CacheStateError(

@@ -1,12 +1,13 @@
-"""Which layers of a model can live in pages, and which stay transformers' own although their cache is a plain one:
-what lies there is not what their attention gets, and there is nothing to choose by."""
+"""Which kind serves each layer of a model, known before its first token; the others stay transformers' own."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
+
+from sparsekv.cache.attention_layer import LAYER_KINDS, AttentionLayer
 
 # Families whose config does not tell, and what becomes of their keys and values after the cache.
 _TRANSFORMED = {
@@ -15,32 +16,68 @@ _TRANSFORMED = {
 }
 
 
-def plain_layers(model_config: PretrainedConfig) -> list[int]:
-    """The indices of the layers of plain full attention, which can live in pages.
+class Place(NamedTuple):
+    """A layer of a model.
 
-    Args:
-        model_config: the model's; of a multimodal model its text part is used.
+    Attributes:
+        layer_type: transformers' word for it.
+        config: the model's, or the layer's own where layers differ.
+        plain: the layer that transformers' own cache has there.
+        kind: the class that serves it, of those for such layers the one registered last; None: it stays `plain`.
+        reason: why none of the kinds that are for such layers serves it; None: one does, or there are none.
     """
-    own = own_layers(model_config)
-    return [i for i in _dynamic_layers(model_config) if i not in own]
+
+    layer_type: str
+    config: Any
+    plain: Any
+    kind: type[AttentionLayer] | None
+    reason: str | None
 
 
-def own_layers(model_config: PretrainedConfig) -> dict[int, str]:
-    """The indices of layers that stay transformers' own although their cache is a plain one, each with the reason.
+def places(model_config: PretrainedConfig) -> list[Place]:
+    """All layers of a model.
 
     Args:
         model_config: the model's; of a multimodal model its text part is used.
     """
     text: Any = model_config.get_text_config(decoder=True)
-    reason, layers = _reason_for_all(text), _dynamic_layers(model_config)
-    if reason is not None:
-        return dict.fromkeys(layers, reason)
-    crossing = getattr(text, "cross_attention_layers", None) or ()
-    return {i: "cross-attention, to what is no token" for i in layers if i in crossing}
+    plain = DynamicCache(config=model_config).layers
+    types, _ = get_layer_types_and_kwargs(text)
+    configs = list(getattr(text, "per_layer_config", None) or [text] * len(plain))
+    return [_place(i, *place, text) for i, place in enumerate(zip(types, configs, plain, strict=False))]
 
 
-def _dynamic_layers(model_config: PretrainedConfig) -> list[int]:
-    return [i for i, layer in enumerate(DynamicCache(config=model_config).layers) if type(layer) is DynamicLayer]
+def plain_layers(model_config: PretrainedConfig) -> list[int]:
+    """The indices of the layers that can live in pages: of plain full attention. `model_config` is as in `places`."""
+    return [i for i, place in enumerate(places(model_config)) if place.kind is not None and place.kind.in_pages]
+
+
+def own_layers(model_config: PretrainedConfig) -> dict[int, str]:
+    """The indices of layers that stay transformers' own although there are kinds for such layers, each with the
+    reason. `model_config` is as in `places`."""
+    return {i: place.reason for i, place in enumerate(places(model_config)) if place.reason is not None}
+
+
+def why_not_paged(text: Any, layer_idx: int) -> str | None:
+    """Why a layer of full attention cannot live in pages: what lies there is not what its attention gets, and there
+    is nothing to choose by. None: it can.
+
+    Args:
+        text: the language model's config.
+    """
+    reason = _reason_for_all(text)
+    is_crossing = layer_idx in (getattr(text, "cross_attention_layers", None) or ())
+    return reason or ("cross-attention, to what is no token" if is_crossing else None)
+
+
+def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any) -> Place:
+    reason = None
+    for kind in LAYER_KINDS.classes():
+        if layer_type in kind.layer_types:
+            reason = kind.reason_against(layer_type, text, layer_idx)
+            if reason is None:
+                return Place(layer_type, config, plain, kind, None)
+    return Place(layer_type, config, plain, None, reason)
 
 
 def _reason_for_all(text: Any) -> str | None:

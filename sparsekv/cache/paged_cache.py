@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,27 +13,30 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, NoticeListener, Observer
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
-from sparsekv.cache.handshake import Mode, attention_of, warn_fallback
-from sparsekv.cache.layer_kinds import plain_layers
+from sparsekv.cache.handshake import attention_of, not_patched, warn_fallback
+from sparsekv.cache.layer_kinds import places, plain_layers
 from sparsekv.cache.model_check import check_digests, check_settings
-from sparsekv.cache.paged_layer import FallbackListener, Observer, PagedLayer
+from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.cache.stats import DecodeStats
-from sparsekv.cache.steps import SteppedCache
+from sparsekv.cache.steps import Step
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.pages.arena import Arena
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.step_state import Stage
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens", "page_format", "residency")
 
 
-class PagedCache(SteppedCache):
+class PagedCache(DynamicCache):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
-    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own. Of layers in pages
-    `layers[i].keys`, `.values` and iteration give copies.
+    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own, unless a kind is
+    registered for them (`sparsekv.cache.LAYER_KINDS`). Of layers in pages `layers[i].keys`, `.values` and iteration
+    give copies.
 
     >>> from transformers import LlamaConfig
     >>> cache = PagedCache(LlamaConfig(num_hidden_layers=4), budget=512)
@@ -48,6 +52,7 @@ class PagedCache(SteppedCache):
         reserve_tokens: tokens to allocate pages for at once, over all sequences.
         on_fallback: called with (layer_idx, reason) when a layer turns out not to be servable sparsely; default:
             a warning.
+        on_notice: called with a sentence about what a setting asks for and cannot be done; default: a warning.
         arena: lends the tensors, and gets them back for the next cache; default: they are freed with the cache.
 
     Attributes:
@@ -68,6 +73,7 @@ class PagedCache(SteppedCache):
         stats: DecodeStats | None = None,
         reserve_tokens: int = 0,
         on_fallback: FallbackListener | None = None,
+        on_notice: NoticeListener | None = None,
         arena: Arena | None = None,
         **settings: Any,
     ) -> None:
@@ -77,14 +83,14 @@ class PagedCache(SteppedCache):
         self.model_config = model_config
         self.stats = stats if stats is not None else DecodeStats()
         self._observers: list[Observer] = []  # the layers refer to this list
-        self._on_fallback = on_fallback or warn_fallback
-        self._updated = None
+        self._on_fallback, self._on_notice = on_fallback or warn_fallback, on_notice or warnings.warn
         self._attention: Any = None  # what the model's config named when the first tokens came
         plain = plain_layers(model_config)
         dense = self.config.dense_among(plain)
         self._store = PageStore(self.config, self.config.pages_for(reserve_tokens), arena, dense)
-        for i in plain:
-            self.layers[i] = self._paged(i, i in dense)
+        for i, place in enumerate(places(model_config)):
+            if place.kind is not None:
+                self.layers[i] = self._made(place.kind, i, i in dense, place.config)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -102,8 +108,6 @@ class PagedCache(SteppedCache):
                 ask for the pages.
         """
         self._check_patched()
-        layer = self.layers[layer_idx]
-        self._updated = layer if isinstance(layer, PagedLayer) else None
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -115,6 +119,16 @@ class PagedCache(SteppedCache):
     @observers.setter
     def observers(self, observers: Iterable[Observer]) -> None:
         self._observers[:] = observers
+
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers that live, or may come to live, in pages."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def _asked_layers(self) -> list[AttentionLayer]:
+        """The layers that answer their attention themselves."""
+        return [layer for layer in self.layers if isinstance(layer, AttentionLayer)]
 
     @property
     def dense_layers(self) -> frozenset[int]:
@@ -129,13 +143,25 @@ class PagedCache(SteppedCache):
     def check_room(self, batch_size: int, num_new: int, visible: Tensor | None = None) -> None:
         """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, CacheStateError
         if batch or mask do not continue what is stored. `visible [b, n]`: which columns are no padding; None: all."""
-        if not self._store.step_begun:
+        if self._store.step.stage is Stage.EAGER:
             self._store.check(batch_size, num_new, visible)
 
     @property
     def visible(self) -> Tensor | None:
         """`[b, n]` bool on the CPU, False for padding: the mask of what is stored; None if nothing is."""
         return self._store.table.columns() if self._store.table.batch_size else None
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether a decode step changes nothing but tensors where they are: every layer lives in pages and holds the
+        same tokens."""
+        num_tokens = self._store.table.num_tokens
+        return all(isinstance(x, PagedLayer) and x.is_paged and x.length == num_tokens for x in self.layers)
+
+    def step(self) -> Step:
+        """A decode step of every layer, to be entered: room for its token is made before any layer runs."""
+        self._settle()
+        return Step(self.config, self._store, self.paged_layers)
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -171,10 +197,12 @@ class PagedCache(SteppedCache):
         plain = DynamicCache(config=self.model_config)
         with torch.no_grad():
             for i, layer in enumerate(self.layers):
-                if not isinstance(layer, PagedLayer):
+                if not isinstance(layer, AttentionLayer):
                     plain.layers[i] = untracked_copy(layer)
                 elif layer.get_seq_length():
                     plain.layers[i].update(*layer.content())
+                    if hasattr(plain.layers[i], "cumulative_length"):  # a window holds only the last tokens
+                        plain.layers[i].cumulative_length = layer.get_seq_length()
         return plain
 
     # -- operations on whole sequences: once for the pages, then for every layer that has none
@@ -184,17 +212,24 @@ class PagedCache(SteppedCache):
 
         Raises:
             ConfigError: the number is positive.
+            CacheStateError: a layer's kind cannot drop tokens; nothing has changed.
             CacheFullError: there is no room to copy a page that others share; nothing has changed.
         """
         count = -int(tokens_to_remove)
         if count < 0:
             raise ConfigError(f"crop({-count}): give the number of tokens to remove as a negative number.")
         self._settle()
+        stuck = [x for x in self._asked_layers if count and x.is_served and not x.is_croppable]
+        if stuck:
+            kind = type(stuck[0]).__name__
+            raise CacheStateError(f"Layer {stuck[0].layer_idx} of this cache is a {kind}, which cannot drop tokens.")
         stored = min(count, self._store.table.num_tokens)
         if stored:
             self._store.crop(stored)
-            self._sync_lengths()
-        for layer in self._dense_layers():
+            # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
+            for layer in (layer for layer in self.paged_layers if layer.is_paged):
+                layer.length = min(layer.length, self._store.table.num_tokens)
+        for layer in self._other_layers():
             layer.crop(-count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -229,7 +264,7 @@ class PagedCache(SteppedCache):
         self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena, self.dense_layers)
         for layer in self.layers:
             layer.reset()
-            if isinstance(layer, PagedLayer):
+            if isinstance(layer, AttentionLayer):
                 layer.store = self._store
 
     def __repr__(self) -> str:
@@ -250,37 +285,35 @@ class PagedCache(SteppedCache):
 
     # -- how
 
-    def _paged(self, layer_idx: int, is_dense: bool) -> PagedLayer:
+    def _settle(self) -> None:
+        """Nothing is pending any more."""
+        for layer in self._asked_layers:
+            layer.store_or_fall_back()
+
+    def _made(self, kind: type[AttentionLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> AttentionLayer:
         told = self._observers, self._on_fallback
-        return PagedLayer(self._store, layer_idx, self.config, self.stats, *told, is_dense)
+        return kind(self._store, layer_idx, self.config, self.stats, *told, is_dense, layer_config, self._on_notice)
 
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens
         alone. A model may be patched after its cache was made, so the first tokens count."""
         attention = attention_of(self.model_config)
-        if not any(layer.is_paged for layer in self.paged_layers):
+        served = [layer for layer in self._asked_layers if layer.is_served]
+        if not served:
             self._attention = attention
-        passed_by = [layer for layer in self.paged_layers if layer.is_paged and attention != self._attention]
-        if self._updated is not None and self._updated.is_unanswered:
-            passed_by = [self._updated]
+        passed_by = [layer for layer in served if layer.is_unanswered or attention != self._attention]
         if passed_by:
-            raise CacheStateError(
-                f"Layer {passed_by[0].layer_idx} of this cache lives in pages, but its attention now runs without "
-                "them: the model is not patched any more. Patch it again, or go on with cache.to_dynamic()."
-            )
+            raise not_patched(passed_by[0])
 
     def _fork_layer(self, layer: Any, dense: frozenset[int]) -> Any:
-        if not isinstance(layer, PagedLayer):
+        if not isinstance(layer, AttentionLayer):
             return untracked_copy(layer)
-        twin = self._paged(layer.layer_idx, layer.layer_idx in dense)
-        # A dense layer grows by concatenation, so the tensors themselves can be shared.
-        twin._own, twin.mode, twin.length = list(layer._own), layer.mode, layer.length
-        twin.is_initialized, twin._tracked_from = layer.is_initialized, layer._tracked_from
-        twin.__dict__.update({name: x for name, x in vars(layer).items() if name in ("dtype", "device")})
+        twin = self._made(type(layer), layer.layer_idx, layer.layer_idx in dense, layer.layer_config)
+        layer.fork(twin)
         return twin
 
-    def _dense_layers(self) -> Iterable[Any]:
-        return [x for x in self.layers if not isinstance(x, PagedLayer) or x.mode is Mode.DENSE]
+    def _other_layers(self) -> Iterable[Any]:
+        return [x for x in self.layers if not isinstance(x, PagedLayer) or x.is_dense]
 
     def _select(self, rows: Any, method: str, argument: Any) -> None:
         self._settle()
@@ -288,11 +321,5 @@ class PagedCache(SteppedCache):
         if batch_size:
             wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
             self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would
-        for layer in self._dense_layers():
+        for layer in self._other_layers():
             getattr(layer, method)(argument)
-
-    def _sync_lengths(self) -> None:
-        for layer in self.paged_layers:
-            if layer.is_paged:
-                # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
-                layer.length = min(layer.length, self._store.table.num_tokens)

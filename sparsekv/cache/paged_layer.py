@@ -1,26 +1,23 @@
-"""One layer of a paged cache, in transformers' cache protocol and in that of our attention function."""
+"""The layer kind that lives in pages: full attention, of which a decode step reads what the policy chooses."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekv.cache import prefill, prompt_blocks
+from sparsekv.cache.attention_layer import LAYER_KINDS, Attended
 from sparsekv.cache.contents import ReadableLayer
-from sparsekv.cache.handshake import Mode, tagged
-from sparsekv.cache.stats import DecodeStats
-from sparsekv.config import SparseConfig
-from sparsekv.errors import CacheStateError
-from sparsekv.pages.page_store import PageStore
-from sparsekv.policies import POLICIES, DecodeStep, Policy, Reads
+from sparsekv.cache.handshake import Mode
+from sparsekv.cache.layer_kinds import why_not_paged
+from sparsekv.cache.masks import COLUMNS_ONLY, is_causal, visible_columns
+from sparsekv.pages.step_state import Stage
+from sparsekv.policies import DecodeStep, Policy, PromptChunk, Reads
 
-# Called with a layer's decode step and the slots that it has read, `[b, hkv, k]` int32; None: all pages.
-Observer = Callable[[DecodeStep, "Tensor | None"], None]
-FallbackListener = Callable[[int, str], None]
 Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what PageStore.accept returns
 
 
@@ -31,95 +28,16 @@ def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     return contextlib.nullcontext()
 
 
+@LAYER_KINDS.register("pages")
 class PagedLayer(ReadableLayer):
-    """Full attention over pages: dense for several tokens, by the policy for one.
+    """Full attention over pages: dense for several tokens, by the policy for one. Arguments as `AttentionLayer`."""
 
-    Args:
-        store: the pages, shared by the layers of a cache.
-        layer_idx: the layer.
-        config: the settings in force.
-        stats: counters to add to.
-        observers: called after every decode step of the layer with the step and its slots.
-        on_fallback: called with (layer_idx, reason) if the layer turns out to be no plain attention layer.
-        is_dense: whether it reads everything, whatever the policy.
-    """
+    layer_types = ("full_attention",)
 
-    def __init__(
-        self,
-        store: PageStore,
-        layer_idx: int,
-        config: SparseConfig,
-        stats: DecodeStats,
-        observers: list[Observer],
-        on_fallback: FallbackListener | None = None,
-        is_dense: bool = False,
-    ) -> None:
-        super().__init__(store, layer_idx)
-        self.config = config
-        self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
-        policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
-        self.policy: Policy = POLICIES.get("all")() if is_dense else policy()
-        self._is_uncounted = False  # the tokens stored last are not in the counters yet
-
-    # -- transformers' protocol
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes new keys and values `[b, hkv, t, d]`; returns what the attention function gets: the new ones
-        alone, as the pages are read where they lie (`with_past` has all).
-
-        Raises:
-            CacheStateError: the batch has another size.
-        """
-        self.store_or_fall_back()
-        if self.mode is Mode.DENSE:
-            keys, values = super().update(key_states, value_states)
-            return keys, values
-        if self.length:
-            self.store.table.check_batch(key_states.shape[0])
-        self.lazy_initialization(key_states, value_states)
-        self._pending = (key_states, value_states)
-        return tagged(key_states, self), tagged(value_states, self)
-
-    def get_seq_length(self) -> int:
-        """Columns so far, padding counted."""
-        if self.mode is Mode.DENSE:
-            length: int = super().get_seq_length()
-            return length
-        return self.length + (self._pending[0].shape[-2] if self._pending else 0)
-
-    def reset(self) -> None:
-        """Forgets everything; the cache gives the pages back."""
-        self.mode, self.length, self._pending, self._tracked_from = Mode.NEW, 0, None, math.inf
-        self._own, self.is_initialized = [None, None], False
-
-    @property
-    def is_unanswered(self) -> bool:
-        """Whether a paged layer's attention has not asked for the tokens of the last `update`."""
-        return self.mode is Mode.PAGED and self._pending is not None
-
-    def drop_pending(self) -> None:
-        """Forgets tokens of a forward pass that was given up."""
-        self._pending = None
-
-    # -- what the attention function asks for
-
-    def refuse(self, reason: str) -> None:
-        """Makes a layer that is not paged yet a plain dynamic one.
-
-        Raises:
-            CacheStateError: it is paged.
-        """
-        if self.mode is Mode.PAGED:
-            self._pending = None
-            raise CacheStateError(f"Layer {self.layer_idx} cannot go on sparsely: {reason}. Start from a new cache.")
-        if self.mode is Mode.DENSE:
-            return
-        self.mode, self.is_initialized = Mode.DENSE, False
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            super().update(*pending)
-        if self.on_fallback is not None:
-            self.on_fallback(self.layer_idx, reason)
+    @classmethod
+    def reason_against(cls, layer_type: str, text_config: Any, layer_idx: int) -> str | None:
+        """Why it cannot live in pages: see `why_not_paged`."""
+        return why_not_paged(text_config, layer_idx)
 
     def commit(self, visible: Tensor | None) -> None:
         """Stores the tokens of the last `update` in pages: the handshake, and the append of every step.
@@ -136,26 +54,41 @@ class PagedLayer(ReadableLayer):
         if accepted is not None:
             self._write(accepted)
 
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_plain: bool
+    ) -> Attended:
+        """Dense attention of several new tokens, as in `AttentionLayer`. The model's own attention runs over all keys
+        and values where there is a mask for it, or it is no plain one."""
+        is_new = self._pending is not None
+        self.commit(visible_columns(mask))
+        if self.is_dense:
+            return key, value
+        if is_new:
+            self.stats.record_pass(self.layer_idx)
+        num_new, is_whole = query.shape[2], key.shape[2] == query.shape[2]  # else its last tokens alone are asked for
+        if type(self.policy).prompt_blocks is not Policy.prompt_blocks:
+            if is_plain and is_whole and is_causal(mask, num_new):
+                return prefill.attend(self, query, key, value, scaling, self._over_blocks)
+            self._say_that_it_is_dense(is_plain)
+        if is_plain and is_whole and self._is_left_out(mask, num_new):
+            return prefill.attend(self, query, key, value, scaling)
+        return self.with_past(key, value)
+
     def decode(
         self, query: Tensor, scaling: float, softcap: float, sinks: Tensor | None, visible: Tensor | None = None
-    ) -> Tensor:
-        """Attention of one new token over the pages the policy selects; if the token is not committed yet, it is
-        stored on the way.
-
-        Args:
-            query: `[b, hq, 1, d]`.
-            scaling: factor on the dot products.
-            softcap: `softcap * tanh(x / softcap)` of the logits; 0: none.
-            sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
-            visible: as `commit` would get it.
-
-        Returns:
-            `[b, hq, 1, d]` in the query's dtype.
+    ) -> Attended:
+        """Attention of one new token over the pages that the policy selects, as in `AttentionLayer`. Keys and values
+        are given only if the layer turns out not to be servable.
 
         Raises:
             CacheStateError, CacheFullError: as `commit`.
             ConfigError: the policy asks for digests, and there are none.
         """
+        new = self._pending
+        if new is not None and not self.is_paged:
+            self.commit(visible)
+            if self.is_dense:
+                return new
         accepted = self._accept(visible)
         if accepted is not None and (accepted[2] is not None or not self.store.is_in_place):
             self._write(accepted)  # some rows' token is padding, or what a step reads is no place to write to
@@ -166,24 +99,17 @@ class PagedLayer(ReadableLayer):
             if accepted is not None:
                 self._count_tokens(accepted[0])
             slots = None if step.fits else slots
-            self._record(slots, self._is_uncounted)
-            self._is_uncounted = False
+            self._record(slots, new is not None)
             for observe in self.observers:
                 observe(step, slots)
         (out,) = self._untracked(out, tracked=query.requires_grad)
         return out.unsqueeze(2)
 
-    def record_pass(self) -> None:
-        """Counts a dense forward of several tokens, once for all modules that share the layer."""
-        if self._is_uncounted:
-            self.stats.record_pass(self.layer_idx)
-        self._is_uncounted = False
-
     # -- how
 
     def _accept(self, visible: Tensor | None) -> Accepted | None:
         """Room for the tokens of the last `update`, which are to be written next; None if there are none to store."""
-        if self._pending is None or self.mode is Mode.DENSE:
+        if self._pending is None or self.is_dense:
             return None
         key, value = self._pending
         if key.shape != value.shape:
@@ -198,6 +124,31 @@ class PagedLayer(ReadableLayer):
             self._tracked_from = self.length if is_tracked else math.inf
         return accepted
 
+    def _is_left_out(self, mask: Tensor | None, num_new: int) -> bool:
+        """Whether a mask was not made because of its size. (A prompt that needs none is the model's own business.)"""
+        return self.length > num_new if mask is None else mask.dtype == COLUMNS_ONLY
+
+    def _over_blocks(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of a prompt's newest tokens to the blocks that the policy chooses."""
+        size = prompt_blocks.block_size(self.config.page_size)
+        chunk = PromptChunk(self.layer_idx, query, key, size, scaling, self.config)
+        chosen = self.policy.prompt_blocks(chunk)
+        if chosen is None:
+            return prefill.causal(query, key, value, scaling)
+        blocks = prompt_blocks.settled(chunk, chosen)
+        num_causal = int(prompt_blocks.causal_blocks(chunk).sum())
+        self.stats.record_blocks(int(blocks.sum()), num_causal * blocks.shape[0] * blocks.shape[1])
+        return prompt_blocks.attend(chunk, value, blocks)
+
+    def _say_that_it_is_dense(self, is_plain: bool) -> None:
+        """Tells that the policy's blocks of a prompt are not followed."""
+        reason = "a mask of its own is given, or the last tokens alone are asked for"
+        if not is_plain:
+            reason = "its attention is not sdpa's, or is more than softmax(q k^T) v"
+        if self.on_notice is not None:
+            name = self.config.policy
+            self.on_notice(f"a prompt is read densely, whatever policy {name!r} chooses of it: {reason}")
+
     def _write(self, accepted: Accepted) -> None:
         with torch.no_grad(), _own_precision(accepted[0].device):
             self.store.write(self.layer_idx, *accepted)
@@ -205,11 +156,10 @@ class PagedLayer(ReadableLayer):
 
     def _count_tokens(self, key: Tensor) -> None:
         """Counts tokens that were written; those of a captured step are counted when it is replayed."""
-        if self.store.captured_reads is not None:
+        if self.store.step.stage is Stage.CAPTURED:
             return
-        self.mode = Mode.PAGED
+        self.mode = Mode.SERVED
         self.length += key.shape[-2]
-        self._is_uncounted = True
 
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
@@ -240,8 +190,8 @@ class PagedLayer(ReadableLayer):
         read_all = slots is None
         if slots is not None and not self.policy.fills_budget:
             self.stats.count_listed(self.layer_idx, slots, self.store.layers[self.layer_idx].page_nbytes)
-        if self.store.captured_reads is not None:
-            self.store.captured_reads.append((self.layer_idx, read_all))
+        if self.store.step.stage is Stage.CAPTURED:
+            self.store.step.reads.append((self.layer_idx, read_all))
             return
         self.record_step(read_all, self.store.table.total_pages, self.store.pages_to_read(), new)
 
@@ -258,13 +208,3 @@ class PagedLayer(ReadableLayer):
         cost = 0 if read_all else pages.nbytes_to_choose(self.policy.reads) * num_pages * num_kv_heads
         listed = None if read_all else to_read * num_kv_heads if self.policy.fills_budget else 0
         self.stats.record_step(self.layer_idx, listed, num_pages * num_kv_heads, pages.page_nbytes, cost, new)
-
-    def store_or_fall_back(self) -> None:
-        """Deals with tokens whose attention never came: without a handshake the layer is no plain attention layer."""
-        if self._pending is None:
-            return
-        if self.mode is Mode.NEW:
-            self.refuse("its keys or values are transformed between the cache and the attention function")
-        else:
-            self.commit(self.store.table.columns())  # nothing is known of a mask
-            self.store.memory.forget()  # no policy was asked

@@ -40,10 +40,21 @@ class DecodeStats:
         self._whole_bytes = 0
         self._scoring_bytes = 0
         self._chosen_from_bytes = 0  # what dense decoding would have read where pages were chosen
+        self._blocks = self._causal_blocks = 0
 
     def record_pass(self, layer_idx: int) -> None:
         """A layer attended densely over several new tokens."""
         self._dense_passes[layer_idx] += 1
+
+    def record_blocks(self, computed: int, causal: int) -> None:
+        """A layer attended to those of a prompt's blocks that a policy chose.
+
+        Args:
+            computed: those blocks, over all rows and heads.
+            causal: the blocks of keys that are not later than their queries.
+        """
+        self._blocks += computed
+        self._causal_blocks += causal
 
     def record_step(
         self,
@@ -123,21 +134,27 @@ class DecodeStats:
         return self._chosen_bytes / self._chosen_from_bytes if self._chosen_from_bytes else 0.0
 
     @property
+    def density(self) -> float:
+        """Share of their causal blocks that prompts computed, in layers whose policy chose them; 1 where none did."""
+        return self._blocks / self._causal_blocks if self._causal_blocks else 1.0
+
+    @property
     def _chosen_bytes(self) -> int:
         counted = sum(int(pages) * nbytes for (_, nbytes, _), pages in self._counted.items())
         return self._listed_bytes + counted + self._scoring_bytes
 
     def as_dict(self) -> dict[str, float]:
-        """All counters, for a report."""
+        """All counters of passes and decode steps, for a report."""
         steps = ("sparse_steps", "dense_steps", "dense_passes")
         reads = ("pages_read", "pages_total", "bytes_read", "bytes_total", "share", "sparse_share")
         return {name: getattr(self, name) for name in steps + reads}
 
     def __repr__(self) -> str:
+        prompts = f"; {self.density:.1%} of prompts' blocks" if self._causal_blocks else ""
         return (
             f"DecodeStats({self.sparse_steps} sparse and {self.dense_steps} dense steps, {self.dense_passes} dense "
             f"passes; read {self.pages_read:,} of {self.pages_total:,} pages, {self.bytes_read / 2**20:,.1f} of "
-            f"{self.bytes_total / 2**20:,.1f} MiB ({self.share:.1%}))"
+            f"{self.bytes_total / 2**20:,.1f} MiB ({self.share:.1%}){prompts})"
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> DecodeStats:

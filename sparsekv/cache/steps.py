@@ -6,95 +6,71 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
-
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.config import SparseConfig
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.step_state import Read, Stage
 
 
-class SteppedCache(DynamicCache):
-    """What a paged cache does around a decode step that is captured or replayed, and around one that fails."""
+class Step:
+    """One decode step of all layers of a cache. It is run within it (`with`): room for its token is made before. If
+    it fails before any layer has taken its token, the cache is what it was.
 
-    config: SparseConfig
-    layers: list[Any]
-    _store: PageStore
-    _updated: PagedLayer | None  # the layer that took tokens last
+    Entering it raises CacheFullError or OutOfMemoryError if there is no room; nothing has changed then.
 
-    @property
-    def paged_layers(self) -> list[PagedLayer]:
-        """The layers that live, or may come to live, in pages."""
-        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+    Args:
+        config: the settings in force.
+        store: the pages.
+        layers: the cache's layers that have some.
+    """
 
-    @property
-    def is_steady(self) -> bool:
-        """Whether a decode step changes nothing but tensors where they are: every layer lives in pages and holds the
-        same tokens."""
-        table = self._store.table
-        return all(
-            isinstance(layer, PagedLayer) and layer.is_paged and layer.length == table.num_tokens
-            for layer in self.layers
-        )
+    def __init__(self, config: SparseConfig, store: PageStore, layers: Sequence[PagedLayer]) -> None:
+        self.config, self._store = config, store
+        self._layers = {layer.layer_idx: layer for layer in layers}
 
     @property
-    def step_key(self) -> tuple[Any, ...]:
-        """What a captured step depends on beside the model's inputs: the same key, the same step."""
-        return self.config, self.step_shape, *self._store.addresses()
-
-    @property
-    def step_shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:
         """Batch size and width of the page table, and the phase of the policy."""
         device = next(iter(self._store.layers.values())).kv.device
         return *self._store.table.on(device)[0].shape, self._store.memory.phase
 
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Within it, one decode step of every layer is run: room for its token is made before. If it fails before any
-        layer has taken its token, the cache is what it was.
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a captured step depends on beside the model's inputs: the same key, the same step."""
+        return self.config, self.shape, *self._store.addresses()
 
-        Raises:
-            CacheFullError, OutOfMemoryError: there is none; nothing has changed.
-        """
-        self._settle()
+    def __enter__(self) -> Step:
         self._store.begin_step()
-        try:
-            yield
-        except BaseException:
-            if all(layer.length < self._store.table.num_tokens for layer in self.paged_layers):
-                self._drop_pending()
-                self._store.crop(1)
-            raise
-        finally:
-            self._store.step_begun = False
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._store.step.stage = Stage.EAGER
+        if kind is not None and all(x.length < self._store.table.num_tokens for x in self._layers.values()):
+            self._drop_pending()
+            self._store.crop(1)
 
     @contextlib.contextmanager
-    def capturing(self) -> Iterator[list[tuple[int, bool]]]:
-        """Within it (and within `step`), the layers' part of a step is run to be captured, not to count: yields the
-        reads that `follow` is to be told of at every replay."""
-        reads: list[tuple[int, bool]] = []
-        self._store.captured_reads = reads
+    def capturing(self) -> Iterator[list[Read]]:
+        """Within it, the layers' part of the step is run to be captured, not to count: yields the reads that `follow`
+        is to be told of at every replay."""
+        state = self._store.step
+        state.stage, state.reads = Stage.CAPTURED, []
         try:
-            yield reads
+            yield state.reads
         finally:
-            self._store.captured_reads = None
+            state.stage = Stage.BEGUN
             self._drop_pending()
 
-    def follow(self, reads: Sequence[tuple[int, bool]]) -> None:
+    def follow(self, reads: Sequence[Read]) -> None:
         """Brings lengths and counters to where a replayed step has left the tensors."""
         num_pages, to_read = self._store.table.total_pages, self._store.pages_to_read()
-        for layer in self.layers:
+        for layer in self._layers.values():
             layer.length += 1
         seen: set[int] = set()
         for layer_idx, read_all in reads:
-            self.layers[layer_idx].record_step(read_all, num_pages, to_read, layer_idx not in seen)
+            self._layers[layer_idx].record_step(read_all, num_pages, to_read, layer_idx not in seen)
             seen.add(layer_idx)
 
-    def _settle(self) -> None:
-        """Nothing is pending any more."""
-        self._updated = None
-        for layer in self.paged_layers:
-            layer.store_or_fall_back()
-
     def _drop_pending(self) -> None:
-        for layer in self.paged_layers:
+        for layer in self._layers.values():
             layer.drop_pending()

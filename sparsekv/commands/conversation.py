@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.wording import Wording
-from sparsekv.hf.prefill import without_single
+from sparsekv.hf.chunks import without_single
 from sparsekv.hf.stops import stop_ids
 from sparsekv.hf.support import CACHE, context_of
 

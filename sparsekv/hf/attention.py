@@ -16,12 +16,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsekv.cache import PagedLayer, tagged_layer
-from sparsekv.hf import prefill
+from sparsekv.cache import AttentionLayer, tagged_layer
+from sparsekv.cache.masks import COLUMNS_ONLY, visible_columns
 
-_COLUMNS_ONLY = torch.uint8  # the dtype of a mask of which the rest was not made
+LARGE_MASK = 1 << 24  # elements (of a batch) beyond which no mask is made
 
-# Arguments that change which keys a query may see, or how: what the four ops do not express is left dense.
+# Arguments that change which keys a query may see, or how: a layer whose kind does not understand them is left dense.
 _SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indices", "sliding_window")
 
 
@@ -82,8 +82,8 @@ def sparsekv_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query `[b, hq, t, d]`, key and value `[b, hkv, n, d]` -> `[b, t, hq, d]`, in
-    the query's dtype, and the weights `[b, hq, t, n]` if the model's own implementation gives any. Of a layer in
-    pages key and value are the new tokens alone (n = t), and a step of one token has no weights.
+    the query's dtype, and the weights `[b, hq, t, n]` if the model's own implementation gives any. Of a layer
+    that is served key and value are the new tokens alone (n = t), and what it gives itself has no weights.
 
     Raises:
         CacheStateError: the tokens do not continue what is in the pages; CacheFullError: there is no room for them.
@@ -93,7 +93,7 @@ def sparsekv_attention(
         if attention_mask is not None:  # else it is the model's own business: keys may have room behind the tokens
             attention_mask = _own_mask(module, query, key, attention_mask)
         return _dense(module, query, key, value, attention_mask, **kwargs)
-    return _paged(layer, module, query, key, value, attention_mask, **kwargs)
+    return _served(layer, module, query, key, value, attention_mask, **kwargs)
 
 
 def sparsekv_mask(
@@ -103,7 +103,7 @@ def sparsekv_mask(
     columns are no padding, `[b, 1, 1, kv_length]` (some models slice masks) in a dtype that no mask has: `_own_mask`
     makes the rest of it where it is needed after all."""
     original = original_implementation(config)
-    large = q_length > 1 and batch_size * q_length * kv_length > prefill.LARGE_MASK
+    large = q_length > 1 and batch_size * q_length * kv_length > LARGE_MASK
     if large and original == "sdpa" and not args and _is_causal_only(q_length, kv_length, **kwargs):
         return _columns_only(batch_size, q_length, kv_length, kwargs.get("attention_mask"), kwargs.get("device"))
     mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[original](
@@ -139,20 +139,12 @@ def _columns_only(
         if q_length == kv_length:
             return None  # as sdpa would have it
         visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    return visible[:, None, None].to(_COLUMNS_ONLY)
-
-
-def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
-    """Which kv positions are no padding, `[b or 1, n]` bool: what the last query of any kind of mask may see."""
-    if attention_mask is None:
-        return None
-    row = attention_mask[:, 0, -1] if attention_mask.ndim == 4 else attention_mask
-    return row > -1 if row.is_floating_point() else row.bool()
+    return visible[:, None, None].to(COLUMNS_ONLY)
 
 
 @torch.compiler.disable  # it moves page tables, which no graph can hold
-def _paged(
-    layer: PagedLayer,
+def _served(
+    layer: AttentionLayer,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -160,30 +152,19 @@ def _paged(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    special = [name for name in _SPECIAL_ARGUMENTS if kwargs.get(name) is not None]
+    special = [x for x in _SPECIAL_ARGUMENTS if kwargs.get(x) is not None and x not in layer.understands]
     if special:
         layer.refuse(f"its attention uses {', '.join(special)}")
-    visible = visible_columns(attention_mask)
-    if query.shape[2] > 1 or not layer.is_paged:
-        layer.commit(visible)
-    if layer.is_paged and query.shape[2] == 1:
-        return _sparse(module, layer, query, visible, **kwargs), None
-    if layer.is_paged:
-        layer.record_pass()
-        if _is_large(layer, query, key, attention_mask) and _is_plain(module, kwargs):
-            return prefill.attend(layer, query, key, value, _scaling(query, kwargs)), None
-        key, value = layer.with_past(key, value)
+    attended: Tensor | tuple[Tensor, Tensor] = (key, value)
+    if not layer.is_dense:
+        attended = _ask(layer, module, query, key, value, attention_mask, **kwargs)
+    if isinstance(attended, Tensor):
+        return attended.transpose(1, 2).contiguous(), None
+    key, value = attended
     return _dense(module, query, key, value, _own_mask(module, query, key, attention_mask), **kwargs)
 
 
-def _is_large(layer: PagedLayer, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether the mask was not made because of its size (a prompt that needs none is the model's own business)."""
-    if key.shape[2] != query.shape[2]:  # a layer that shares keys may ask for the last tokens alone
-        return False
-    return layer.length > query.shape[2] if attention_mask is None else attention_mask.dtype == _COLUMNS_ONLY
-
-
-def _is_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+def _is_plain(module: torch.nn.Module, **kwargs: Any) -> bool:
     """Whether the attention is softmax(q k^T) v and nothing else."""
     special = [kwargs.get(name) for name in ("s_aux", "softcap", "output_attentions")]
     return (
@@ -193,24 +174,26 @@ def _is_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _scaling(query: Tensor, kwargs: dict[str, Any]) -> float:
-    scaling = kwargs.get("scaling")
-    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-
-
-def _sparse(
+def _ask(
+    layer: AttentionLayer,
     module: torch.nn.Module,
-    layer: PagedLayer,
     query: Tensor,
-    visible: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What the layer gives: the output, or what the model's own attention is to run over."""
+    scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if query.shape[2] > 1:
+        is_plain = _is_plain(module, s_aux=s_aux, softcap=softcap, **kwargs)
+        return layer.prefill(query, key, value, attention_mask, scaling, is_plain)
     if original_implementation(module.config) == "sdpa":
         softcap = None  # transformers' sdpa path has no softcap: stay equal to it
-    out = layer.decode(query, _scaling(query, kwargs), softcap or 0.0, s_aux, visible)
-    return out.transpose(1, 2).contiguous()
+    return layer.decode(query, scaling, softcap or 0.0, s_aux, visible_columns(attention_mask))
 
 
 def _dense(
@@ -228,7 +211,7 @@ def _dense(
 def _own_mask(module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """The mask for the model's own implementation, made whole where `sparsekv_mask` has left it out."""
     (b, _, t, _), n = query.shape, key.shape[2]
-    left_out = n > t > 1 if attention_mask is None else attention_mask.dtype == _COLUMNS_ONLY
+    left_out = n > t > 1 if attention_mask is None else attention_mask.dtype == COLUMNS_ONLY
     if not left_out or original_implementation(module.config) != "sdpa":
         return attention_mask
     visible = None if attention_mask is None else attention_mask[:, 0, 0].bool()

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
 from sparsekv.cache import PagedCache
+from sparsekv.cache.masks import visible_columns
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
-from sparsekv.hf import prefill
-from sparsekv.hf.attention import original_implementation, visible_columns
+from sparsekv.hf.attention import original_implementation
 from sparsekv.hf.capture.decoder import CapturedDecoder, Run
+from sparsekv.hf.chunks import chunk_size
 from sparsekv.hf.notices import Notices, Reason, reason_in_cache, reason_in_model
 from sparsekv.hf.support import CACHE, CACHE_NAMES
 
@@ -89,7 +90,7 @@ def _chunk_prefill(
     if (past or has_later_turns) and not _CHUNKS_LATER_TURNS:
         return
     rows = max(batch_size, columns.shape[-2])  # expanded for beams already
-    generation_config.prefill_chunk_size = prefill.chunk_size(rows, columns.shape[-1] - past)
+    generation_config.prefill_chunk_size = chunk_size(rows, columns.shape[-1] - past)
 
 
 def _columns(model_kwargs: dict[str, Any]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Calls of a patched model that decode densely: each reason is a warning once, and stands in the report."""
+"""Calls of a patched model that are denser than wanted: each reason is a warning once, and stands in the report."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ class Notices:
 
     Attributes:
         reasons: why calls decoded densely, in the order in which it was noticed.
+        others: what else was asked for and could not be done.
     """
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
+        self.others: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Warns of what a cache could not do, unless the same has been said before."""
+        if text not in self.others:
+            self.others.append(text)
+            warnings.warn(f"sparsekv: {text}.", stacklevel=4)
 
     def add(self, reason: Reason) -> None:
         """Warns of a call that decodes densely, unless the same has been said before."""

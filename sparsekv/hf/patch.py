@@ -64,6 +64,7 @@ class Patch:
             stats=self.stats,
             reserve_tokens=reserve_tokens,
             on_fallback=partial(_turn_dense, self.layers),  # no reference to the model: caches are copied and pickled
+            on_notice=self.notices.say,
             arena=self._arena if self._captures else None,
         )
 
@@ -133,6 +134,7 @@ class Patch:
         head = f"sparsekv patch of {type(self.model).__name__} (budget {budget}, page_size {config.page_size}{state})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
         dense = [f"  decoded densely: {reason}" for reason in self.notices.reasons]
+        dense += [f"  {text}" for text in self.notices.others]
         return "\n".join([head, *self._layer_lines, steps, f"  decode loop of generate: {self._loop}", *dense])
 
     @property
@@ -199,7 +201,7 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
     made = Patch(model, settled, support.examine(model, settled))
     made._apply()
     reasons = dict.fromkeys(status.reason for status in made.layers)
-    if not any(status.is_paged for status in made.layers):
+    if all(status.kind is None for status in made.layers):
         warnings.warn(
             f"sparsekv: {type(model).__name__} decodes as densely as it does unpatched: {'; '.join(reasons)}.",
             stacklevel=2,

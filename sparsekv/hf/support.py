@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
-from sparsekv.cache import check_settings, heads_of, own_layers, plain_layers
+from sparsekv.cache import check_settings, heads_of, places, plain_layers
+from sparsekv.cache.layer_kinds import Place
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
 from sparsekv.hf import attention
@@ -32,13 +33,15 @@ _WAY_OUT = "Run it unpatched, or use another model; README.md lists the families
 
 @dataclass
 class LayerStatus:
-    """What a layer of a patched model does when it decodes. It may turn dense at its first use (the handshake)."""
+    """What a layer of a patched model does when it decodes. It may turn dense at its first use (the handshake).
+    `kind` names the class that serves it; None: it is transformers' own."""
 
     layer_idx: int
     is_sparse: bool
     reason: str
     is_paged: bool = True
     is_asked_for: bool = False  # by `dense_layers`
+    kind: str | None = None
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -99,9 +102,8 @@ def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
     check_settings(config, model.config)
-    layers, own = DynamicCache(config=text_config(model)).layers, own_layers(model.config)
     dense = config.dense_among(plain_layers(model.config))
-    return [_status(i, layer, config, i in dense, own.get(i)) for i, layer in enumerate(layers)]
+    return [_status(i, place, config, i in dense) for i, place in enumerate(places(model.config))]
 
 
 def _reason_to_refuse(model: PreTrainedModel) -> str | None:
@@ -136,9 +138,10 @@ def _uses_interface(decoder: PreTrainedModel) -> bool:
 
 
 def _reason_in_layers(config: Any) -> str | None:
-    layers = DynamicCache(config=config).layers
-    if any(type(layer) is DynamicLayer for layer in layers):
+    served = places(config)
+    if any(place.kind is not None or place.reason is not None for place in served):
         return None
+    layers = [place.plain for place in served]
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
     if any(_is_sparse_of_its_own(layer) for layer in layers):
         return f"it has a sparse attention of its own (its cache consists of {kinds})"
@@ -153,21 +156,23 @@ def _is_sparse_of_its_own(layer: Any) -> bool:
     return any(word in names for word in ("index", "sparse", "compress"))
 
 
-def _status(layer_idx: int, layer: Any, config: SparseConfig, is_dense: bool, own: str | None) -> LayerStatus:
-    if own is not None:
-        return LayerStatus(layer_idx, False, own, is_paged=False)
-    if type(layer) is not DynamicLayer:
-        window = getattr(layer, "sliding_window", None)
-        reason = f"sliding window of {window}" if window else f"transformers' {type(layer).__name__}"
-        return LayerStatus(layer_idx, False, reason, is_paged=False)
+def _status(layer_idx: int, place: Place, config: SparseConfig, is_dense: bool) -> LayerStatus:
+    if place.kind is None:
+        window = getattr(place.plain, "sliding_window", None)
+        reason = f"sliding window of {window}" if window else f"transformers' {type(place.plain).__name__}"
+        return LayerStatus(layer_idx, False, place.reason or reason, is_paged=False)
+    kind = place.kind.__name__
+    if not place.kind.in_pages:
+        return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_paged=False, kind=kind)
     if is_dense:
-        return LayerStatus(layer_idx, False, f"dense_layers={config.dense_layers}, in pages", is_asked_for=True)
+        reason = f"dense_layers={config.dense_layers}, in pages"
+        return LayerStatus(layer_idx, False, reason, is_asked_for=True, kind=kind)
     policy = POLICIES.get(config.policy)
     if policy.reads_all:
-        return LayerStatus(layer_idx, False, f"policy {config.policy!r}, in pages")
+        return LayerStatus(layer_idx, False, f"policy {config.policy!r}, in pages", kind=kind)
     by_digests = f" over {config.digest} digests" if policy.reads is Reads.DIGESTS else ""
     anew = f", anew every {policy.period} steps" if policy.period > 1 else ""
-    return LayerStatus(layer_idx, True, f"{config.policy}{by_digests}{anew}")
+    return LayerStatus(layer_idx, True, f"{config.policy}{by_digests}{anew}", kind=kind)
 
 
 def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:

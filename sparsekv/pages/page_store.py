@@ -26,6 +26,7 @@ from sparsekv.pages.masks import hidden_last
 from sparsekv.pages.memory import Memory
 from sparsekv.pages.page_pool import PagePool
 from sparsekv.pages.residency import RESIDENCIES, frames_of
+from sparsekv.pages.step_state import Stage, StepState
 from sparsekv.policies import POLICIES
 
 
@@ -54,11 +55,8 @@ class PageStore:
         pool = PagePool(config.page_size, config.max_tokens)
         self._table = BlockTable(pool, partial(width_for, least=least), self.loan.tables)
         self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
-        # What each layer of a step that is being captured has read: the layer, and whether all.
-        self.captured_reads: list[tuple[int, bool]] | None = None
-        self.step_begun = False  # the table is ahead of the layers by the token of this step
+        self.step = StepState()
         self.is_torn = False  # the table names pages whose content, or digest, is not what it should be
-        self._newest_valid: Tensor | None = None  # of the columns appended last; layers after the leader need it
 
     @property
     def table(self) -> BlockTable:
@@ -117,7 +115,7 @@ class PageStore:
     def is_covered(self) -> bool:
         """Whether a fraction, rounded up to pages, covers every sequence of the length that it has. A step that may
         be captured must not depend on lengths: there it is never so, and only the width of the table counts."""
-        if not self.config.is_fraction or self.step_begun:
+        if not self.config.is_fraction or self.step.stage is not Stage.EAGER:
             return False
         return self.pages_to_read() == self.table.total_pages
 
@@ -147,7 +145,7 @@ class PageStore:
             )
         is_new = layer_idx not in self.layers
         try:
-            valid = None if self._newest_valid is None else self._newest_valid.to(key.device)
+            valid = None if self.step.valid is None else self.step.valid.to(key.device)
             pages = self._pages_of(layer_idx, key, value, valid, scored)
             return key.to(pages.no_tokens.dtype), value.to(pages.no_tokens.dtype), valid
         except BaseException:
@@ -187,7 +185,7 @@ class PageStore:
         except BaseException:
             self.table.crop(1)
             raise
-        self.step_begun = True
+        self.step.stage = Stage.BEGUN
 
     @property
     def devices(self) -> set[torch.device]:
@@ -224,7 +222,7 @@ class PageStore:
             twin.memory = self.memory.fork()
         else:
             twin.memory = Memory(twin.memory.policy, self.loan, dense_layers)
-        twin._newest_valid = self._newest_valid
+        twin.step.valid = self.step.valid
         return twin
 
     def dense(self, layer_idx: int, num_tokens: int | None = None) -> tuple[Tensor, Tensor]:
@@ -281,7 +279,7 @@ class PageStore:
     def _advance(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
         copies = self.table.append(batch_size, num_new, valid)
         self.memory.begin(self.table.num_tokens, is_step=num_new == 1 and valid is None)
-        self._newest_valid = valid
+        self.step.valid = valid
         with self._whole_or_torn():
             self._copy(copies)
 

@@ -20,6 +20,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.ops import StepArguments
 from sparsekv.ops.formats import KEYS, page_format
 from sparsekv.ops.step import every_slot
+from sparsekv.policies.prompt import PromptChunk
 from sparsekv.registry import Registry
 
 POLICIES: Registry[Policy] = Registry("policy")
@@ -267,6 +268,20 @@ class Policy(ABC):
         Returns:
             slots `[b, hkv, k]` int32 to read, ascending, -1 for none; None: every page.
         """
+
+    def prompt_blocks(self, chunk: PromptChunk) -> Tensor | None:
+        """Which blocks of keys each block of a prompt's queries sees (default: all).
+
+        What a row sees depends on that row alone, and on nothing that another cut of its prompt would change: of the
+        first block of queries, tokens may be in an earlier chunk. Layers that read everything are not asked. Where it
+        cannot be honoured (a mask of the user's own, an attention that is more than softmax(q k^T) v, or not sdpa's),
+        the prompt is read densely, and a notice says so.
+
+        Returns:
+            `[b, hkv or hq, chunk.num_query_blocks, chunk.num_key_blocks]` bool, True for blocks that are seen: later
+            keys never are, and a block of queries always sees itself; None: every block.
+        """
+        return None
 
     def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Stores the new token and attends. To be overridden where one op does all of it.

@@ -49,7 +49,7 @@ def _is_possible(field: object) -> bool:
     if not isinstance(field, Remembered) or not isinstance(field.shape, tuple):
         return False
     try:
-        torch.full((), field.fill, dtype=field.dtype or torch.float32)
+        torch.full((), field.fill, dtype=field.dtype or torch.float32, device="cpu")
     except (RuntimeError, TypeError):
         return False
     return all(_is_whole(size, 0) for size in field.shape)

@@ -86,13 +86,16 @@ class CachePair:
         layer = tagged_layer(keys, values)
         assert layer is self.paged.layers[layer_idx]
         visible = None if bool(mask.all()) else mask
-        if t > 1 or not layer.is_paged:
-            layer.commit(visible)
+        query, scaling = self.queries[layer_idx], self.d**-0.5
+        attended = (
+            layer.decode(query, scaling, 0.0, None, visible)
+            if t == 1
+            else layer.prefill(query, keys, values, visible, scaling, is_plain=False)
+        )
         expected = self.plain.update(key, value, layer_idx)
-        if t == 1:
-            return layer.decode(self.queries[layer_idx], self.d**-0.5, 0.0, None, visible)[:, :, 0]
-        layer.record_pass()
-        for handed_out, held in zip(layer.with_past(keys, values), expected, strict=True):
+        if isinstance(attended, Tensor):
+            return attended[:, :, 0]
+        for handed_out, held in zip(attended, expected, strict=True):
             assert torch.equal(self.unpadded(handed_out, mask), self.unpadded(held, mask))
         return None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache import PagedCache
+from sparsekv.cache.steps import Step
 from sparsekv.hf.capture import decoder
 from sparsekv.hf.capture.decoder import CapturedDecoder
 from sparsekv.hf.capture.graphs import CapturedStep
@@ -42,7 +43,7 @@ class Played(CapturedStep):
         """As CapturedStep's."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
-        with cache.capturing():
+        with Step(cache.config, cache._store, cache.paged_layers).capturing():
             played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
         self.output.logits.copy_(played.logits)
         return type(self.output)(**self.output, **{CACHE: cache})
@@ -66,7 +67,7 @@ def decoded(forward: Callable[..., Any], cache: PagedCache, tokens: range) -> li
     found = []
     device = next(iter(cache._store.devices))
     for token in tokens:
-        ids = torch.full((cache._store.table.batch_size, 1), token, device=device)
+        ids = torch.full((cache._store.table.batch_size, 1), token, dtype=torch.int64, device=device)
         inputs = {"input_ids": ids, "position_ids": torch.full_like(ids, cache.get_seq_length())}
         found.append(forward(**inputs, **{CACHE: cache}, use_cache=True).logits.clone())
     return found

@@ -62,10 +62,10 @@ def layers_that_share(pair: CachePair) -> list[Tensor]:
 
 def captured(pair: CachePair, work: Work = layers) -> list[Tensor]:
     """A decode step as one that is replayed."""
-    with pair.paged.step():
-        with pair.paged.capturing() as reads:
+    with pair.paged.step() as step:
+        with step.capturing() as reads:
             out = work(pair)
-        pair.paged.follow(reads)
+        step.follow(reads)
     return out
 
 
@@ -273,40 +273,40 @@ def test_the_key_of_a_step_stays_while_nothing_moves() -> None:
     """On a CPU a table is as wide as it must be, so a step that begins a page is another one."""
     pair = prefilled(t=20, reserve_tokens=1000)
     pair.forward(1)
-    key = pair.paged.step_key
+    key = pair.paged.step().key
     for _ in range(3):
         captured(pair)
-        assert pair.paged.step_key == key
-    assert pair.paged.step_shape == (2, 6, 0)
+        assert pair.paged.step().key == key
+    assert pair.paged.step().shape == (2, 6, 0)
     captured(pair)
-    assert pair.paged.step_key != key
-    assert pair.paged.step_shape == (2, 7, 0)
+    assert pair.paged.step().key != key
+    assert pair.paged.step().shape == (2, 7, 0)
     pair.crop(1)
-    assert pair.paged.step_key == key
+    assert pair.paged.step().key == key
     pair.reorder(torch.tensor([1, 0]))
-    assert pair.paged.step_key == key
+    assert pair.paged.step().key == key
     hash(key)
 
 
 def test_the_key_of_a_step_knows_settings_batch_and_places() -> None:
     pair, other = prefilled(), prefilled()
-    key = pair.paged.step_key
-    others = [other.paged.step_key, pair.fork(policy="recent").paged.step_key]
+    key = pair.paged.step().key
+    others = [other.paged.step().key, pair.fork(policy="recent").paged.step().key]
     pair.select([1])
-    others.append(pair.paged.step_key)
+    others.append(pair.paged.step().key)
     pair.repeat(2)
-    assert pair.paged.step_key == key
+    assert pair.paged.step().key == key
     pair.forward(400)
     pair.crop(400)
-    others.append(pair.paged.step_key)  # the pool has grown
+    others.append(pair.paged.step().key)  # the pool has grown
     assert len({key, *others}) == 5
 
 
 def test_a_fork_takes_the_same_steps() -> None:
     """With the settings that it has in common."""
     pair = prefilled()
-    assert pair.fork().paged.step_key == pair.paged.step_key
-    assert pair.fork(budget=40).paged.step_key != pair.paged.step_key
+    assert pair.fork().paged.step().key == pair.paged.step().key
+    assert pair.fork(budget=40).paged.step().key != pair.paged.step().key
 
 
 @pytest.mark.parametrize("budget", [12, 40, 0.4])
@@ -429,10 +429,10 @@ def test_a_capture_that_fails_can_be_run_as_an_ordinary_step(up_to: int, valid: 
         for breaks in (False, True):
             torch.manual_seed(6)
             pair = prefilled(valid)
-            with pair.paged.step():
+            with pair.paged.step() as step:
                 if breaks:
                     seed = torch.get_rng_state()
-                    with pytest.raises(Broken), pair.paged.capturing():
+                    with pytest.raises(Broken), step.capturing():
                         begin(pair, up_to)
                     torch.set_rng_state(seed)
                 pair.forward(1)
@@ -449,10 +449,10 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(up_to: int | None, next_pa
     """As long as no layer has counted its token, which within `capturing` none does: everything can follow."""
     pair = prefilled(RAGGED)
     before = state(pair)
-    with contextlib.suppress(Broken), pair.paged.step():
+    with contextlib.suppress(Broken), pair.paged.step() as step:
         if up_to is None:
             raise Broken
-        with pair.paged.capturing():
+        with step.capturing():
             begin(pair, up_to)
     same_state(state(pair), before)
     pair.check()

@@ -20,8 +20,10 @@ from transformers.masking_utils import (
 )
 
 import sparsekv
-from sparsekv.hf import generation, prefill
-from sparsekv.hf.attention import sparsekv_mask, visible_columns
+from sparsekv.cache import prefill
+from sparsekv.cache.masks import visible_columns
+from sparsekv.hf import attention, chunks, generation
+from sparsekv.hf.attention import sparsekv_mask
 
 NEW = 8  # tokens that `decode` generates
 ROUNDING = 1e-4  # as in conftest.py
@@ -72,9 +74,9 @@ def test_the_masks_of_blocks_stay_small(monkeypatch) -> None:
 
 
 @given(batch=st.integers(1, 300), num_new=st.integers(1, 300_000))
-@example(batch=1, num_new=prefill.WHOLE)
-@example(batch=1, num_new=prefill.WHOLE + 1)
-@example(batch=1, num_new=4 * prefill.CHUNK + 1)
+@example(batch=1, num_new=chunks.WHOLE)
+@example(batch=1, num_new=chunks.WHOLE + 1)
+@example(batch=1, num_new=4 * chunks.CHUNK + 1)
 @example(batch=1, num_new=16_384 * 16_400 + 1)
 @example(batch=40, num_new=1024)
 @example(batch=40, num_new=1025)
@@ -82,13 +84,13 @@ def test_the_masks_of_blocks_stay_small(monkeypatch) -> None:
 @example(batch=100_000, num_new=1025)
 def test_chunks_are_of_a_bounded_size_and_never_end_with_one_token(batch: int, num_new: int) -> None:
     """A last chunk of one token would be taken for a decode step."""
-    size = prefill.chunk_size(batch, num_new)
+    size = chunks.chunk_size(batch, num_new)
     if size is None:
-        assert batch * num_new <= prefill.WHOLE or num_new <= max(1024, prefill.CHUNK // batch)
+        assert batch * num_new <= chunks.WHOLE or num_new <= max(1024, chunks.CHUNK // batch)
         return
-    assert batch * num_new > prefill.WHOLE
+    assert batch * num_new > chunks.WHOLE
     assert num_new % size != 1
-    wanted = max(prefill.CHUNK // batch, 1024)
+    wanted = max(chunks.CHUNK // batch, 1024)
     assert wanted <= size <= wanted + 16 * 16
     assert size < num_new or num_new == wanted + 1  # in two, the second would be of one token
 
@@ -99,7 +101,7 @@ def test_chunks_are_of_a_bounded_size_and_never_end_with_one_token(batch: int, n
 @pytest.fixture
 def no_masks(monkeypatch) -> None:
     """Every mask is large."""
-    monkeypatch.setattr(prefill, "LARGE_MASK", 0)
+    monkeypatch.setattr(attention, "LARGE_MASK", 0)
 
 
 @pytest.fixture
@@ -281,7 +283,7 @@ def test_small_masks_are_made(tiny, prompt, decode, attended, masks_made) -> Non
 
 def test_large_is_a_matter_of_elements(tiny, prompt, decode, monkeypatch, attended, masks_made) -> None:
     """Rows, queries and keys count."""
-    monkeypatch.setattr(prefill, "LARGE_MASK", 3 * 15 * 40)
+    monkeypatch.setattr(attention, "LARGE_MASK", 3 * 15 * 40)
     with sparsekv.patch(model := tiny("llama"), **FULL):
         decode(model, prompt(*PADDED), prefill_chunk_size=25)
     assert masks_made == [(3, 15, 40)]
@@ -295,7 +297,7 @@ def test_large_is_a_matter_of_elements(tiny, prompt, decode, monkeypatch, attend
 def test_the_users_static_cache(family, large, padded, chunk, tiny, prompt, decode, assert_same, monkeypatch) -> None:
     """Its keys have room behind the tokens: what is last is not newest, and its masks are never left out."""
     if large:
-        monkeypatch.setattr(prefill, "LARGE_MASK", 0)
+        monkeypatch.setattr(attention, "LARGE_MASK", 0)
     model, inputs = tiny(family), prompt(*(PADDED if padded else SINGLE))
 
     def answer() -> Any:
@@ -414,8 +416,8 @@ def test_a_mask_of_the_users_own(chunked, tiny, prompt, no_masks, attended) -> N
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
     """The least there are: 1024 tokens of each row."""
-    monkeypatch.setattr(prefill, "CHUNK", 1024)
-    monkeypatch.setattr(prefill, "WHOLE", 2048)
+    monkeypatch.setattr(chunks, "CHUNK", 1024)
+    monkeypatch.setattr(chunks, "WHOLE", 2048)
 
 
 @pytest.fixture
@@ -454,7 +456,7 @@ def test_long_prompts_are_chunked(
 ) -> None:
     """By generate itself, and the answer is what the unpatched model answers in one pass."""
     if not masks:
-        monkeypatch.setattr(prefill, "LARGE_MASK", 0)
+        monkeypatch.setattr(attention, "LARGE_MASK", 0)
     model, inputs = long(), prompt(*lengths)
     seen = Passes(model)
     theirs = decode(model, inputs)
@@ -567,7 +569,7 @@ def test_what_is_asked_of_all_tokens_comes_in_one_piece(
     settings, long, prompt, decode, assert_same, small_chunks, monkeypatch
 ) -> None:
     """As unpatched: the states of the whole prompt, not those of its last chunk."""
-    monkeypatch.setattr(prefill, "WHOLE", 1024)
+    monkeypatch.setattr(chunks, "WHOLE", 1024)
     model, inputs = long(attn_implementation="eager"), prompt(1100)
     seen, (name,) = Passes(model), [key.removeprefix("output_") for key in settings]
     theirs = decode(model, inputs, **settings, max_new_tokens=2)

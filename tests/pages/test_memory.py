@@ -124,7 +124,7 @@ def keys(pair: CachePair, steps: int) -> list[Any]:
     found = []
     for _ in range(steps):
         with pair.paged.step():
-            found.append(pair.paged.step_key)
+            found.append(pair.paged.step().key)
             pair.forward(1)
     return found
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache import PagedCache
+from sparsekv.cache.steps import Step
 from sparsekv.config import SparseConfig
 from sparsekv.hf.capture.fusion import fused
 from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
@@ -100,8 +101,8 @@ class CapturedDecoder:
         if self.last_obstacle is not None:
             return self.model(**inputs)
         cache = inputs[CACHE]
-        with cache.step():
-            return self._step(run, cache, inputs)
+        with cache.step() as begun:
+            return self._step(run, cache, begun, inputs)
 
     def why_eager(self, device: torch.device) -> str | None:
         """Why no decode step of a model on this device is captured, or None."""
@@ -140,18 +141,18 @@ class CapturedDecoder:
 
     # -- how
 
-    def _step(self, run: Run, cache: PagedCache, inputs: dict[str, Any]) -> Any:
+    def _step(self, run: Run, cache: PagedCache, begun: Step, inputs: dict[str, Any]) -> Any:
         tensors, rest = _split(inputs, cache)
         shapes = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in tensors.items())
-        warm = cache.config, cache.step_shape, shapes
-        key = cache.step_key, shapes, repr(sorted(rest.items(), key=str)), torch.is_autocast_enabled("cuda")
+        warm = begun.config, begun.shape, shapes
+        key = begun.key, shapes, repr(sorted(rest.items(), key=str)), torch.is_autocast_enabled("cuda")
         step = self._steps.get(key)
         if step is None and warm not in self._warm:  # kernels are built and libraries started by an eager step
             self._warm.add(warm)
             with self._as_captured():
                 return self.model(**inputs)
         if step is None:
-            step = self._capture(run, cache, tensors, rest)
+            step = self._capture(run, cache, begun, tensors, rest)
             if step is None:
                 return self.model(**inputs)
             run.captured.add(step)
@@ -159,18 +160,18 @@ class CapturedDecoder:
         elif step not in run.verified:
             return self._verify(run, step, cache, tensors, inputs)
         output = step.replay(tensors, cache)
-        cache.follow(step.reads)
+        begun.follow(step.reads)
         self.replays += 1
         return output
 
     def _capture(
-        self, run: Run, cache: PagedCache, tensors: dict[str, Tensor], rest: dict[str, Any]
+        self, run: Run, cache: PagedCache, begun: Step, tensors: dict[str, Tensor], rest: dict[str, Any]
     ) -> CapturedStep | None:
         forward = partial(self.model, **rest, **{CACHE: cache})
         try:
             step = CapturedStep(tensors)
             step.weights = addresses(self.model)
-            with cache.capturing() as step.reads, self._as_captured():
+            with begun.capturing() as step.reads, self._as_captured():
                 step.record(forward, self._site(tensors["input_ids"].device))
         except Exception as error:
             self._give_up(run, error)

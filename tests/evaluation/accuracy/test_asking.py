@@ -8,10 +8,10 @@ from transformers import LlamaForCausalLM
 
 import sparsekv
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.accuracy import asking
 from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
 from sparsekv.evaluation.tasks import Metric, Question, Turn
 from sparsekv.evaluation.wording import Wording
+from sparsekv.hf import chunks
 from sparsekv.hf.stops import stop_ids
 
 STOP = 9
@@ -163,8 +163,9 @@ def test_rows_without_finite_logits_are_told_so(wrong: float, loaded: Any) -> No
 
 def test_a_document_never_ends_with_a_chunk_of_one_token(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be decoded, sparsely."""
-    monkeypatch.setattr(asking, "CHUNK", 64)
-    monkeypatch.setattr(asking, "WHOLE", 128)
+    monkeypatch.setattr(chunks, "CHUNK", 64)
+    monkeypatch.setattr(chunks, "WHOLE", 128)
+    monkeypatch.setattr(chunks, "MIN_CHUNK", 1)
     model = loaded[0]
     with sparsekv.patch(model, budget=128, recent=16) as patch:
         for size in (192, 193):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import sparsekv
 from sparsekv.digests import DIGESTS
-from sparsekv.hf import generation, prefill
+from sparsekv.hf import attention, chunks, generation
 from sparsekv.policies import POLICIES
 from sparsekv.testing.consistency import assert_consistent
 
@@ -423,9 +423,9 @@ def test_long_prompts_in_chunks(dtype, lengths, model, ids, monkeypatch) -> None
     made, inputs = model(dtype=dtype), ids(*lengths)
     with sparsekv.patch(made, **SETTINGS | {"budget": 1024}):
         whole: Any = tokens(made, inputs, 4, output_logits=True, return_dict_in_generate=True)
-        monkeypatch.setattr(prefill, "LARGE_MASK", 0)
-        monkeypatch.setattr(prefill, "CHUNK", 256)
-        monkeypatch.setattr(prefill, "WHOLE", 512)
+        monkeypatch.setattr(attention, "LARGE_MASK", 0)
+        monkeypatch.setattr(chunks, "CHUNK", 256)
+        monkeypatch.setattr(chunks, "WHOLE", 512)
         chunked: Any = tokens(made, inputs, 4, output_logits=True, return_dict_in_generate=True)
     exact, ours = whole.logits[0].float(), chunked.logits[0].float()
     assert float((ours - exact).norm() / exact.norm()) < (0.03 if dtype == torch.bfloat16 else 1e-4)

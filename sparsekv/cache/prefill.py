@@ -8,44 +8,38 @@ left out row by row.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekv.cache import PagedLayer
+from sparsekv.cache.contents import ReadableLayer
 
-LARGE_MASK = 1 << 24  # elements (of a batch) beyond which no mask is made
-CHUNK = 16_384  # tokens of a prompt, over the batch, that go through the model at once
-WHOLE = 2 * CHUNK  # up to here a prompt goes in one piece
 BLOCK_ELEMENTS = 1 << 24  # of a mask, where there is no kernel without one
 
 
-def chunk_size(batch_size: int, num_new: int) -> int | None:
-    """Tokens of each sequence to prefill at once; None: all."""
-    size = max(CHUNK // batch_size, 1024)
-    if batch_size * num_new <= WHOLE or num_new <= size:
-        return None
-    return without_single(size, num_new)
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # as `causal`
 
 
-def without_single(size: int, num_new: int) -> int:
-    """The size of chunks, or a little more: the last one is never a single token, which would look like a decode
-    step."""
-    while 1 < size < num_new and num_new % size == 1:
-        size += 16
-    return size
-
-
-def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attend(
+    layer: ReadableLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    attention: Attention | None = None,
+) -> Tensor:
     """Causal attention of a layer's newest tokens, which are in its pages already: query `[b, hq, t, d]`, key and
-    value `[b, hkv, t, d]` -> `[b, t, hq, d]`; zero where there is padding."""
+    value `[b, hkv, t, d]` -> `[b, hq, t, d]`; zero where there is padding. `attention` (default: `causal`) gets
+    sequences without padding, and all keys and values of each."""
+    attention = attention or causal
     num_new = query.shape[2]
     past, valid = layer.length - num_new, layer.valid
     if valid is None and not past:
-        return causal(query, key, value, scaling).transpose(1, 2).contiguous()
-    out = query.new_zeros(query.shape[0], num_new, *query.shape[1::2])
+        return attention(query, key, value, scaling)
+    out = query.new_zeros(query.shape[0], num_new, *query.shape[1::2]).transpose(1, 2)  # as models want it to lie
     for row in range(len(out)):
         columns = _columns(valid, row, past, num_new)
         if columns is None:
@@ -53,7 +47,7 @@ def attend(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling
         own = [x[row : row + 1, :, columns] for x in (query, key, value)]
         if layer.row_length(row) > own[0].shape[2]:
             own[1:] = layer.sequence(row)
-        out[row, columns] = causal(own[0], own[1], own[2], scaling)[0].transpose(0, 1)
+        out[row, :, columns] = attention(own[0], own[1], own[2], scaling)[0]
     return out
 
 

@@ -1,0 +1,28 @@
+"""What a mask says, whatever kind of mask it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The dtype of a mask `[b, 1, 1, n]` that only says which columns hold tokens. The rest of it is causal.
+COLUMNS_ONLY = torch.uint8
+
+
+def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
+    """Which kv positions are no padding, `[b or 1, n]` bool: what the last query of any kind of mask may see."""
+    if attention_mask is None:
+        return None
+    row = attention_mask[:, 0, -1] if attention_mask.ndim == 4 else attention_mask
+    return row > -1 if row.is_floating_point() else row.bool()
+
+
+def is_causal(attention_mask: Tensor | None, num_new: int) -> bool:
+    """Whether a mask of the newest tokens says no more than padding, and that each sees the tokens up to itself."""
+    if attention_mask is None or attention_mask.dtype == COLUMNS_ONLY:
+        return True
+    if attention_mask.dtype != torch.bool or attention_mask.shape[-2] != num_new:
+        return False
+    n = attention_mask.shape[-1]
+    causal = torch.ones(num_new, n, dtype=torch.bool, device=attention_mask.device).tril(n - num_new)
+    return torch.equal(attention_mask, (causal & attention_mask[:, :1, -1:]).expand_as(attention_mask))
