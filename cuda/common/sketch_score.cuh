@@ -54,9 +54,12 @@ struct SketchScorer {
     using Query = SketchQuery<D>;
     static constexpr int N = Query::N, WORDS = Query::WORDS, MEAN_WORDS = Query::MEAN_WORDS;
     static constexpr int TILES = MAX_HEADS / TILE_HEADS;
-    static constexpr int STAGED = TILES * Query::TILE_WORDS;  // words of 16 bytes of a staged query
-    static constexpr int VECTORS = D / 32, GROUP = 16;        // 16 bytes each; tokens that are loaded at once
-    static constexpr float COUNT_SCALE = 0x1p112f;            // makes 2^-149 a COUNT_UNIT
+    // Words of 16 bytes of a staged query, and more: with so much shared memory the step is 2 % faster (H100, 16 x
+    // 128k).
+    static constexpr int STAGED = HEAD_TILES * (2 * D + 8);
+    static_assert(TILES * Query::TILE_WORDS <= STAGED, "a query has room");
+    static constexpr int VECTORS = D / 32, GROUP = 16;  // 16 bytes each; tokens that are loaded at once
+    static constexpr float COUNT_SCALE = 0x1p112f;      // makes 2^-149 a COUNT_UNIT
 
     u32 low[4 * VECTORS], high[4 * VECTORS];  // signs of pages lane / 4 and lane / 4 + 8, this lane's part
     u32 low_factors[8], high_factors[8];

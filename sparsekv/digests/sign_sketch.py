@@ -58,7 +58,7 @@ class SignSketch(Digest):
         "common/sketch_score.cuh",
         "Sketch<{heads}>",
         (torch.uint8, torch.float16, torch.int8, *[torch.float32] * 3),
-        staged=lambda head_dim, heads: heads // 4 * _tile_words(head_dim),
+        staged=lambda head_dim, heads: (2 * head_dim + 8) * -(-heads // 8),
         tolerance=2e-2,
     )
 
@@ -130,13 +130,6 @@ def _layout(page_size: int, head_dim: int) -> tuple[int, int, int, int]:
     size = head_dim // 8 // parts
     tokens = math.gcd(page_size, 1 << (-(-LANE_BYTES // size) - 1).bit_length())
     return page_size // tokens, parts, tokens, size
-
-
-def _tile_words(head_dim: int) -> int:
-    """Words of 16 bytes of four heads' query in a kernel: digits as planes of bits for two products, in every lane;
-    half counts and units; and the bytes that meet a mean, in every lane."""
-    planes = 2 * (4 if head_dim == 256 else 2) * 32
-    return (planes + 16 + head_dim // 16 * 32) // 4
 
 
 def _mixing(head_dim: int) -> Tensor:

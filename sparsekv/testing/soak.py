@@ -6,6 +6,7 @@ python -m sparsekv.testing.soak --shapes 10000 --seed 0 --out evaluation/results
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import random
@@ -232,14 +233,15 @@ def same_slots(
 
 
 def soak(shapes: int, seed: int) -> Tally:
-    """Checks so many random cases on the current GPU.
+    """Checks so many random cases on the current GPU, or fewer if it is interrupted.
 
     Raises:
         SparseKVError: an op is wrong; the message holds the case.
     """
     rng, tally, device = random.Random(seed), Tally(), torch.device("cuda", torch.cuda.current_device())
-    for _ in track(range(shapes), "Checking", disable=shapes < 100):
-        check(Case.draw(rng), device, tally)
+    with contextlib.suppress(KeyboardInterrupt):
+        for _ in track(range(shapes), "Checking", disable=shapes < 100):
+            check(Case.draw(rng), device, tally)
     return tally
 
 
