@@ -84,8 +84,8 @@ def _attention_cpu() -> str:
         "faster": "{speedup:.1f}x",
         "cache read": "{share:.1%}",
     }
-    rows = [  # files of before had milliseconds, and called SDPA dense
-        {**row, "dense_ms": row["sdpa_us"] / 1e3, "sparse_ms": row["sparse_us"] / 1e3} if "sdpa_us" in row else row
+    rows = [
+        {**row, "dense_ms": row["sdpa_us"] / 1e3, "sparse_ms": row["sparse_us"] / 1e3}
         for row in _load("attention_cpu")["rows"]
     ]
     return _table(columns, rows) + _source("attention_cpu")
