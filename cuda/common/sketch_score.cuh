@@ -54,8 +54,8 @@ struct SketchScorer {
     using Query = SketchQuery<D>;
     static constexpr int N = Query::N, WORDS = Query::WORDS, MEAN_WORDS = Query::MEAN_WORDS;
     static constexpr int TILES = MAX_HEADS / TILE_HEADS;
-    // Words of 16 bytes of a staged query, and more: with as little shared memory as is used, score_pages takes 200 us
-    // at 16 x 128k, with so much 198 (H100).
+    // Words of 16 bytes of a staged query, and more: with as little shared memory as is used, score_pages takes 200
+    // us at 16 x 128k, with so much 198 (H100).
     static constexpr int STAGED = HEAD_TILES * (2 * D + 8);
     static_assert(TILES * Query::TILE_WORDS <= STAGED, "a query has room");
     static constexpr int VECTORS = D / 32, GROUP = 16;  // 16 bytes each; tokens that are loaded at once
