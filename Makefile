@@ -64,7 +64,7 @@ $(GPU_VENV)/.ready: pyproject.toml setup.cfg
 	$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
 	@touch $@
 
-KERNELS := $(wildcard cuda/*.cu cuda/common/*.cuh)
+KERNELS := $(wildcard cuda/*.cu cuda/common/*.cuh tests/extending/*.cuh)
 .PHONY: lint
 lint: $(READY) ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from sparsekv import PagedCache
 from sparsekv.errors import ConfigError, UnknownNameError
-from sparsekv.hf.stops import stop_ids
+from sparsekv.hf.wording import stop_ids
 
 from . import testbed
 from .accuracy import asking, session

@@ -16,10 +16,10 @@ from transformers.cache_utils import Cache
 
 from sparsekv import Patch
 from sparsekv.evaluation.tasks import Metric, Question
-from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.capture.decoder import Run
 from sparsekv.hf.chunks import chunk_size, without_single
 from sparsekv.hf.support import CACHE
+from sparsekv.hf.wording import Wording
 
 MAX_AT_ONCE = 1 << 20  # of all documents together
 LONG = 64  # steps beyond which it pays to capture them

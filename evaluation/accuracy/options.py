@@ -15,7 +15,7 @@ from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import models, testbed
 from sparsekv.evaluation.models import AUTO, DTYPES
 from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
-from sparsekv.evaluation.wording import CHATS
+from sparsekv.hf.wording import CHATS
 
 from .methods import METHODS, Method, method, pairs
 

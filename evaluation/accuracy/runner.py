@@ -19,9 +19,8 @@ import sparsekv
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.tasks import Document, Metric, Question, Task, Writer, make_task, score
-from sparsekv.evaluation.wording import of_run
-from sparsekv.hf.stops import stop_ids
 from sparsekv.hf.support import context_of
+from sparsekv.hf.wording import of_run, stop_ids
 
 from .asking import PromptTurn, Row, decode, prefill, stepper, turns_of
 from .counters import Counters, layers_not_sparse

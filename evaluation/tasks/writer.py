@@ -14,7 +14,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.evaluation.testbed import vocabulary as vocab
 from sparsekv.evaluation.testbed.stories import Sentence, mixed, prose_bank
 from sparsekv.evaluation.testbed.tasks import Fact, Pools
-from sparsekv.evaluation.wording import Wording
+from sparsekv.hf.wording import Wording
 
 _PROBE = "goat."  # a tokenizer that splits at spaces does not know it
 _SAMPLE = 256  # sentences that tell how many tokens a word is

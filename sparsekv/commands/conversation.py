@@ -17,10 +17,9 @@ from torch import Tensor
 
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.wording import Wording
 from sparsekv.hf.chunks import without_single
-from sparsekv.hf.stops import stop_ids
 from sparsekv.hf.support import CACHE, context_of
+from sparsekv.hf.wording import Wording, stop_ids
 
 from .streaming import Stream
 

@@ -10,9 +10,8 @@ import sparsekv
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
 from sparsekv.evaluation.tasks import Metric, Question, Turn
-from sparsekv.evaluation.wording import Wording
 from sparsekv.hf import chunks
-from sparsekv.hf.stops import stop_ids
+from sparsekv.hf.wording import Wording, stop_ids
 
 STOP = 9
 CHAT = Wording("( ", (" # ", " ) "), (" > ( ", " ) "))

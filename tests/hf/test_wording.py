@@ -6,8 +6,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import testbed, wording
-from sparsekv.evaluation.wording import Wording
+from sparsekv.evaluation import testbed
+from sparsekv.hf import wording
+from sparsekv.hf.wording import Wording
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<end>{% endfor %}"

@@ -1,4 +1,5 @@
-"""How a document and questions become the text that a model reads: by its chat template, or as plain text.
+"""How a document and questions become the text that a model reads, by its chat template or as plain text, and where
+an answer ends.
 
 Every turn's text begins where the cache ends, so what was read before is never rendered again: whatever a template
 would make of earlier turns, the tokens that a later turn builds on are those in the cache.
@@ -115,3 +116,22 @@ def of_template(tokenizer: Any, has_document: bool, way_out: str = "--plain", **
     answer, second = {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _LATER}
     _, later = split(rendered(first, answer, second), _ANSWER)
     return Wording(start, split(rest, _FIRST), split(later, _LATER))
+
+
+def stop_ids(model: Any, tokenizer: Any, wording: Wording | None = None) -> frozenset[int]:
+    """Tokens that end an answer: the model's and the tokenizer's, and the one that a chat template puts behind it.
+
+    Args:
+        wording: of the chat; the text between an answer and the next question is `later[0]`. None: there is no chat.
+    """
+    found = model.generation_config.eos_token_id
+    ids = [found] if isinstance(found, int) else list(found or [])
+    known = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset([*ids, *known, *([] if wording is None else _first_special(tokenizer, wording.later[0]))])
+
+
+def _first_special(tokenizer: Any, text: str) -> list[int]:
+    """The first special token of a text, if it has one."""
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return [i for i in ids if i in known and known[i].special and i != tokenizer.unk_token_id][:1]
