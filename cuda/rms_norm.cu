@@ -2,11 +2,11 @@
 // channels at a time.
 #include "common/device.cuh"
 
-constexpr int MOST_WARPS = 32;
+constexpr int MAX_WARPS = 32;
 
 // The sum over all threads of a CTA, known to each.
 __device__ inline float cta_sum(float x) {
-    __shared__ float of_warp[MOST_WARPS];
+    __shared__ float of_warp[MAX_WARPS];
 #pragma unroll
     for (int distance = WARP / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
     if (lane_id() == 0) of_warp[warp_id()] = x;

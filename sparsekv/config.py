@@ -11,7 +11,7 @@ from sparsekv.errors import ConfigError, UnknownNameError
 
 GROUP_POOLINGS = ("max", "sum", "mean_softmax")
 BACKENDS = ("auto", "reference")
-MOST_RECENT = 64  # tokens, where `recent` follows the budget
+MAX_RECENT = 64  # tokens, where `recent` follows the budget
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class SparseConfig:
     def _recent_at(self, budget: int | float) -> int:
         if self.recent is not None:
             return self.recent
-        return MOST_RECENT if isinstance(budget, float) else min(MOST_RECENT, max(budget, 0) // 8)
+        return MAX_RECENT if isinstance(budget, float) else min(MAX_RECENT, max(budget, 0) // 8)
 
     def _forced_at(self, budget: int | float) -> int:
         return self.pages_for(self.sinks) + 1 + self.pages_for(max(self._recent_at(budget), 1) - 1)

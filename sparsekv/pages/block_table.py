@@ -23,7 +23,7 @@ from sparsekv.pages.page_pool import NO_PAGES, PageIds, PagePool
 
 Width = Callable[[int, torch.device], int]
 DeviceTables = dict[tuple[torch.device, int, int], DeviceTable]  # by device, batch size and width
-MOST_TABLES = 16  # that are kept for batch sizes and widths that may come back
+MAX_TABLES = 16  # that are kept for batch sizes and widths that may come back
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class BlockTable:
     def _take_table(self, device: torch.device, width: int) -> DeviceTable:
         key = device, self.batch_size, width
         if key not in self._tables:
-            if len(self._tables) >= MOST_TABLES:
+            if len(self._tables) >= MAX_TABLES:
                 self._tables.clear()
             self._tables[key] = DeviceTable(self.batch_size, width, device)
         self._tables[key].take(self)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheFullError
-from sparsekv.pages.block_table import MOST_TABLES, BlockTable, DeviceTables
+from sparsekv.pages.block_table import MAX_TABLES, BlockTable, DeviceTables
 from sparsekv.pages.device_table import FEW_CHANGES, WIDTH_STEP, DeviceTable, width_for
 from sparsekv.pages.page_pool import PagePool
 from sparsekv.pages.page_store import PageStore
@@ -268,10 +268,10 @@ def test_only_so_many_tables_are_kept() -> None:
     tables: DeviceTables = {}
     table = BlockTable(PagePool(1), tables=tables)  # as wide as it must be: another table at every step
     table.append(2, 3)
-    for _ in range(2 * MOST_TABLES + 3):
+    for _ in range(2 * MAX_TABLES + 3):
         table.append(2, 1)
         check(table)
-        assert len(tables) <= MOST_TABLES
+        assert len(tables) <= MAX_TABLES
 
 
 @pytest.mark.parametrize(
