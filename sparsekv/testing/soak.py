@@ -213,9 +213,7 @@ def tolerance_of(digest: str) -> float:
     return kernel.tolerance if kernel is not None else 0.0
 
 
-def same_slots(
-    name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: object, digest: str = "minmax"
-) -> None:
+def same_slots(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: object, digest: str) -> None:
     """Slots are the same, or those that differ have nearly the same scores.
 
     Raises:
