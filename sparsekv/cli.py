@@ -62,7 +62,7 @@ def _parser() -> Parser:
 
 
 def _add_demo(commands: Any) -> None:
-    from sparsekv.evaluation import demo
+    from sparsekv.commands import demo
 
     parser = commands.add_parser(
         "demo",

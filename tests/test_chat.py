@@ -13,8 +13,8 @@ from sparsekv.cli import main
 from sparsekv.commands import chat
 from sparsekv.commands.conversation import Conversation, Turn
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import models, testbed
-from sparsekv.hf import wording
+from sparsekv.evaluation import testbed
+from sparsekv.hf import models, wording
 
 STORY = testbed.make_story(1024, tasks=("needle", "many_keys"), num_questions=3, seed=0)
 ASKED = [q.prompt.removeprefix("Question : ").removesuffix(" ? Answer :") + "?" for q in STORY.questions]  # as typed

@@ -5,9 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsekv
+from sparsekv.commands.demo import ask
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.asking import prefill
-from sparsekv.evaluation.demo import ask
 
 pytestmark = pytest.mark.gpu
 

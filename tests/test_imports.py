@@ -139,7 +139,7 @@ def test_imports_run_one_way(path: Path) -> None:
         ("sparsekv.hf.patch", "import transformers", True),
         ("sparsekv.something_new", "", False),
         ("tools.testbed.train", "import sparsekv.cli, sparsekv.evaluation.testbed", True),
-        ("sparsekv.evaluation.demo", "from tools.testbed import train", False),
+        ("sparsekv.commands.demo", "from tools.testbed import train", False),
     ],
 )
 def test_the_check_itself(module: str, source: str, allowed: bool) -> None:

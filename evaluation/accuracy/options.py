@@ -12,9 +12,10 @@ from sparsekv import SparseConfig
 from sparsekv.command_line import positive, tokens
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import ConfigError, UnknownNameError
-from sparsekv.evaluation import models, testbed
-from sparsekv.evaluation.models import AUTO, DTYPES
+from sparsekv.evaluation import testbed
 from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
+from sparsekv.hf import models
+from sparsekv.hf.models import AUTO, DTYPES
 from sparsekv.hf.wording import CHATS
 
 from .methods import METHODS, Method, method, pairs

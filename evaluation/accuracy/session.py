@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from sparsekv.errors import SparseKVError
-from sparsekv.evaluation import models
+from sparsekv.hf import models
 
 from .options import AUTO, RunOptions
 from .results import Line

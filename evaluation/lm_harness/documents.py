@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import models
 from sparsekv.evaluation.tasks import Metric, Writer, make_task, score, spread
+from sparsekv.hf import models
 
 LENGTHS = (4096,)
 NUM_EXAMPLES = 64  # per length

@@ -25,7 +25,7 @@ from sparsekv import DIGESTS, POLICIES, PagedCache, Patch, SparseConfig
 from sparsekv.command_line import choose_device
 from sparsekv.errors import ConfigError, SparseKVError, did_you_mean
 from sparsekv.evaluation.accuracy.asking import prefill, stepper
-from sparsekv.evaluation.models import located
+from sparsekv.hf.models import located
 from sparsekv.hf.support import CACHE
 
 from .command import NAME

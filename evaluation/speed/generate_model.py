@@ -12,7 +12,7 @@ from sparsekv import POLICIES, SparseConfig
 from sparsekv.cache import heads_of
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.models import pretrained
+from sparsekv.hf.models import pretrained
 from sparsekv.hf.support import context_of
 
 from .geometry import GEOMETRIES, named

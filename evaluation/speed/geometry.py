@@ -12,7 +12,8 @@ from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from sparsekv.cache import heads_of
 from sparsekv.errors import ConfigError, UnknownNameError
-from sparsekv.evaluation.models import pretrained
+from sparsekv.evaluation import testbed  # noqa: F401  (which has a name among models)
+from sparsekv.hf.models import pretrained
 
 MAX_POSITIONS = 1 << 20
 

@@ -19,8 +19,8 @@ from functools import partial
 import sparsekv
 from sparsekv.command_line import BYTE_ORDER_MARK, EXIT_OK, read_text
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError
-from sparsekv.evaluation import models, testbed
-from sparsekv.hf import wording
+from sparsekv.evaluation import testbed
+from sparsekv.hf import models, wording
 
 from . import model_options
 from .conversation import Conversation

@@ -12,7 +12,7 @@ from typing import Any
 import sparsekv
 from sparsekv.command_line import add_json_option, circumstances, read_text
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import models
+from sparsekv.hf import models
 
 from . import model_options
 from .streaming import Stream

@@ -10,7 +10,8 @@ import sparsekv
 from sparsekv import SparseConfig
 from sparsekv.command_line import positive, tokens
 from sparsekv.config import GROUP_POOLINGS
-from sparsekv.evaluation import models, testbed
+from sparsekv.evaluation import testbed
+from sparsekv.hf import models
 
 
 def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from sparsekv.evaluation import models, testbed
+from sparsekv.evaluation import testbed
 from sparsekv.evaluation.testbed import TASKS, Story, make_story
+from sparsekv.hf import models
 from sparsekv.hf.support import CACHE
 
 from .batches import PAD_ID, WORD_IDS, question_ids

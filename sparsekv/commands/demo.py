@@ -17,14 +17,13 @@ import sparsekv
 from sparsekv import DecodeStats, PagedCache
 from sparsekv.command_line import add_json_option, choose_device, new_console, positive
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation import testbed
+from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill
+from sparsekv.evaluation.pages_plot import PageTrace, pages_figure
+from sparsekv.evaluation.report import result, save_json
+from sparsekv.evaluation.tasks import Metric
+from sparsekv.evaluation.testbed.stories import Question, Story, make_story
 from sparsekv.testing.timing import synchronize
-
-from . import testbed
-from .accuracy.asking import PromptTurn, Row, decode, prefill
-from .pages_plot import PageTrace, pages_figure
-from .report import result, save_json
-from .tasks import Metric
-from .testbed.stories import Question, Story, make_story
 
 TASKS = ("needle", "many_keys")
 MIN_CONTEXT, MAX_CONTEXT = 4096, 32768  # below, the smallest budget is all sinks and recent; above, never trained

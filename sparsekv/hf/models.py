@@ -15,7 +15,7 @@ from sparsekv.command_line import choose_device
 from sparsekv.errors import ConfigError
 
 AUTO = "auto"
-TESTBED, TESTBED_DIR = "testbed", Path(__file__).parent / "testbed" / "model"  # the small model that ships
+SHIPPED: dict[str, Path] = {}  # folders of small models that ship, by the names that stand for them
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 WHAT = "model id on the hub, a folder, a .gguf file, or testbed: the small model that ships"
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -52,7 +52,7 @@ def load(name: str, device: str = AUTO, dtype: str | torch.dtype = AUTO) -> tupl
         ConfigError: there is no such model or device.
     """
     place = choose_device(device)
-    if name == TESTBED and dtype == AUTO:
+    if name in SHIPPED and dtype == AUTO:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     tokenizer = pretrained(AutoTokenizer, name)
     return pretrained(AutoModelForCausalLM, name, dtype=dtype).to(place).eval(), tokenizer
@@ -82,7 +82,7 @@ def located(name: str) -> tuple[str, dict[str, str]]:
     Raises:
         ConfigError: it is neither, a folder has several GGUFs, or the packages are missing that read one.
     """
-    path = TESTBED_DIR if name == TESTBED else Path(name).expanduser()
+    path = SHIPPED.get(name) or Path(name).expanduser()
     if path.is_dir():
         file = _lone_gguf(path)
     elif path.is_file() or path.suffix.lower() == _GGUF or not _HUB_ID.fullmatch(name):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation import models, testbed
+from sparsekv.evaluation import testbed
+from sparsekv.hf import models
 
 
 def test_a_gguf_is_a_model_by_itself_or_alone_in_its_folder(gguf_file: Path) -> None:
@@ -40,7 +41,7 @@ def test_what_reads_a_gguf_is_named_where_it_is_missing(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny.gguf").touch()
-    monkeypatch.setattr(f"sparsekv.evaluation.models.is_{package}_available", lambda: False)
+    monkeypatch.setattr(f"sparsekv.hf.models.is_{package}_available", lambda: False)
     with pytest.raises(ConfigError, match=r"is a GGUF, which needs more packages.*pip install '\.\[gguf\]'"):
         models.load(str(tmp_path / "tiny.gguf"), "cpu")
 
