@@ -24,7 +24,7 @@ def run(row: Row, replies: list[int]) -> list[int]:
         if row.is_done:
             break
         fed.append(row.feed())
-        row.take(reply, -0.5)
+        row.take(reply)
     return fed
 
 
@@ -80,15 +80,6 @@ def test_an_answer_ends_with_what_a_template_puts_behind_it(loaded: Any) -> None
     assert stop_ids(model, tokenizer, ended) == {tokenizer.eos_token_id, pad}
 
 
-@pytest.mark.parametrize("prompt", [[], [1, 1]])
-def test_a_reference_is_fed_and_scored(prompt: list[int]) -> None:
-    """All of its tokens but the first, if nothing goes before it; the last is scored and not fed."""
-    row = Row([PromptTurn(prompt, [4, 5, 6])], Metric.PERPLEXITY, frozenset())
-    assert run(row, [0] * 9) == [*prompt, 4, 5]
-    assert row.num_scored == (3 if prompt else 2)
-    assert row.nll == pytest.approx(0.5 * row.num_scored)
-
-
 @pytest.fixture(scope="module")
 def loaded() -> tuple[LlamaForCausalLM, Any]:
     return testbed.load()
@@ -125,6 +116,26 @@ def test_rows_say_what_they_would_say_alone(loaded: Any) -> None:
         tokenizer.decode(row.said[0]) == q.turns[0].answers[0] for (_, q), row in zip(questions, rows, strict=True)
     ]
     assert sum(right) >= 6
+
+
+def test_given_texts_are_fed_and_scored_as_one_forward_would(loaded: Any) -> None:
+    """All of a reference's tokens but the first, if nothing goes before it; the last is scored and not fed. Texts of
+    other lengths beside it change nothing."""
+    model, steps = loaded[0], []
+    given = [([8], [4, 5, 6]), ([], [4, 5, 6]), ([1, 1], [9])]
+    with sparsekv.patch(model, budget=128, recent=16) as patch:
+        cache = patch.new_cache()
+        mask = prefill(model, [[5, 6, 7]] * 3, cache)
+        rows = [Row([PromptTurn(*turn)], Metric.PERPLEXITY, frozenset()) for turn in given]
+        assert decode(model, cache, rows, mask, steps.append) == 3 == len(steps)
+    assert [row.num_tokens for row in rows] == [3, 2, 2]
+    assert [row.num_scored for row in rows] == [3, 2, 1]
+    for row, (prompt, reference) in zip(rows, given, strict=True):
+        text = torch.tensor([[5, 6, 7, *prompt, *reference]])
+        with torch.inference_mode():
+            log_probs = model(text).logits[0].log_softmax(-1)
+        scored = [log_probs[i - 1, text[0, i]].item() for i in range(text.shape[1] - row.num_scored, text.shape[1])]
+        assert row.nll == pytest.approx(-sum(scored), abs=1e-4)
 
 
 def test_banned_tokens_are_never_said(loaded: Any) -> None:
