@@ -41,6 +41,11 @@ class Method:
         """Whether it reads everything, whatever the budget."""
         return POLICIES.get(self.policy).reads_all
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it scores pages for every query head."""
+        return POLICIES.get(self.policy).reads is not Reads.NOTHING
+
     def config(self, base: SparseConfig, budget: int | None) -> SparseConfig:
         """The settings at a budget. Small ones keep fewer recent tokens: at most a quarter of them, so that there is
         something left to choose.
@@ -127,10 +132,10 @@ def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int]) ->
         UnknownNameError: there is no such method.
     """
     found = method(name)
-    is_pooled = found.digest is not None and found.group_pooling is None
-    is_layered = not found.is_dense and found.dense_layers is None
-    of_poolings = ["", *(f"{_WITH}{pooling}" for pooling in poolings[1:] if is_pooled)]
-    of_layers = ["", *(f"{_WITH}dense{count}" for count in dense_layers[1:] if is_layered)]
+    more_poolings = poolings[1:] if found.digest is not None and found.group_pooling is None else ()
+    more_layers = dense_layers[1:] if not found.is_dense and found.dense_layers is None else ()
+    of_poolings = ["", *(f"{_WITH}{pooling}" for pooling in more_poolings)]
+    of_layers = ["", *(f"{_WITH}dense{count}" for count in more_layers)]
     return [method(f"{name}{pooling}{count}") for pooling in of_poolings for count in of_layers]
 
 

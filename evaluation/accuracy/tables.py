@@ -22,8 +22,9 @@ CSV_COLUMNS = (
     "score", "score_low", "score_high", "perplexity", "perplexity_low", "perplexity_high",
     "change", "change_low", "change_high",
     "bytes_per_token", "dense_bytes_per_token", "share", "pages_per_token",
+    "nats_change", "nats_change_low", "nats_change_high", "nats_change_error", "pooling", "dense_layers", "gpu",
 )  # fmt: skip
-_ESTIMATES = ("score", "perplexity", "change")
+_ESTIMATES = ("score", "perplexity", "change", "nats_change")
 ERROR = "error"
 _PERCENT, _POINTS = (".1f", ".0f", 100), ("+.1f", "+.1f", 100)
 
@@ -173,7 +174,7 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
     header += [MEAN, "against dense"] if scored else []
     for task in likely:
         what = task if task == "perplexity" else f"{task} perplexity"
-        header += [f"{what} (n={most[task]})", "over dense"]
+        header += [f"{what} (n={most[task]})", "nats over dense"]
 
     def row(method: str, budget: int | None) -> Iterator[str]:
         average = by_place[MEAN, method, budget]
@@ -184,7 +185,7 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
             yield from (_shown(average.score, full, *_PERCENT), _shown(average.change, full, *_POINTS))
         for task in likely:
             cell = by_place.get((task, method, budget))
-            yield from (_figure(cell, most[task], full), _shown(cell.change if cell else None, full, "+.2f"))
+            yield from (_figure(cell, most[task], full), _shown(cell.nats_change if cell else None, full, "+.4f"))
         yield "" if average.share is None else f"{100 * average.share:.1f}%"
 
     places = dict.fromkeys((c.method, c.budget) for c in found)

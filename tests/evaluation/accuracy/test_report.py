@@ -154,13 +154,21 @@ def test_the_csv_holds_every_cell(report: tuple[Run, list[Path]]) -> None:
         assert (row["task"], int(row["length"]), row["method"]) == (cell.task, cell.length, cell.method)
         assert row["budget"] == ("" if cell.budget is None else str(cell.budget))
         assert int(row["num_errors"]) == cell.num_errors
-        for name, estimate in (("score", cell.score), ("perplexity", cell.perplexity), ("change", cell.change)):
+        for name, estimate in (
+            ("score", cell.score),
+            ("perplexity", cell.perplexity),
+            ("change", cell.change),
+            ("nats_change", cell.nats_change),
+        ):
             values = [row[name], row[f"{name}_low"], row[f"{name}_high"]]
             if estimate is None:
                 assert values == ["", "", ""]
             else:
                 assert [float(x) for x in values] == [estimate.value, estimate.low, estimate.high]
         assert float(row["share"]) == cell.share
+        assert row["nats_change_error"] == ("" if cell.nats_change is None else str(cell.nats_change.error))
+        assert (row["pooling"] or None, row["gpu"]) == (cell.pooling, "CPU")
+        assert row["dense_layers"] == ("" if row["method"] == "dense" else "2")
 
 
 def test_what_is_missing_is_blank_and_errors_are_loud(report: tuple[Run, list[Path]]) -> None:
