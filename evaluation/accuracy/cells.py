@@ -116,14 +116,14 @@ def _figures(good: Sequence[Line], dense: Sequence[Line]) -> dict[str, Estimate 
     """Score or perplexity, and its change."""
     scored = [line for line in good if line.get("score") is not None]
     if scored:
-        pairs = _paired(scored, dense, "score")
+        pairs = paired(scored, dense, "score")
         changes = [ours["score"] - theirs["score"] for ours, theirs in pairs]
         change = intervals.difference(changes, [ours["document"] for ours, _ in pairs]) if pairs else None
         return {"score": intervals.proportion(*_columns(scored, "score", "document")), "change": change}
     if not good:
         return {}
     perplexity = intervals.perplexity(*_columns(good, "nll", "num_scored", "document"))
-    pairs = _paired(good, dense, "nll")
+    pairs = paired(good, dense, "nll")
     if not pairs:
         return {"perplexity": perplexity}
     nll, tokens, documents = _columns([ours for ours, _ in pairs], "nll", "num_scored", "document")
@@ -135,16 +135,16 @@ def _figures(good: Sequence[Line], dense: Sequence[Line]) -> dict[str, Estimate 
     }
 
 
-def _paired(lines: Sequence[Line], dense: Sequence[Line], name: str) -> Pairs:
+def paired(lines: Sequence[Line], dense: Sequence[Line], name: str) -> Pairs:
     """The lines whose question dense has answered too, with its line; none for dense itself."""
     if lines[0]["method"] == DENSE:
         return []
     theirs = {
-        (line["document"], line["question"]): line
+        (line["task"], line["document"], line["question"]): line
         for line in dense
         if not line["error"] and line.get(name) is not None
     }
-    found = ((line, theirs.get((line["document"], line["question"]))) for line in lines)
+    found = ((line, theirs.get((line["task"], line["document"], line["question"]))) for line in lines)
     return [(ours, other) for ours, other in found if other is not None]
 
 

@@ -107,6 +107,14 @@ def method(name: str) -> Method:
     return replace(found, name=name, **{key: value for text in settings for key, value in _setting(text).items()})
 
 
+def known(name: str) -> Method | None:
+    """The method called so; None if it is another program's, or not registered here."""
+    try:
+        return method(name)
+    except UnknownNameError:
+        return None
+
+
 def _pair(name: str) -> Method:
     if _PAIR not in name:
         raise UnknownNameError("method", name, [*METHODS, *pairs()])

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.errors import ConfigError
 
 from .manifest import MANIFEST, OF_PEERS, read_json, read_manifest, runs_of
-from .methods import DENSE, method
+from .methods import DENSE, known
 from .results import OF_PROBES, OF_RESULTS, PROBES, RESULTS, Key, Line, checked, read_lines
 
 
@@ -90,11 +90,9 @@ class Run:
 
     def settings_of(self, method_name: str) -> tuple[str | None, int | None]:
         """Pooling and dense layers of a method, as far as they make a difference to it and are known."""
-        try:
-            found = method(method_name)
-        except UnknownNameError:  # another program's, or one that is not registered here
+        found, settings = known(method_name), self.manifest.get("settings", {})
+        if found is None:
             return None, None
-        settings = self.manifest.get("settings", {})
         pooling, layers = settings.get("group_pooling", "max"), settings.get("dense_layers")
         return (
             (found.group_pooling or pooling) if found.is_pooled else None,
