@@ -18,7 +18,8 @@ from sparsekv.errors import UnknownNameError
 from sparsekv.policies import Reads
 
 DENSE = "dense"
-_PAIR, _WITH = "/", "+"
+WITH = "+"  # goes before a setting of a method's own
+_PAIR = "/"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def method(name: str) -> Method:
     Raises:
         UnknownNameError: there is none.
     """
-    plain, *settings = name.split(_WITH)
+    plain, *settings = name.split(WITH)
     found = METHODS.get(plain) or _pair(plain)
     return replace(found, name=name, **{key: value for text in settings for key, value in _setting(text).items()})
 
@@ -142,8 +143,8 @@ def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int]) ->
     found = method(name)
     more_poolings = poolings[1:] if found.digest is not None and found.group_pooling is None else ()
     more_layers = dense_layers[1:] if not found.is_dense and found.dense_layers is None else ()
-    of_poolings = ["", *(f"{_WITH}{pooling}" for pooling in more_poolings)]
-    of_layers = ["", *(f"{_WITH}dense{count}" for count in more_layers)]
+    of_poolings = ["", *(f"{WITH}{pooling}" for pooling in more_poolings)]
+    of_layers = ["", *(f"{WITH}dense{count}" for count in more_layers)]
     return [method(f"{name}{pooling}{count}") for pooling in of_poolings for count in of_layers]
 
 
