@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 import sparsekv
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
+from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, stepper, turns_of
+from sparsekv.evaluation.accuracy.probes import Probe
 from sparsekv.evaluation.tasks import Metric, Question, Turn
 from sparsekv.hf import chunks
 from sparsekv.hf.wording import Wording, stop_ids
@@ -182,3 +183,21 @@ def test_a_document_never_ends_with_a_chunk_of_one_token(loaded: Any, monkeypatc
             prefill(model, [[5] * size], patch.new_cache())
         assert patch.stats.sparse_steps + patch.stats.dense_steps == 0
         assert patch.stats.dense_passes == 3 + 3
+
+
+@pytest.mark.gpu
+def test_captured_steps_score_texts_as_eager_ones_do() -> None:
+    """Also where a probe looks at some of them, which run eagerly."""
+    model = testbed.load(device=torch.device("cuda"))[0]
+    text, nll = PromptTurn([8], [5 + i % 90 for i in range(120)]), []
+    with sparsekv.patch(model, budget=128, recent=16, dense_layers=0, fuse=False) as patch:
+        cache = patch.new_cache(4096)
+        mask = prefill(model, [[5 + i % 70 for i in range(600)]] * 2, cache)
+        for step in (patch.model, stepper(patch, 120)):
+            row, fork = [Row([text], Metric.PERPLEXITY, frozenset()) for _ in range(2)], cache.fork()
+            probe = Probe(fork, 120)
+            decode(step, fork, row, mask, probe.before_step)
+            assert [line["steps"] for line in probe.lines()] == [4] * 6
+            nll.append(row[0].nll)
+        assert patch.decoder.replays > 100
+    assert nll[1] == pytest.approx(nll[0], rel=1e-3)
