@@ -296,6 +296,7 @@ class Peer:
 
     def __init__(self, model: Any, tokenizer: Any, out: Path) -> None:
         self.model, self.tokenizer, self.out = model, tokenizer, out
+        self.gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
 
     def run(self, examples: Sequence[Line], cells: Sequence[Cell]) -> int:
         """Answers what is not answered yet; returns the number of answers that are errors."""
@@ -332,6 +333,7 @@ class Peer:
                 "question": question["question"],
                 **self._outcome(example["metric"], question, answer, error),
                 **_counts(reads, budget < len(example["document_ids"])),
+                "gpu": self.gpu,
             }
             for question, answer in zip(questions, answers, strict=True)
         ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from sparsekv import Patch
@@ -21,8 +22,10 @@ from sparsekv.hf.chunks import chunk_size, without_single
 from sparsekv.hf.support import CACHE
 from sparsekv.hf.wording import Wording
 
-MAX_AT_ONCE = 1 << 20  # of all documents together
+from .room import tokens_at_once
+
 LONG = 64  # steps beyond which it pays to capture them
+_COPIED = 1 << 23  # logits that are made float32 at once
 _SPARE_TOKENS, _SPARE_IN_CHAT = 4, 32  # an answer may be so much longer than the expected one; some chat around it
 
 Encode = Callable[[str], list[int]]
@@ -45,11 +48,12 @@ class PromptTurn:
 
 @dataclass
 class Row:
-    """A question under way: what it feeds next, and what the model has said.
+    """A question under way: what it feeds next, and what the model has said. Where the metric is perplexity nothing
+    is said: `decode` feeds the text as it is (`given`).
 
     Attributes:
         said: tokens of the answer to every turn begun.
-        nll: the negative log-likelihood of the reference's tokens, in nats, where they are fed.
+        nll: the negative log-likelihood of the reference's tokens, in nats, where they are given.
         num_tokens: tokens decoded, until the row had ended.
         is_finite: whether the model has given numbers at every step; what it says without is no answer.
     """
@@ -85,28 +89,18 @@ class Row:
         return self._next
 
     @property
-    def given(self) -> int:
-        """The token that comes next whatever the model says; 0 if none does."""
-        return self._queue[0] if self._queue else 0
+    def given(self) -> list[int]:
+        """The turn's prompt and reference, for a metric that scores them."""
+        return [*self.turns[0].prompt, *self.turns[0].reference]
 
-    def take(self, best: int, log_prob: float) -> None:
-        """Goes on from what the model says would follow the last token.
-
-        Args:
-            log_prob: of the token `given`, in nats.
-        """
+    def take(self, best: int) -> None:
+        """Goes on from what the model says would follow the last token."""
         if self.is_done:
             return
         if not self._queue:
             self._answer(best)
             return
         self._next = self._queue.pop(0)
-        if self.metric is Metric.PERPLEXITY:
-            if len(self._queue) < len(self.turns[0].reference):  # the token given is the reference's
-                self.nll -= log_prob
-                self.num_scored += 1
-            if not self._queue:  # the last need not be decoded
-                self._next = None
 
     def _answer(self, best: int) -> None:
         turn, said = self.turns[len(self.said) - 1], self.said[-1]
@@ -122,9 +116,8 @@ class Row:
         if len(self.said) == len(self.turns):
             self._next = None
             return
-        turn = self.turns[len(self.said)]
-        self._queue = [*turn.prompt, *(turn.reference if self.metric is Metric.PERPLEXITY else [])]
-        self._next = self._queue.pop(0)
+        if self.metric is not Metric.PERPLEXITY:
+            self._next, *self._queue = self.turns[len(self.said)].prompt
         self.said.append([])
 
 
@@ -148,7 +141,7 @@ def prefill(model: Any, documents: Sequence[Sequence[int]], cache: Cache) -> Ten
         mask[row, longest - len(document) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    step = min(chunk_size(1, longest) or longest, max(MAX_AT_ONCE // len(documents), 1024))
+    step = min(chunk_size(1, longest) or longest, max(tokens_at_once(model) // len(documents), 1024))
     step = without_single(step, longest)
     for start in range(0, longest, step):
         part = slice(start, start + step)
@@ -181,6 +174,7 @@ def decode(
 
     Args:
         step: the model's forward.
+        rows: of one metric.
         mask: `[rows, n]`, of what is in the cache.
         before_step: called with the number of each step.
         banned: tokens that are never said.
@@ -188,10 +182,11 @@ def decode(
     positions, num_steps = mask.sum(1, keepdim=True), 0
     is_finite = torch.ones(len(rows), dtype=torch.bool, device=mask.device)
     is_padded = not bool(mask.all())
-    while not all(row.is_done for row in rows):
+    given = rows[0].metric is Metric.PERPLEXITY
+    feed: _Given | _Said = _Given(rows, mask.device) if given else _Said(rows, mask.device, banned)
+    while (ids := feed.next()) is not None:
         if before_step is not None:
             before_step(num_steps)
-        ids = torch.tensor([[row.feed()] for row in rows], device=mask.device)
         inputs = {"input_ids": ids, "position_ids": positions + num_steps}
         if is_padded:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -199,20 +194,63 @@ def decode(
         logits = step(**inputs, **{CACHE: cache}, use_cache=True).logits[:, -1]
         # A model may rule out tokens with minus infinity; NaN goes through amax.
         is_finite &= logits.amax(-1).isfinite().to(is_finite.device)
-        _take(rows, logits, list(banned))
+        feed.take(logits)
         num_steps += 1
     for row, finite in zip(rows, is_finite.tolist(), strict=True):
         row.is_finite = finite
     return num_steps
 
 
-def _take(rows: Sequence[Row], logits: Tensor, banned: list[int]) -> None:
-    log_probs = [0.0] * len(rows)
-    if rows[0].metric is Metric.PERPLEXITY:
-        given = torch.tensor([[row.given] for row in rows], device=logits.device)
-        log_probs = logits.float().log_softmax(-1).gather(1, given)[:, 0].tolist()
-    if banned:
-        logits = logits.clone()
-        logits[:, banned] = float("-inf")
-    for row, best, log_prob in zip(rows, logits.argmax(-1).tolist(), log_probs, strict=True):
-        row.take(best, log_prob)
+class _Said:
+    """What is fed to rows that answer: after their prompts, what the model has said."""
+
+    def __init__(self, rows: Sequence[Row], device: torch.device, banned: Sequence[int]) -> None:
+        self.rows, self.device, self.banned = rows, device, list(banned)
+
+    def next(self) -> Tensor | None:
+        """Tokens `[rows, 1]`; None: all have answered."""
+        if all(row.is_done for row in self.rows):
+            return None
+        return torch.tensor([[row.feed()] for row in self.rows], device=self.device)
+
+    def take(self, logits: Tensor) -> None:
+        if self.banned:
+            logits = logits.clone()
+            logits[:, self.banned] = float("-inf")
+        for row, best in zip(self.rows, logits.argmax(-1).tolist(), strict=True):
+            row.take(best)
+
+
+class _Given:
+    """What is fed to rows whose text is given. The device keeps what it costs, and is asked at the end: no step waits
+    for the one before."""
+
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        self.rows = rows
+        texts = [torch.tensor(row.given) for row in rows]
+        self.ids = pad_sequence(texts, batch_first=True).to(device)
+        self._log_probs: list[Tensor] = []  # of the token after each that was fed, [rows]
+
+    def next(self) -> Tensor | None:
+        """Tokens `[rows, 1]`; None: only the last is left, which need not be decoded."""
+        place = len(self._log_probs)
+        if place + 1 < self.ids.shape[1]:
+            return self.ids[:, place : place + 1]
+        for row, log_probs in zip(self.rows, torch.stack(self._log_probs, 1).tolist(), strict=True):
+            row.num_tokens = len(row.given) - 1
+            row.num_scored = min(len(row.turns[0].reference), row.num_tokens)
+            row.nll = -sum(log_probs[row.num_tokens - row.num_scored : row.num_tokens])
+        return None
+
+    def take(self, logits: Tensor) -> None:
+        after = len(self._log_probs) + 1
+        targets = self.ids[:, after : after + 1].to(logits.device)
+        size = max(1, _COPIED // logits.shape[1])
+        parts = zip(logits.split(size), targets.split(size), strict=True)
+        self._log_probs.append(torch.cat([_log_probs(*part) for part in parts]))
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of a token `[rows, 1]` each by logits `[rows, vocabulary]`: `[rows]` float32."""
+    logits = logits.float()
+    return logits.gather(1, targets)[:, 0] - logits.logsumexp(1)

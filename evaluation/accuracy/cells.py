@@ -29,7 +29,10 @@ class Cell:
         score: None if there is none: another metric, or errors only.
         perplexity: where that is measured instead.
         change: of the one that there is: minus that of dense, of the questions that both answered.
+        nats_change: the same in nats per token, where perplexity is measured.
         bytes_per_token, dense_bytes_per_token, pages_per_token: of all layers of one sequence.
+        pooling, dense_layers: those that the method decoded with, as far as they make a difference to it.
+        gpu: what it was measured on, as far as that is known.
     """
 
     task: str
@@ -45,6 +48,10 @@ class Cell:
     bytes_per_token: float | None = None
     dense_bytes_per_token: float | None = None
     pages_per_token: float | None = None
+    nats_change: Estimate | None = None
+    pooling: str | None = None
+    dense_layers: int | None = None
+    gpu: str | None = None
 
     @property
     def share(self) -> float | None:
@@ -60,7 +67,7 @@ def cells(run: Run) -> list[Cell]:
     for line in run.lines:
         groups[line["task"], line["length"], line["method"], line["budget"]].append(line)
     dense = {(task, length): lines for (task, length, method, _), lines in groups.items() if method == DENSE}
-    found = [_cell(lines, dense.get((task, length), ())) for (task, length, _, _), lines in groups.items()]
+    found = [_cell(run, lines, dense.get((task, length), ())) for (task, length, _, _), lines in groups.items()]
     tasks, methods = run.tasks, run.methods
     return sorted(found, key=lambda c: (tasks.index(c.task), c.length, methods.index(c.method), c.budget or 0))
 
@@ -86,50 +93,58 @@ def means(found: Sequence[Cell]) -> list[Cell]:
     return [_mean(some, tasks[length]) for (length, _, _), some in groups.items()]
 
 
-def _cell(lines: Sequence[Line], dense: Sequence[Line]) -> Cell:
+def _cell(run: Run, lines: Sequence[Line], dense: Sequence[Line]) -> Cell:
     good = [line for line in lines if not line["error"]]
-    score, perplexity, change = _figures(good, dense)
+    method = lines[0]["method"]
+    pooling, dense_layers = run.settings_of(method)
     return Cell(
-        lines[0]["task"], lines[0]["length"], lines[0]["method"], lines[0]["budget"],
+        lines[0]["task"], lines[0]["length"], method, lines[0]["budget"],
         num_examples=len(good),
         num_documents=len({line["document"] for line in good}),
         num_errors=len(lines) - len(good),
-        score=score, perplexity=perplexity, change=change,
         bytes_per_token=_per_token(good, "bytes_per_token"),
         dense_bytes_per_token=_per_token(good, "dense_bytes_per_token"),
         pages_per_token=_per_token(good, "pages_per_token"),
+        pooling=pooling,
+        dense_layers=dense_layers,
+        gpu=", ".join(dict.fromkeys(filter(None, (line.get("gpu", run.gpu) for line in lines)))) or None,
+        **_figures(good, dense),
     )  # fmt: skip
 
 
-def _figures(good: Sequence[Line], dense: Sequence[Line]) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
-    """Score, perplexity, and the change of the one that there is."""
+def _figures(good: Sequence[Line], dense: Sequence[Line]) -> dict[str, Estimate | None]:
+    """Score or perplexity, and its change."""
     scored = [line for line in good if line.get("score") is not None]
     if scored:
-        pairs = _paired(scored, dense, "score")
+        pairs = paired(scored, dense, "score")
         changes = [ours["score"] - theirs["score"] for ours, theirs in pairs]
         change = intervals.difference(changes, [ours["document"] for ours, _ in pairs]) if pairs else None
-        return intervals.proportion(*_columns(scored, "score", "document")), None, change
+        return {"score": intervals.proportion(*_columns(scored, "score", "document")), "change": change}
     if not good:
-        return None, None, None
+        return {}
     perplexity = intervals.perplexity(*_columns(good, "nll", "num_scored", "document"))
-    pairs = _paired(good, dense, "nll")
+    pairs = paired(good, dense, "nll")
     if not pairs:
-        return None, perplexity, None
+        return {"perplexity": perplexity}
     nll, tokens, documents = _columns([ours for ours, _ in pairs], "nll", "num_scored", "document")
-    dense_nll = [theirs["nll"] for _, theirs in pairs]
-    return None, perplexity, intervals.perplexity_difference(nll, dense_nll, tokens, documents)
+    both = nll, [theirs["nll"] for _, theirs in pairs], tokens, documents
+    return {
+        "perplexity": perplexity,
+        "change": intervals.perplexity_difference(*both),
+        "nats_change": intervals.nats_difference(*both),
+    }
 
 
-def _paired(lines: Sequence[Line], dense: Sequence[Line], name: str) -> Pairs:
+def paired(lines: Sequence[Line], dense: Sequence[Line], name: str) -> Pairs:
     """The lines whose question dense has answered too, with its line; none for dense itself."""
     if lines[0]["method"] == DENSE:
         return []
     theirs = {
-        (line["document"], line["question"]): line
+        (line["task"], line["document"], line["question"]): line
         for line in dense
         if not line["error"] and line.get(name) is not None
     }
-    found = ((line, theirs.get((line["document"], line["question"]))) for line in lines)
+    found = ((line, theirs.get((line["task"], line["document"], line["question"]))) for line in lines)
     return [(ours, other) for ours, other in found if other is not None]
 
 

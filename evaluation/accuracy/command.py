@@ -2,6 +2,7 @@
 
     sparsekv eval run --tasks needle multi_key --budgets 256 1024 --lengths 4k 16k --out DIR
     sparsekv eval report DIR
+    sparsekv eval choose DIR DIR
 
 Questions about long documents, answered densely and sparsely. The same command goes on where a run was cut short.
 """
@@ -17,12 +18,13 @@ from sparsekv.command_line import add_json_option, new_console, with_json
 from sparsekv.errors import ConfigError
 
 from .options import add_arguments, add_work_arguments, options_of
+from .tolerances import Tolerances
 
 RUN = "run"
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """`run`, `report` and `export`."""
+    """`run`, `report`, `choose` and `export`."""
     commands = parser.add_subparsers(title="what", metavar="WHAT", required=True)
     run = commands.add_parser(
         RUN,
@@ -42,6 +44,20 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--out", metavar="DIR", help="where to (default: DIR/report)")
     add_json_option(report)
     report.set_defaults(run=with_json(_report))
+    choose = commands.add_parser(
+        "choose",
+        help="the setting that reads the fewest bytes of those that lose little enough in every run",
+        description="Prints what every setting loses in every run, and names the one that reads the fewest bytes of "
+        "those that lose little enough. The upper ends of 95 % intervals count.",
+    )
+    choose.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs (--out of run)")
+    for name, value in vars(Tolerances()).items():
+        unit = "points" if value >= 0.1 else "nats"
+        told = f"{unit} that may be lost (default {value:g})"
+        choose.add_argument(f"--{name}", type=float, default=value, metavar=unit.upper(), help=told)
+    choose.add_argument("--out", metavar="FILE", help="the table as Markdown, too")
+    add_json_option(choose)
+    choose.set_defaults(run=with_json(_choose))
     export = commands.add_parser(
         "export",
         help="the examples of a run as a file, for other programs to answer",
@@ -92,6 +108,31 @@ def _report(args: argparse.Namespace, command: str) -> dict[str, Any]:
     for path in written:
         console.print(f"Written: {path}")
     return _content(folder)
+
+
+def _choose(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    from .choose import best, candidates, grid
+    from .summary import Run
+    from .tables import fitted, section
+
+    tolerances = Tolerances(**{name: getattr(args, name) for name in vars(Tolerances())})
+    found = candidates([Run.read(Path(folder)) for folder in args.folders], tolerances)
+    table, console, (chosen, is_met) = grid(found), new_console(), best(found)
+    for part in fitted(table, console.width):
+        console.print(part)
+    if args.out:
+        Path(args.out).write_text(section(table), encoding="utf-8")
+        console.print(f"Written: {args.out}")
+    rows = [
+        {
+            **asdict(candidate.setting),
+            "nbytes": candidate.setting.nbytes,
+            "meets": candidate.meets,
+            "losses": [{**asdict(c), **asdict(loss)} for c, loss in candidate.losses.items()],
+        }
+        for candidate in found
+    ]
+    return {"chosen": asdict(chosen.setting), "is_met": is_met, "candidates": rows}
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,11 +37,13 @@ class Estimate:
 
     Attributes:
         low, high: None if nothing can be said.
+        error: the standard error, where it is asked for.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
+    error: float | None = None
 
 
 def proportion(scores: Sequence[float], documents: Sequence[int]) -> Estimate:
@@ -82,6 +84,20 @@ def perplexity_difference(
         return _exp(draws @ ours / total) - _exp(draws @ theirs / total)
 
     return _resampled(of, len(counts))
+
+
+def nats_difference(
+    nll: Sequence[float], dense_nll: Sequence[float], num_scored: Sequence[int], documents: Sequence[int]
+) -> Estimate:
+    """How many nats per token more the first costs than the second, over the same tokens, with its standard error."""
+    tokens = np.asarray(num_scored, np.float64)
+    more, counts = _by_document(documents, (np.asarray(nll) - np.asarray(dense_nll)) * tokens, tokens)
+    found = _resampled(lambda draws: (draws @ more) / (draws @ counts), len(counts))
+    if found.low is None:
+        return found
+    residuals = more - found.value * counts  # of the ratio of two sums (Cochran 1977, 6.4)
+    freedom = len(counts) / (len(counts) - 1)
+    return replace(found, error=math.sqrt(freedom * float(residuals @ residuals)) / float(counts.sum()))
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:

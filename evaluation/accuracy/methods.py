@@ -1,17 +1,24 @@
-"""Ways to decode, by name: which pages a step reads, and what they are chosen by."""
+"""Ways to decode, by name: which pages a step reads, and what they are chosen by.
+
+`sketch`, `sign_sketch/top_k`, and with settings of its own `sketch+mean_softmax+dense0`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sparsekv import DIGESTS, POLICIES, SparseConfig
+from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import UnknownNameError
 from sparsekv.policies import Reads
 
 DENSE = "dense"
+WITH = "+"  # goes before a setting of a method's own
 _PAIR = "/"
 
 
@@ -21,16 +28,24 @@ class Method:
 
     Attributes:
         digest: None if the policy reads none, or only true keys.
+        group_pooling, dense_layers: None: the run's.
     """
 
     name: str
     policy: str
     digest: str | None = None
+    group_pooling: str | None = None
+    dense_layers: int | None = None
 
     @property
     def is_dense(self) -> bool:
         """Whether it reads everything, whatever the budget."""
         return POLICIES.get(self.policy).reads_all
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it scores pages for every query head."""
+        return POLICIES.get(self.policy).reads is not Reads.NOTHING
 
     def config(self, base: SparseConfig, budget: int | None) -> SparseConfig:
         """The settings at a budget. Small ones keep fewer recent tokens: at most a quarter of them, so that there is
@@ -39,11 +54,10 @@ class Method:
         Raises:
             ConfigError: the budget is too small for what is always read.
         """
-        digest = self.digest or base.digest
+        own = {name: getattr(self, name) for name in _OWN if getattr(self, name) is not None}
         if budget is None:
-            return base.with_(policy=self.policy, digest=digest)
-        recent = min(base.recent_tokens, max(budget // 4, 1))
-        return base.with_(policy=self.policy, digest=digest, budget=budget, recent=recent)
+            return base.with_(**own)
+        return base.with_(**own, budget=budget, recent=min(base.recent_tokens, max(budget // 4, 1)))
 
     def own_code(self) -> str | None:
         """SHA-256 of the digest's and the policy's code, as far as they are not those that ship: who tries a digest
@@ -68,6 +82,7 @@ def _source(made: type) -> str:
         return "".join(f"{f.__name__} {f.__code__.co_code.hex()} {f.__code__.co_consts}" for f in functions)
 
 
+_OWN = ("policy", "digest", "group_pooling", "dense_layers")
 METHODS = {
     method.name: method
     for method in (
@@ -82,19 +97,55 @@ METHODS = {
 
 
 def method(name: str) -> Method:
-    """The method called so; `DIGEST/POLICY` names any pair of the registries, as `sign_sketch/top_k`.
+    """The method called so; `DIGEST/POLICY` names any pair of the registries, as `sign_sketch/top_k`. What follows on
+    a `+` is a setting of its own: a pooling, or `dense0` for `dense_layers=0`.
 
     Raises:
         UnknownNameError: there is none.
     """
-    if name in METHODS:
-        return METHODS[name]
+    plain, *settings = name.split(WITH)
+    found = METHODS.get(plain) or _pair(plain)
+    return replace(found, name=name, **{key: value for text in settings for key, value in _setting(text).items()})
+
+
+def known(name: str) -> Method | None:
+    """The method called so; None if it is another program's, or not registered here."""
+    try:
+        return method(name)
+    except UnknownNameError:
+        return None
+
+
+def _pair(name: str) -> Method:
     if _PAIR not in name:
         raise UnknownNameError("method", name, [*METHODS, *pairs()])
     digest, policy = name.split(_PAIR, 1)
     DIGESTS.get(digest)
     reads = POLICIES.get(policy).reads
     return Method(name, policy, digest if reads is Reads.DIGESTS else None)
+
+
+def _setting(text: str) -> dict[str, Any]:
+    if dense := re.fullmatch(r"dense(\d+)", text):
+        return {"dense_layers": int(dense[1])}
+    if text not in GROUP_POOLINGS:
+        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "dense0"])
+    return {"group_pooling": text}
+
+
+def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int]) -> list[Method]:
+    """A method with every setting that makes a difference to it and that it does not name: poolings if it reads
+    digests, dense layers unless it reads everything anyway. The first of each is the run's own, and is not named.
+
+    Raises:
+        UnknownNameError: there is no such method.
+    """
+    found = method(name)
+    more_poolings = poolings[1:] if found.digest is not None and found.group_pooling is None else ()
+    more_layers = dense_layers[1:] if not found.is_dense and found.dense_layers is None else ()
+    of_poolings = ["", *(f"{WITH}{pooling}" for pooling in more_poolings)]
+    of_layers = ["", *(f"{WITH}dense{count}" for count in more_layers)]
+    return [method(f"{name}{pooling}{count}") for pooling in of_poolings for count in of_layers]
 
 
 def pairs() -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sparsekv import SparseConfig
 from sparsekv.command_line import positive, tokens
@@ -18,9 +19,10 @@ from sparsekv.hf import models
 from sparsekv.hf.models import AUTO, DTYPES
 from sparsekv.hf.wording import CHATS
 
-from .methods import METHODS, Method, method, pairs
+from .methods import METHODS, Method, pairs, variants
 
-_LISTS = {"tasks": str, "methods": str, "budgets": int, "lengths": int}
+_LISTS = {"tasks": str, "methods": str, "budgets": int, "lengths": int, "dense_layers": int, "group_pooling": str}
+_OFTEN_SINGLE = ("dense_layers", "group_pooling")
 _TEXTS, _COUNTS, _FLAGS = ("model", "device"), ("num_examples", "batch_tokens", "batch_rows"), ("probe",)
 QUICK = {
     "lengths": (2048,),
@@ -43,7 +45,9 @@ class RunOptions:
         seed: another one writes other documents.
         chat: whether questions are put into the tokenizer's chat template: `yes`, `no`, or `auto`, where it has one.
             Perplexity is of plain text in any case.
-        page_size, dense_layers, sinks, recent, group_pooling: of the patch.
+        page_size, sinks, recent: of the patch.
+        dense_layers, group_pooling: of the patch, one or several: methods are measured with each, as far as it makes
+            a difference to them. The first is the run's own; a method with another one says so in its name.
         probe: whether to measure attention mass on a few steps.
         batch_tokens, batch_rows: most tokens of documents, and most questions, at once.
 
@@ -60,10 +64,10 @@ class RunOptions:
     seed: int = 0
     chat: str = AUTO
     page_size: int = 16
-    dense_layers: int = 2
+    dense_layers: int | tuple[int, ...] = 2
     sinks: int = 4
     recent: int = 64
-    group_pooling: str = "max"
+    group_pooling: str | tuple[str, ...] = "max"
     probe: bool = True
     device: str = "auto"
     dtype: str = "auto"
@@ -76,6 +80,8 @@ class RunOptions:
         self._check_single_values()
         for name in self.tasks:
             make_task(name)
+        for pooling in self.poolings:
+            self.base.with_(group_pooling=pooling)
         for found, budget in self.cells:
             found.config(self.base, budget)
 
@@ -93,37 +99,56 @@ class RunOptions:
         _check("chat", self.chat, self.chat in CHATS, f"one of {', '.join(CHATS)}")
 
     @property
+    def poolings(self) -> tuple[str, ...]:
+        """All of `group_pooling`."""
+        return cast("tuple[str, ...]", self.group_pooling)
+
+    @cached_property
     def base(self) -> SparseConfig:
-        """The settings that all methods share."""
+        """The settings that all methods share, but for those that they name."""
         budget = max(self.budgets)
         forced = SparseConfig(
             budget=1 << 30, page_size=self.page_size, sinks=self.sinks, recent=self.recent,
-            dense_layers=self.dense_layers, group_pooling=self.group_pooling,
+            dense_layers=self._layers[0], group_pooling=self.poolings[0],
         )  # fmt: skip
         return forced.with_(budget=max(budget, forced.forced_pages * self.page_size))
 
-    @property
+    @cached_property
     def cells(self) -> list[tuple[Method, int | None]]:
-        """Every method at every budget; dense has none."""
-        found = [method(name) for name in self.methods]
-        return [(m, b) for m in found for b in ((None,) if m.is_dense else self.budgets)]
+        """Every method with every setting at every budget; dense has none."""
+        found = {m.name: m for name in self.methods for m in variants(name, self.poolings, self._layers)}
+        return [(m, b) for m in found.values() for b in ((None,) if m.is_dense else self.budgets)]
+
+    @property
+    def fewest_dense(self) -> int:
+        """The fewest dense layers of all methods: the others need digests."""
+        return min(self._layers[0] if m.dense_layers is None else m.dense_layers for m, _ in self.cells)
+
+    @property
+    def _layers(self) -> tuple[int, ...]:
+        return cast("tuple[int, ...]", self.dense_layers)
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on, for the manifest."""
         hidden = ("model", "device", "batch_tokens", "batch_rows", "probe", "chat")  # of chat, what it comes to
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        found |= {name: getattr(self, name)[0] for name in _OFTEN_SINGLE}  # other ones are in the methods' names
+        found["methods"] = list(dict.fromkeys(method.name for method, _ in self.cells))
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def _listed(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     """A setting of several values, without repetitions."""
+    if name in _OFTEN_SINGLE and isinstance(value, kind):
+        value = (value,)
     if not isinstance(value, (tuple, list)) or not all(isinstance(x, kind) and type(x) is not bool for x in value):
         what = "names" if kind is str else "whole numbers"
         raise ConfigError(f"{name}={value!r} is not allowed: a list of {what}.")
     if not value:
         raise ConfigError(f"{name} is empty: name at least one.")
-    if kind is int and min(value) < 1:
-        raise ConfigError(f"{name}={min(value)} is not allowed: at least 1.")
+    least = 0 if name == "dense_layers" else 1
+    if kind is int and min(value) < least:
+        raise ConfigError(f"{name}={min(value)} is not allowed: at least {least}.")
     return tuple(dict.fromkeys(value))
 
 
@@ -143,7 +168,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", metavar="T", help=f"{', '.join(TASKS)}; {files} (default: all that need no file)")
     add(
         "--methods", nargs="+", metavar="M",
-        help=f"{', '.join(METHODS)}; DIGEST/POLICY: {', '.join(pairs())} (default: {' '.join(known.methods)})",
+        help=f"{', '.join(METHODS)}; DIGEST/POLICY: {', '.join(pairs())}; and settings, as quest+sum+dense0 "
+        f"(default: {' '.join(known.methods)})",
     )  # fmt: skip
     add("--budgets", nargs="+", type=tokens, metavar="TOKENS", help="read per kv head (default 256 1024)")
     add("--lengths", nargs="+", type=tokens, metavar="TOKENS", help="of a document, 32k or 32768 (default 4k)")
@@ -151,14 +177,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="another number writes other documents (default 0)")
     add("--chat", choices=CHATS, help="put questions into the model's chat template (default auto: if it has one)")
     add("--page-size", type=positive, metavar="TOKENS", help="tokens per page (default 16)")
-    add("--dense-layers", type=int, metavar="N", help="the first so many layers read everything (default 2)")
+    add(
+        "--dense-layers", nargs="+", type=int, metavar="N",
+        help="the first so many layers read everything (default 2); of several, methods are measured with each",
+    )  # fmt: skip
     add("--sinks", type=int, metavar="TOKENS", help="first tokens that are always read (default 4)")
     add(
         "--recent", type=int, metavar="TOKENS",
         help="last tokens that are always read; at most a quarter of the budget (default 64)",
     )  # fmt: skip
     poolings = ", ".join(GROUP_POOLINGS)
-    add("--group-pooling", metavar="P", help=f"of the scores of a kv head's query heads: {poolings} (default max)")
+    add(
+        "--group-pooling", nargs="+", metavar="P",
+        help=f"of the scores of a kv head's query heads: {poolings} (default max); of several, digests with each",
+    )  # fmt: skip
     models.add_arguments(parser, default=None)
     add("--quick", action="store_true", help="a few examples of a few tasks at 2k: a minute or two on two cores")
 
@@ -211,7 +243,7 @@ def _as_tokens(name: str, value: Any) -> Any:
     if name not in _LISTS:
         return value
     values: Sequence[Any] = value if isinstance(value, list) else [value]
-    return list(values) if _LISTS[name] is str else [_number_of_tokens(name, x) for x in values]
+    return [_number_of_tokens(name, x) for x in values] if name in ("budgets", "lengths") else list(values)
 
 
 def _number_of_tokens(name: str, value: object) -> int:

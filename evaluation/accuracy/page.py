@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from .attention_plot import attention_figure
 from .cells import cells, means
 from .heatmaps import save_heatmaps
+from .loss_plot import loss_figure
 from .plots import accuracy_figure, bytes_figure
 from .results import Line
 from .summary import Run
@@ -60,7 +61,7 @@ def save_plots(run: Run, folder: Path) -> list[Path]:
         figure.savefig(folder / name)
         return [folder / name]
 
-    files = saved("bytes.png", bytes_figure(run, found, averages))
+    files = saved("bytes.png", bytes_figure(run, found, averages)) + saved("losses.png", loss_figure(run, found))
     for length in run.lengths:
         some, mean = ([cell for cell in group if cell.length == length] for group in (found, averages))
         files += saved(f"accuracy_{length}.png", accuracy_figure(run, some, mean))

@@ -10,7 +10,7 @@ from sparsekv.evaluation.report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, S
 
 from .cells import MEAN, Cell, unsolved
 from .intervals import Estimate
-from .methods import DENSE
+from .methods import DENSE, WITH, known
 from .summary import Run
 
 _OWN_STYLES = {
@@ -21,16 +21,27 @@ _OWN_STYLES = {
     "random": (GREY, "X"),
 }
 _MORE_STYLES = [(RED, "v"), (SKY, "P"), ("black", "<"), (GREEN, ">"), (ORANGE, "h"), (BLUE, "*"), (PURPLE, "p")]
+_MARKERS, _LINES = ("p", "*", "h", "<"), ("-", "--", ":", "-.")
 _MIB = 1 << 20
 DPI, MIN_WIDTH = 120, 6.4
 
 
 def styles(run: Run) -> dict[str, dict[str, Any]]:
-    """Color and marker by method: our own always look the same."""
-    others = [name for name in run.methods if name not in _OWN_STYLES and name != DENSE]
-    more = {name: _MORE_STYLES[i % len(_MORE_STYLES)] for i, name in enumerate(others)}
-    looks = {**_OWN_STYLES, **more}
-    return {n: {"color": looks[n][0], "marker": looks[n][1], "markersize": 6} for n in run.methods if n != DENSE}
+    """Color and marker by method: our own always look the same. A pooling of its own changes a method's marker, a
+    number of dense layers of its own its line."""
+    plain = {name: name.partition(WITH)[0] for name in run.methods if name != DENSE}
+    others = [name for name in dict.fromkeys(plain.values()) if name not in _OWN_STYLES]
+    looks = {**_OWN_STYLES, **{name: _MORE_STYLES[i % len(_MORE_STYLES)] for i, name in enumerate(others)}}
+    own = {name: (m.group_pooling, m.dense_layers) if (m := known(name)) else (None, None) for name in plain}
+    poolings, layers = (list(dict.fromkeys([None, *(some[i] for some in own.values())])) for i in range(2))
+
+    def look(name: str) -> dict[str, Any]:
+        color, marker = looks[plain[name]]
+        pooling, line = poolings.index(own[name][0]), layers.index(own[name][1]) % len(_LINES)
+        markers = (marker, *_MARKERS)
+        return {"color": color, "marker": markers[pooling % len(markers)], "linestyle": _LINES[line], "markersize": 6}
+
+    return {name: look(name) for name in plain}
 
 
 def grid(count: int, columns: int, panel_size: tuple[float, float], height: float, **shared: Any) -> Any:
@@ -104,7 +115,7 @@ def _draw_accuracy(panel: Any, run: Run, task: str, some: Sequence[Cell]) -> Non
         if ours:
             shift = 2 ** (0.07 * (place - (len(looks) - 1) / 2))  # intervals side by side, not on top of each other
             x = [(c.budget or 0) * shift for c in ours]
-            _draw_line(panel, x, ours, scale, label=shown(method), **look)
+            draw_line(panel, x, [_figure(c) for c in ours], scale, label=shown(method), **look)
     for cell in some:
         if cell.method == DENSE and (figure := _figure(cell)):
             _draw_dense(panel, figure, scale)
@@ -118,12 +129,13 @@ def _draw_accuracy(panel: Any, run: Run, task: str, some: Sequence[Cell]) -> Non
     panel.grid(alpha=0.3)
 
 
-def _draw_line(panel: Any, x: Sequence[float], cells: Sequence[Cell], scale: float, **look: Any) -> None:
-    found = [figure for cell in cells if (figure := _figure(cell))]
-    y = [scale * one.value for one in found]
-    below = [0 if one.low is None else max(value - scale * one.low, 0) for value, one in zip(y, found, strict=True)]
-    above = [0 if one.high is None else max(scale * one.high - value, 0) for value, one in zip(y, found, strict=True)]
-    drawn = panel.errorbar(x, y, (below, above), elinewidth=1, linewidth=1.5, **look)
+def draw_line(panel: Any, x: Sequence[float], y: Sequence[Estimate | None], scale: float = 1, **look: Any) -> None:
+    """Draws figures, each with its interval."""
+    found = [(place, one) for place, one in zip(x, y, strict=True) if one]
+    values = [scale * one.value for _, one in found]
+    below = [0 if one.low is None else max(scale * (one.value - one.low), 0) for _, one in found]
+    above = [0 if one.high is None else max(scale * (one.high - one.value), 0) for _, one in found]
+    drawn = panel.errorbar([place for place, _ in found], values, (below, above), elinewidth=1, linewidth=1.5, **look)
     for bar in drawn.lines[2]:
         bar.set_alpha(0.5)
 
@@ -180,18 +192,14 @@ def _draw_bytes(panel: Any, run: Run, length: int, points: Sequence[Cell]) -> No
     scale = 1 if points[0].perplexity else 100
     front = pareto(points)
     panel.plot(
-        [_mib(c) for c in front], [scale * _value(c) for c in front], color="black", alpha=0.25, linewidth=7,
+        [mib(c) for c in front], [scale * _value(c) for c in front], color="black", alpha=0.25, linewidth=7,
         drawstyle="steps-post", solid_capstyle="round", zorder=0, label="best for its bytes",
     )  # fmt: skip
     for method, look in {**styles(run), DENSE: {"color": "black", "marker": "o", "markerfacecolor": "none"}}.items():
-        ours = sorted((c for c in points if c.method == method), key=_mib)
+        ours = sorted((c for c in points if c.method == method), key=mib)
         if ours:
-            _draw_line(panel, [_mib(c) for c in ours], ours, scale, label=shown(method), **look)
-    panel.set_xscale("log")
-    low, high, ticks = _log_ticks([_mib(c) for c in points])
-    panel.set_xlim(low, high)
-    panel.set_xticks(ticks, [f"{tick:,.7g}" for tick in ticks])
-    panel.minorticks_off()
+            draw_line(panel, [mib(c) for c in ours], [_figure(c) for c in ours], scale, label=shown(method), **look)
+    scale_bytes(panel, points)
     _scale_figures(panel, points)
     _name_budgets(panel, points, scale)  # now that it is known where they are
     panel.set_title(f"{length:,} tokens", fontsize=10)
@@ -201,7 +209,7 @@ def _draw_bytes(panel: Any, run: Run, length: int, points: Sequence[Cell]) -> No
 def pareto(points: Iterable[Cell]) -> list[Cell]:
     """Those of which none reads no more and is better, by bytes."""
     front: list[Cell] = []
-    for cell in sorted(points, key=lambda c: (_mib(c), -_worth(c))):
+    for cell in sorted(points, key=lambda c: (mib(c), -_worth(c))):
         if not front or _worth(cell) > _worth(front[-1]):
             front.append(cell)
     return front
@@ -214,7 +222,7 @@ def _name_budgets(panel: Any, points: Sequence[Cell], scale: float) -> None:
     halo = [Stroke(linewidth=2.5, foreground="white"), Normal()]
     named: list[tuple[float, float]] = []
     for cell in reversed(pareto(points)):
-        place = (_mib(cell), scale * _value(cell))
+        place = (mib(cell), scale * _value(cell))
         x, y = panel.transData.transform(place)
         if cell.budget and all(abs(x - left) > 40 or abs(y - top) > 14 for left, top in named):
             named.append((x, y))
@@ -225,6 +233,15 @@ def _name_budgets(panel: Any, points: Sequence[Cell], scale: float) -> None:
 
 
 # -- what they share
+
+
+def scale_bytes(panel: Any, points: Sequence[Cell]) -> None:
+    """The x axis: bytes read, by their logarithm."""
+    panel.set_xscale("log")
+    low, high, ticks = _log_ticks([mib(c) for c in points])
+    panel.set_xlim(low, high)
+    panel.set_xticks(ticks, [f"{tick:,.7g}" for tick in ticks])
+    panel.minorticks_off()
 
 
 def _scale_figures(panel: Any, some: Sequence[Cell]) -> None:
@@ -267,7 +284,8 @@ def _worth(cell: Cell) -> float:
     return -_value(cell) if cell.perplexity else _value(cell)
 
 
-def _mib(cell: Cell) -> float:
+def mib(cell: Cell) -> float:
+    """MiB that a token reads."""
     return (cell.bytes_per_token or 0) / _MIB
 
 
@@ -284,6 +302,8 @@ def legend_below(figure: Any, panels: Iterable[Any]) -> None:
         handles, labels = panel.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
     if found:
-        rows = -(-len(found) // 7)
+        wide = 0.6 + 0.075 * max(map(len, found))  # inches of an entry
+        rows = -(-len(found) // min(7, max(1, int(figure.get_figwidth() / wide))))
         columns = -(-len(found) // rows)
+        figure.set_figheight(figure.get_figheight() + 0.2 * max(0, rows - 2))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=9)

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sparsekv import DecodeStep
+from sparsekv import DecodeStep, PagedCache
 from sparsekv.ops.reference import listed
 from sparsekv.policies.oracle import exact_scores
 
@@ -22,9 +22,10 @@ NUM_STEPS = 4  # of a batch, spread over it
 
 
 class Probe:
-    """An observer of a cache: `cache.observers.append(probe)`. It looks at a few steps.
+    """An observer of a cache in a few steps only; between them the cache decodes as it would unobserved.
 
     Args:
+        cache: it has no other observers.
         num_steps: so many may come.
 
     Attributes:
@@ -33,18 +34,18 @@ class Probe:
         overlap: the same of the share of the oracle's pages that were read.
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, cache: PagedCache, num_steps: int) -> None:
+        self.cache = cache
         self._looks = {round((i + 1) * num_steps / (NUM_STEPS + 1)) for i in range(NUM_STEPS)}
-        self.is_looking = False
         self.mass: dict[int, list[Tensor]] = defaultdict(list)
         self.overlap: dict[int, list[Tensor]] = defaultdict(list)
 
     def before_step(self, number: int) -> None:
         """Is to be told of every step."""
-        self.is_looking = number in self._looks
+        self.cache.observers = [self] if number in self._looks else []
 
     def __call__(self, step: DecodeStep, slots: Tensor | None) -> None:
-        if not self.is_looking or slots is None:
+        if slots is None:
             return
         step, slots = _first_rows(step), slots[:MAX_ROWS]
         self.mass[step.layer_idx].append(_mass(step, slots).mean((0, 2)).cpu())

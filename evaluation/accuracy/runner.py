@@ -7,6 +7,7 @@ they read. Under `accelerate launch` each process takes its share of the documen
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,44 @@ from .manifest import check_manifest, describe, save_manifest
 from .options import RunOptions
 from .probes import Probe
 from .results import Key, Line, LineFile, finished
+from .room import batch_tokens
 from .workload import Batch, Cell, Share, Workload, grouped
 
-_BATCH_TOKENS_ON_GPU, _BATCH_TOKENS = 1 << 20, 1 << 15
 _NOT_FINITE = "the model gave logits that are not finite (NaN or infinite), so what was said is no answer"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch, written.
+
+    Attributes:
+        ids: the documents in tokens.
+        turns: of each question, by the place of its document and its number.
+    """
+
+    batch: Batch
+    task: Task
+    documents: list[Document]
+    ids: list[list[int]]
+    turns: dict[tuple[int, int], list[PromptTurn]]
+
+    def row(self, place: int, question: int, stop_ids: frozenset[int]) -> Row:
+        """A question that is to be answered."""
+        return Row(self.turns[place, question], self.task.metric, stop_ids if self.task.stops else frozenset())
+
+    @property
+    def steps(self) -> list[int]:
+        """How many the questions about each document may take."""
+        found = [0] * len(self.ids)
+        for place, question in self.turns:
+            found[place] = max(found[place], self.row(place, question, frozenset()).longest)
+        return found
+
+    def room(self, page_size: int) -> int:
+        """Tokens to reserve memory for, so that pages need not move: documents, and what a row each adds to them,
+        which begins with a copy of the last page."""
+        rows = len(self.ids) + len(self.turns)
+        return sum(map(len, self.ids)) + rows * (max(self.steps) + 2 * page_size)
 
 
 class Runner:
@@ -58,12 +93,13 @@ class Runner:
         wording = of_run(tokenizer, options.chat)
         self._plain, self._chat = Writer(tokenizer), Writer(tokenizer, wording)
         self.stop_ids = stop_ids(model, tokenizer, wording)
-        on_gpu = model.device.type == "cuda"
-        batch_tokens = options.batch_tokens or (_BATCH_TOKENS_ON_GPU if on_gpu else _BATCH_TOKENS)
-        self.work = Workload(options, self.tasks, self.share, batch_tokens)
+        digests = {options.base.digest, *(m.digest for m, _ in options.cells if m.digest)}
+        at_once = options.batch_tokens or batch_tokens(model, digests, options.page_size)
+        self.work = Workload(options, self.tasks, self.share, at_once)
         self._done: Mapping[Key, Line] = {}
         self._expected: dict[Any, Any] = {}
         settings = {**options.settings(), "chat": wording.as_json() if wording else None}
+        self._gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
         self._manifest = describe(name, model, self._plain.prefix, settings, self.tasks, command)
         self._save_manifest()
         self._results = LineFile(folder / f"results{self.share.suffix}.jsonl")
@@ -115,37 +151,46 @@ class Runner:
 
     def _measure(self, batch: Batch) -> Iterator[list[Line]]:
         """The lines of a batch, cell by cell."""
-        documents = [self.document(batch.task, batch.length, number) for number in batch.numbers]
-        ids = [self.writer(batch.task).document_ids(document.text) for document in documents]
-        self._check_same(batch, documents)
-        self._check_room(batch, documents, ids)
+        asked = self._written(batch)
         default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
         for digest, cells in grouped(batch.cells, lambda cell: cell[0].digest or default):
             base = self.options.base.with_(digest=digest)
-            with sparsekv.patch(self.model, base) as patch:
-                cache = patch.new_cache()
-                mask = prefill(self.model, ids, cache)
+            with sparsekv.patch(self.model, base, dense_layers=self.options.fewest_dense) as patch:
+                cache = patch.new_cache(asked.room(base.page_size))
+                mask = prefill(self.model, asked.ids, cache)
                 self._tell_of_layers(patch)
                 for cell in cells:
-                    yield self._decode(batch, documents, patch, cache, mask, cell)
+                    yield self._decode(asked, patch, cache.fork(cell[0].config(base, cell[1])), mask, cell)
                 del cache
 
-    def _decode(
-        self, batch: Batch, documents: Sequence[Document], patch: Patch, cache: PagedCache, mask: Tensor, cell: Cell
-    ) -> list[Line]:
-        (method, budget), task = cell, self.tasks[batch.task]
+    def _written(self, batch: Batch) -> Asked:
+        """The documents and questions of a batch.
+
+        Raises:
+            ConfigError: they are not those that the folder has answers about, or do not fit into the model's context.
+        """
+        documents = [self.document(batch.task, batch.length, number) for number in batch.numbers]
+        self._check_same(batch, documents)
+        ids = [self.writer(batch.task).document_ids(document.text) for document in documents]
+        numbers = self.work.asked(batch.task)
+        turns = {(d, q): self.turns(batch.task, x.questions[q]) for d, x in enumerate(documents) for q in numbers}
+        asked = Asked(batch, self.tasks[batch.task], documents, ids, turns)
+        self._check_room(asked)
+        return asked
+
+    def _decode(self, asked: Asked, patch: Patch, cache: PagedCache, mask: Tensor, cell: Cell) -> list[Line]:
+        (method, budget), batch, task = cell, asked.batch, asked.task
         places = self.work.questions(batch, cell, self._done)
-        rows = [self._row(batch.task, documents[d], q) for d, q in places]
+        rows = [asked.row(*place, self.stop_ids) for place in places]
         of_rows = torch.tensor([d for d, _ in places])
-        fork = cache.fork(method.config(cache.config, budget))
-        fork.batch_select_indices(of_rows)
-        counters = Counters(fork)
+        cache.batch_select_indices(of_rows)
+        counters = Counters(cache)
         mask = mask[of_rows.to(mask.device)]
         longest = max(row.longest for row in rows)
-        probe = self._probe(batch, fork, budget, longest)
-        step = patch.model if probe is not None else stepper(patch, longest)
+        probe = self._probe(batch, cache, budget, longest)
         look = None if probe is None else probe.before_step
-        num_steps = decode(step, fork, rows, mask, look, () if task.stops else sorted(self.stop_ids))
+        banned = () if task.stops else sorted(self.stop_ids)
+        num_steps = decode(stepper(patch, longest), cache, rows, mask, look, banned)
         if probe is not None:
             identity = {"task": batch.task, "length": batch.length, "method": method.name, "budget": budget}
             self._probes.add({**identity, **line} for line in probe.lines())
@@ -155,16 +200,13 @@ class Runner:
         return [
             {
                 **vars(batch.key(cell, batch.numbers[d], q)),
-                **self._outcome(task, documents[d], q, row, wrong),
+                **self._outcome(task, asked.documents[d], q, row, wrong),
                 **counted,
+                "gpu": self._gpu,
                 "error": wrong,
             }
             for (d, q), row, wrong in zip(places, rows, errors, strict=True)
         ]
-
-    def _row(self, name: str, document: Document, number: int) -> Row:
-        task, turns = self.tasks[name], self.turns(name, document.questions[number])
-        return Row(turns, task.metric, self.stop_ids if task.stops else frozenset())
 
     def _outcome(self, task: Task, document: Document, number: int, row: Row, error: str | None) -> Line:
         question = document.questions[number]
@@ -182,22 +224,17 @@ class Runner:
         }
 
     def _probe(self, batch: Batch, cache: PagedCache, budget: int | None, num_steps: int) -> Probe | None:
-        """Looks at the first documents of a task and length only, as an observed cache decodes eagerly."""
+        """Looks at the first documents of a task and length only."""
         if not self.options.probe or budget is None or batch.numbers[0] != self.share.rank:
             return None
-        probe = Probe(num_steps)
-        cache.observers.append(probe)
-        return probe
+        return Probe(cache, num_steps)
 
     # -- checks and circumstances
 
-    def _check_room(self, batch: Batch, documents: Sequence[Document], ids: Sequence[Sequence[int]]) -> None:
+    def _check_room(self, asked: Asked) -> None:
         """What is asked and answered must fit into the model's context too."""
-        needed = max(
-            len(text) + self._row(batch.task, document, q).longest
-            for document, text in zip(documents, ids, strict=True)
-            for q in self.work.asked(batch.task)
-        )
+        batch, lengths = asked.batch, map(len, asked.ids)
+        needed = max(map(sum, zip(lengths, asked.steps, strict=True)))
         if self._context is not None and needed > self._context:
             raise ConfigError(
                 f"{batch.task} at --lengths {batch.length} needs {needed} tokens with its questions and answers, and "

@@ -23,13 +23,16 @@ from .runner import Runner
 
 
 def load(options: RunOptions) -> tuple[Any, Any]:
-    """The model and its tokenizer.
+    """The model and its tokenizer; of several processes, each on a GPU of its own.
 
     Raises:
         ConfigError: there is no such model or device.
     """
     local = os.environ.get("LOCAL_RANK")
-    wanted = f"cuda:{local}" if local and options.device == AUTO and torch.cuda.is_available() else options.device
+    wanted = options.device
+    if local and wanted == AUTO and torch.cuda.is_available():
+        wanted = f"cuda:{local}"
+        torch.cuda.set_device(wanted)
     return models.load(options.model, wanted, options.dtype)
 
 

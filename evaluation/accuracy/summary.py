@@ -10,7 +10,7 @@ from typing import Any
 from sparsekv.errors import ConfigError
 
 from .manifest import MANIFEST, OF_PEERS, read_json, read_manifest, runs_of
-from .methods import DENSE
+from .methods import DENSE, known
 from .results import OF_PROBES, OF_RESULTS, PROBES, RESULTS, Key, Line, checked, read_lines
 
 
@@ -81,6 +81,23 @@ class Run:
     def budgets(self) -> list[int]:
         """All budgets; dense has none."""
         return sorted({line["budget"] for line in self.lines} - {None})
+
+    @property
+    def gpu(self) -> str | None:
+        """What it was measured on: all of it, where lines do not say."""
+        runs = runs_of(self.manifest) if self.manifest else []
+        return ", ".join(dict.fromkeys(str(run.get("gpu") or "CPU") for run in runs)) or None
+
+    def settings_of(self, method_name: str) -> tuple[str | None, int | None]:
+        """Pooling and dense layers of a method, as far as they make a difference to it and are known."""
+        found, settings = known(method_name), self.manifest.get("settings", {})
+        if found is None:
+            return None, None
+        pooling, layers = settings.get("group_pooling", "max"), settings.get("dense_layers")
+        return (
+            (found.group_pooling or pooling) if found.is_pooled else None,
+            None if found.is_dense else layers if found.dense_layers is None else found.dense_layers,
+        )
 
     def _names(self, kind: str) -> list[str]:
         there = dict.fromkeys(line[kind] for line in self.lines)

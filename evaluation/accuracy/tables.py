@@ -22,8 +22,9 @@ CSV_COLUMNS = (
     "score", "score_low", "score_high", "perplexity", "perplexity_low", "perplexity_high",
     "change", "change_low", "change_high",
     "bytes_per_token", "dense_bytes_per_token", "share", "pages_per_token",
+    "nats_change", "nats_change_low", "nats_change_high", "nats_change_error", "pooling", "dense_layers", "gpu",
 )  # fmt: skip
-_ESTIMATES = ("score", "perplexity", "change")
+_ESTIMATES = ("score", "perplexity", "change", "nats_change")
 ERROR = "error"
 _PERCENT, _POINTS = (".1f", ".0f", 100), ("+.1f", "+.1f", 100)
 
@@ -52,24 +53,31 @@ def grids(run: Run, with_intervals: bool = True) -> list[Grid]:
 def markdown(run: Run) -> str:
     """All tables as text, each under a heading."""
     parts = [f"# {escaped(run.model)}: accuracy and bytes read\n", *(f"**Note.** {note}\n" for note in notes(run))]
-    for grid in grids(run):
-        lines = [map(escaped, grid.header), ["---"] * len(grid.header), *(map(escaped, row) for row in grid.rows)]
-        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-        parts.append(f"## {grid.title}\n\n{table}")
-        parts += [f"{note}\n" for note in grid.notes]
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(section, grids(run))])
+
+
+def section(grid: Grid) -> str:
+    """A table as text, under its heading."""
+    lines = [map(escaped, grid.header), ["---"] * len(grid.header), *(map(escaped, row) for row in grid.rows)]
+    table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return "\n".join([f"## {grid.title}\n\n{table}", *(f"{note}\n" for note in grid.notes)])
 
 
 def terminal_tables(run: Run, width: int = 118) -> Iterator[Table]:
-    """A table per length, without intervals; tasks for which there is no room follow in further ones."""
+    """A table per length, without intervals."""
     for grid in grids(run, with_intervals=False):
-        columns = zip(map(_breakable, grid.header), zip(*grid.rows, strict=True), strict=True)
-        wide = [max(map(len, [*name.split(), *figures])) for name, figures in columns]
-        tables = [_terminal_table(grid, columns, wide) for columns in _fitting(wide, grid.tasks, width)]
-        for table in tables[1:]:
-            table.title = f"{grid.title}, more tasks"
-        tables[-1].caption = "\n".join(grid.notes)
-        yield from tables
+        yield from fitted(grid, width)
+
+
+def fitted(grid: Grid, width: int) -> list[Table]:
+    """A table as a terminal shows it; tasks for which there is no room follow in further ones."""
+    columns = zip(map(_breakable, grid.header), zip(*grid.rows, strict=True), strict=True)
+    wide = [max(map(len, [*name.split(), *figures])) for name, figures in columns]
+    tables = [_terminal_table(grid, columns, wide) for columns in _fitting(wide, grid.tasks, width)]
+    for table in tables[1:]:
+        table.title = f"{grid.title}, more tasks"
+    tables[-1].caption = "\n".join(grid.notes)
+    return tables
 
 
 def _fitting(wide: Sequence[int], tasks: range, width: int) -> list[list[int]]:
@@ -129,7 +137,7 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text).replace("\n", " ")
 
 
-def _shown(estimate: Estimate | None, full: bool, form: str, form_of_ends: str = "", scale: float = 1) -> str:
+def estimated(estimate: Estimate | None, full: bool, form: str, form_of_ends: str = "", scale: float = 1) -> str:
     """`93.8 (91 to 96)`, or nothing."""
     if estimate is None:
         return ""
@@ -173,7 +181,7 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
     header += [MEAN, "against dense"] if scored else []
     for task in likely:
         what = task if task == "perplexity" else f"{task} perplexity"
-        header += [f"{what} (n={most[task]})", "over dense"]
+        header += [f"{what} (n={most[task]})", "nats over dense"]
 
     def row(method: str, budget: int | None) -> Iterator[str]:
         average = by_place[MEAN, method, budget]
@@ -181,10 +189,10 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
         for task in scored:
             yield _figure(by_place.get((task, method, budget)), most[task], full)
         if scored:
-            yield from (_shown(average.score, full, *_PERCENT), _shown(average.change, full, *_POINTS))
+            yield from (estimated(average.score, full, *_PERCENT), estimated(average.change, full, *_POINTS))
         for task in likely:
             cell = by_place.get((task, method, budget))
-            yield from (_figure(cell, most[task], full), _shown(cell.change if cell else None, full, "+.2f"))
+            yield from (_figure(cell, most[task], full), estimated(cell.nats_change if cell else None, full, "+.4f"))
         yield "" if average.share is None else f"{100 * average.share:.1f}%"
 
     places = dict.fromkeys((c.method, c.budget) for c in found)
@@ -202,7 +210,7 @@ def _figure(cell: Cell | None, most: int, full: bool) -> str:
     """The figure of a cell, with the number of its examples if it has fewer than others, and with its errors."""
     if cell is None:
         return ""
-    text = _shown(cell.perplexity, full, ".2f") or _shown(cell.score, full, *_PERCENT)
+    text = estimated(cell.perplexity, full, ".2f") or estimated(cell.score, full, *_PERCENT)
     fewer = f"n={cell.num_examples}" if 0 < cell.num_examples < most else ""
     wrong = f"{cell.num_errors} {ERROR}{'s' * (cell.num_errors > 1)}" if cell.num_errors else ""
     return ", ".join(filter(None, (text, fewer, wrong)))

@@ -94,9 +94,8 @@ class Workload:
         at_once = max(1, min(self.batch_tokens // length, self.options.batch_rows // len(self.asked(task))))
 
         def open_cells(number: int) -> tuple[Cell, ...]:
-            cells = tuple(self.options.cells)
-            alone = Batch(task, length, (number,), cells)
-            return tuple(cell for cell in cells if self.questions(alone, cell, done))
+            alone = Batch(task, length, (number,), tuple(self.options.cells))
+            return tuple(cell for cell in alone.cells if self.questions(alone, cell, done))
 
         for start in range(0, len(numbers), at_once):
             for cells, of_cells in grouped(numbers[start : start + at_once], open_cells):

@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 import sparsekv
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, turns_of
+from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, stepper, turns_of
+from sparsekv.evaluation.accuracy.probes import Probe
 from sparsekv.evaluation.tasks import Metric, Question, Turn
 from sparsekv.hf import chunks
 from sparsekv.hf.wording import Wording, stop_ids
@@ -24,7 +25,7 @@ def run(row: Row, replies: list[int]) -> list[int]:
         if row.is_done:
             break
         fed.append(row.feed())
-        row.take(reply, -0.5)
+        row.take(reply)
     return fed
 
 
@@ -80,15 +81,6 @@ def test_an_answer_ends_with_what_a_template_puts_behind_it(loaded: Any) -> None
     assert stop_ids(model, tokenizer, ended) == {tokenizer.eos_token_id, pad}
 
 
-@pytest.mark.parametrize("prompt", [[], [1, 1]])
-def test_a_reference_is_fed_and_scored(prompt: list[int]) -> None:
-    """All of its tokens but the first, if nothing goes before it; the last is scored and not fed."""
-    row = Row([PromptTurn(prompt, [4, 5, 6])], Metric.PERPLEXITY, frozenset())
-    assert run(row, [0] * 9) == [*prompt, 4, 5]
-    assert row.num_scored == (3 if prompt else 2)
-    assert row.nll == pytest.approx(0.5 * row.num_scored)
-
-
 @pytest.fixture(scope="module")
 def loaded() -> tuple[LlamaForCausalLM, Any]:
     return testbed.load()
@@ -125,6 +117,26 @@ def test_rows_say_what_they_would_say_alone(loaded: Any) -> None:
         tokenizer.decode(row.said[0]) == q.turns[0].answers[0] for (_, q), row in zip(questions, rows, strict=True)
     ]
     assert sum(right) >= 6
+
+
+def test_given_texts_are_fed_and_scored_as_one_forward_would(loaded: Any) -> None:
+    """All of a reference's tokens but the first, if nothing goes before it; the last is scored and not fed. Texts of
+    other lengths beside it change nothing."""
+    model, steps = loaded[0], []
+    given = [([8], [4, 5, 6]), ([], [4, 5, 6]), ([1, 1], [9])]
+    with sparsekv.patch(model, budget=128, recent=16) as patch:
+        cache = patch.new_cache()
+        mask = prefill(model, [[5, 6, 7]] * 3, cache)
+        rows = [Row([PromptTurn(*turn)], Metric.PERPLEXITY, frozenset()) for turn in given]
+        assert decode(model, cache, rows, mask, steps.append) == 3 == len(steps)
+    assert [row.num_tokens for row in rows] == [3, 2, 2]
+    assert [row.num_scored for row in rows] == [3, 2, 1]
+    for row, (prompt, reference) in zip(rows, given, strict=True):
+        text = torch.tensor([[5, 6, 7, *prompt, *reference]])
+        with torch.inference_mode():
+            log_probs = model(text).logits[0].log_softmax(-1)
+        scored = [log_probs[i - 1, text[0, i]].item() for i in range(text.shape[1] - row.num_scored, text.shape[1])]
+        assert row.nll == pytest.approx(-sum(scored), abs=1e-4)
 
 
 def test_banned_tokens_are_never_said(loaded: Any) -> None:
@@ -171,3 +183,21 @@ def test_a_document_never_ends_with_a_chunk_of_one_token(loaded: Any, monkeypatc
             prefill(model, [[5] * size], patch.new_cache())
         assert patch.stats.sparse_steps + patch.stats.dense_steps == 0
         assert patch.stats.dense_passes == 3 + 3
+
+
+@pytest.mark.gpu
+def test_captured_steps_score_texts_as_eager_ones_do() -> None:
+    """Also where a probe looks at some of them, which run eagerly."""
+    model = testbed.load(device=torch.device("cuda"))[0]
+    text, nll = PromptTurn([8], [5 + i % 90 for i in range(120)]), []
+    with sparsekv.patch(model, budget=128, recent=16, dense_layers=0, fuse=False) as patch:
+        cache = patch.new_cache(4096)
+        mask = prefill(model, [[5 + i % 70 for i in range(600)]] * 2, cache)
+        for step in (patch.model, stepper(patch, 120)):
+            row, fork = [Row([text], Metric.PERPLEXITY, frozenset()) for _ in range(2)], cache.fork()
+            probe = Probe(fork, 120)
+            decode(step, fork, row, mask, probe.before_step)
+            assert [line["steps"] for line in probe.lines()] == [4] * 6
+            nll.append(row[0].nll)
+        assert patch.decoder.replays > 100
+    assert nll[1] == pytest.approx(nll[0], rel=1e-3)

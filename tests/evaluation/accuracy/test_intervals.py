@@ -9,6 +9,7 @@ from sparsekv.evaluation.accuracy.intervals import (
     Estimate,
     difference,
     mean,
+    nats_difference,
     perplexity,
     perplexity_difference,
     proportion,
@@ -103,6 +104,20 @@ def test_a_perplexitys_difference_is_paired_too() -> None:
     assert found.value == pytest.approx(math.exp(2.01) - math.exp(2.0))
     assert 0 < found.low < found.value < found.high  # type: ignore[operator]
     assert perplexity_difference(dense[:2], dense[:2], [64] * 2, range(2)) == Estimate(0.0)
+
+
+def test_nats_over_dense_have_a_paired_standard_error() -> None:
+    """Of the documents' means where all are as long; a document of more tokens weighs more."""
+    rng = np.random.default_rng(3)
+    dense = rng.normal(3.0, 1.0, 50)
+    more = rng.normal(0.02, 0.01, 50)
+    found = nats_difference(dense + more, dense, [128] * 50, range(50))
+    assert found.value == pytest.approx(more.mean())
+    assert found.error == pytest.approx(more.std(ddof=1) / math.sqrt(50))
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - 2 * found.error, found.value + 2 * found.error), abs=4e-4
+    )
+    assert nats_difference([2.0, 3.0], [1.0, 1.0], [300, 100], [0, 1]) == Estimate(1.25)
 
 
 def test_a_mean_is_surer_than_what_it_is_of() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sparsekv
+from sparsekv import PagedCache
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.probes import Probe
 
@@ -20,9 +21,8 @@ def looked(model: Any, steps: list[Any] | None = None, **settings: Any) -> Probe
     with sparsekv.patch(model, **{"budget": 128, "recent": 16} | settings) as patch, torch.inference_mode():
         cache = patch.new_cache()
         model(input_ids=ids, past_key_values=cache)
-        probe = Probe(1)
-        probe.is_looking = True
-        cache.observers.append(probe)
+        probe = Probe(cache, 1)
+        probe.before_step(1)
         if steps is not None:
             cache.observers.append(lambda step, slots: steps.append((step, slots)))
         model(input_ids=ids[:, :1], past_key_values=cache)
@@ -60,10 +60,10 @@ def test_the_oracle_overlaps_with_itself(model: Any) -> None:
 
 
 def test_nothing_is_looked_at_between(model: Any) -> None:
-    probe = Probe(100)
-    looks = []
+    cache, looks = PagedCache(model.config), []
+    probe = Probe(cache, 100)
     for step in range(101):
         probe.before_step(step)
-        looks.append(probe.is_looking)
-    assert sum(looks) == 4
+        looks += cache.observers
+    assert looks == [probe] * 4
     assert looked(model, policy="all").lines() == []

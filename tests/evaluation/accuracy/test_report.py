@@ -20,7 +20,7 @@ from sparsekv.evaluation.accuracy.cells import Cell, cells, means
 from sparsekv.evaluation.accuracy.heatmaps import save_heatmaps
 from sparsekv.evaluation.accuracy.intervals import Estimate
 from sparsekv.evaluation.accuracy.page import failures, save_plots, write_report
-from sparsekv.evaluation.accuracy.plots import pareto
+from sparsekv.evaluation.accuracy.plots import pareto, styles
 from sparsekv.evaluation.accuracy.summary import Run
 from sparsekv.evaluation.accuracy.tables import terminal_tables
 
@@ -69,7 +69,7 @@ def write_run(
 def _lines(
     rng: Any, task: str, length: int, method: str, budget: int | None, num_documents: int, num_layers: int
 ) -> Iterator[dict[str, Any]]:
-    share, is_text = min((budget or length) / length, 1), task == "perplexity"
+    share, is_text = min((budget or length) / length, 1), task.startswith(("perplexity", "recall"))
     skill = _SKILL.get(method, 1.0) + (2.5 * np.log2(share) / 4 + 1.5 if budget else 0)
     dense_bytes = num_layers * 2 * 64 * 2 * 4.0 * length
     read = (2 + (num_layers - 2) * (share + _SCORING.get(method, 1 / 32))) / num_layers
@@ -130,7 +130,7 @@ def test_a_report_has_every_part(report: tuple[Run, list[Path]]) -> None:
     names = {path.name for path in report[1]}
     lengths = {f"{kind}_{length}.png" for kind in ("accuracy", "attention") for length in (4096, 16384)}
     heatmaps = {"needle_depths_256.png", "needle_depths_1024.png"}
-    assert names == {"report.html", "tables.md", "cells.csv", "bytes.png"} | lengths | heatmaps
+    assert names == {"report.html", "tables.md", "cells.csv", "bytes.png", "losses.png"} | lengths | heatmaps
     assert all(path.parent == report[0].folder / "report" for path in report[1])
     for path in report[1]:
         if path.suffix == ".png":
@@ -154,13 +154,21 @@ def test_the_csv_holds_every_cell(report: tuple[Run, list[Path]]) -> None:
         assert (row["task"], int(row["length"]), row["method"]) == (cell.task, cell.length, cell.method)
         assert row["budget"] == ("" if cell.budget is None else str(cell.budget))
         assert int(row["num_errors"]) == cell.num_errors
-        for name, estimate in (("score", cell.score), ("perplexity", cell.perplexity), ("change", cell.change)):
+        for name, estimate in (
+            ("score", cell.score),
+            ("perplexity", cell.perplexity),
+            ("change", cell.change),
+            ("nats_change", cell.nats_change),
+        ):
             values = [row[name], row[f"{name}_low"], row[f"{name}_high"]]
             if estimate is None:
                 assert values == ["", "", ""]
             else:
                 assert [float(x) for x in values] == [estimate.value, estimate.low, estimate.high]
         assert float(row["share"]) == cell.share
+        assert row["nats_change_error"] == ("" if cell.nats_change is None else str(cell.nats_change.error))
+        assert (row["pooling"] or None, row["gpu"]) == (cell.pooling, "CPU")
+        assert row["dense_layers"] == ("" if row["method"] == "dense" else "2")
 
 
 def test_what_is_missing_is_blank_and_errors_are_loud(report: tuple[Run, list[Path]]) -> None:
@@ -229,13 +237,17 @@ def test_failures_are_of_every_method_and_task(report: tuple[Run, list[Path]]) -
     [
         ({"methods": ("dense",)}, {"bytes.png", "needle_depths.png"}),
         ({"methods": ("quest",), "budgets": (256,)}, {"bytes.png", "accuracy_4096.png", "needle_depths_256.png"}),
-        ({"tasks": ("perplexity",), "num_documents": 2}, {"bytes.png", "accuracy_4096.png"}),
+        ({"tasks": ("perplexity",), "num_documents": 2}, {"bytes.png", "losses.png", "accuracy_4096.png"}),
+        (
+            {"tasks": ("recall:/a/b.txt",), "methods": ("dense", "quest", "quest+sum", "quest+dense0", "x/y+z")},
+            {"bytes.png", "losses.png", "accuracy_4096.png"},
+        ),
         (
             {"tasks": ("longbench:/a $b$/c.jsonl",), "methods": ("dense", "<b>_$x|y")},
             {"bytes.png", "accuracy_4096.png"},
         ),
     ],
-    ids=["only dense", "one method and budget", "only perplexity", "odd names"],
+    ids=["only dense", "one method and budget", "only perplexity", "several settings", "odd names"],
 )
 def test_partial_runs_have_a_report(changes: dict[str, Any], pictures: set[str], tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", **{"tasks": ("needle",), "lengths": (4096,), **changes})
@@ -317,6 +329,17 @@ def score_dense(folder: Path, score: Callable[[str, int], float]) -> None:
                 else line
             ),
         )
+
+
+def test_settings_of_its_own_change_a_methods_marker_and_line(tmp_path: Path) -> None:
+    names = ("dense", "sketch", "sketch+sum", "sketch+dense0", "quest+sum+dense0", "recent", "kvpress/one")
+    looks = styles(Run.read(write_run(tmp_path, tasks=("needle",), methods=names, lengths=(4096,))))
+    assert list(looks) == list(names[1:])
+    of_sketch = [looks[name] for name in names[1:4]]
+    assert len({look["color"] for look in of_sketch}) == 1
+    assert of_sketch[0]["marker"] == of_sketch[2]["marker"] != of_sketch[1]["marker"] == looks[names[4]]["marker"]
+    lines = [look["linestyle"] for look in looks.values()]
+    assert lines == ["-", "-", "--", "--", "-", "-"]
 
 
 def test_the_front_is_what_nothing_beats() -> None:

@@ -345,10 +345,29 @@ def test_a_run_is_not_gone_on_with_in_other_words(loaded: Any, tmp_path: Path) -
         run(loaded, tmp_path, **settings, group_pooling="sum")
 
 
-def test_pages_are_chosen_by_the_pooling_asked_for(loaded: Any, tmp_path: Path) -> None:
-    options = RunOptions(**SMALL, group_pooling="mean_softmax")
-    assert all(found.config(options.base, budget).group_pooling == "mean_softmax" for found, budget in options.cells)
-    assert "sketch" in options.methods
+def test_one_run_measures_every_pooling_and_number_of_dense_layers(loaded: Any, tmp_path: Path) -> None:
+    """With those methods to which they make a difference. The first of each are the run's own."""
+    settings = {"methods": ("dense", "recent", "sketch", "oracle+sum"), "probe": False}
+    settings |= {"group_pooling": ("mean_softmax", "max"), "dense_layers": (1, 0)}
+    options = RunOptions(**SMALL | settings)
+    configs = {m.name: m.config(options.base, budget) for m, budget in options.cells}
+    assert {name: (c.group_pooling, c.dense_layers) for name, c in configs.items() if name != "dense"} == {
+        "recent": ("mean_softmax", 1),
+        "recent+dense0": ("mean_softmax", 0),
+        "sketch": ("mean_softmax", 1),
+        "sketch+dense0": ("mean_softmax", 0),
+        "sketch+max": ("max", 1),
+        "sketch+max+dense0": ("max", 0),
+        "oracle+sum": ("sum", 1),
+        "oracle+sum+dense0": ("sum", 0),
+    }
+    lines = {line["method"]: line for line in run(loaded, tmp_path, **settings)}
+    assert list(lines) == list(configs)
+    assert not any(line["error"] for line in lines.values())
+    assert lines["sketch+dense0"]["bytes_per_token"] < lines["sketch"]["bytes_per_token"]
+    told = json.loads((tmp_path / "manifest.json").read_text())["settings"]
+    assert (told["group_pooling"], told["dense_layers"], told["methods"]) == ("mean_softmax", 1, list(configs))
+    assert len(run(loaded, tmp_path, **settings | {"group_pooling": ("mean_softmax",)})) == len(lines)
 
 
 def test_perplexity_and_several_turns(loaded: Any, tmp_path: Path) -> None:
@@ -390,9 +409,11 @@ def test_export(tmp_path: Path) -> None:
         ({"model": 3}, ConfigError, "model=3 is not allowed: a text"),
         ({"device": 3}, ConfigError, "device=3 is not allowed: a text"),
         ({"chat": "maybe"}, ConfigError, "chat='maybe' is not allowed: one of auto, yes, no"),
-        ({"group_pooling": "mean"}, ConfigError, "group_pooling='mean'"),
+        ({"group_pooling": ("max", "mean")}, ConfigError, "group_pooling='mean'"),
+        ({"methods": ("quest+mean",)}, UnknownNameError, "a method's setting='mean' is not known"),
         ({"dtype": "int8"}, ConfigError, "dtype='int8' is not allowed: one of auto, float32"),
         ({"dense_layers": "x"}, ConfigError, "dense_layers='x'"),
+        ({"dense_layers": (0, -1)}, ConfigError, "dense_layers=-1 is not allowed: at least 0"),
     ],
 )
 def test_what_cannot_be_measured(settings: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -440,12 +461,14 @@ def test_a_config_file_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(session, "run", lambda options, *rest: seen.append(options) or 0)
     monkeypatch.setattr(eval_command, "_print_tables", lambda *rest: None)
     text = "tasks: [needle, passkey]\nlengths: 2k\nbudgets: [128, 1k]\nseed: 3\nbatch_tokens: 32k\nchat: no\n"
+    text += "group_pooling: sum\ndense_layers: [2, 0]\n"
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8-sig")
     arguments = ["eval", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
     assert main([*arguments, "--budgets", "256"]) == 0
     assert seen[0].tasks == ("needle", "passkey")
     assert (seen[0].lengths, seen[0].budgets, seen[0].seed) == ((2048,), (256,), 3)
     assert (seen[0].batch_tokens, seen[0].chat) == (32768, "no")  # which YAML takes for false
+    assert (seen[0].group_pooling, seen[0].dense_layers) == (("sum",), (2, 0))
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,25 @@ def test_perplexities_are_cells_of_their_own(tmp_path: Path) -> None:
     assert found.change is not None
     assert found.change.value == pytest.approx(math.exp(2.2) - math.exp(2.1))
     assert found.change.low > 0  # type: ignore[operator]
+    assert found.nats_change is not None
+    assert found.nats_change.value == pytest.approx(0.1)
+
+
+def test_cells_say_what_they_decoded_with_and_on_what(tmp_path: Path) -> None:
+    """Lines of earlier runs did not; then all of it is what the manifest says."""
+    told(tmp_path, settings={"group_pooling": "sum", "dense_layers": 2}, gpu="one")
+    names = ("quest", "sketch+max+dense0", "recent", "oracle", "kvpress/snapkv", "dense")
+    run = read(tmp_path, *(line(method=name) for name in names), line(method="quest", question=1, gpu="other"))
+    assert {c.method: (c.pooling, c.dense_layers, c.gpu) for c in cells(run)} == {
+        "quest": ("sum", 2, "one, other"),
+        "sketch+max+dense0": ("max", 0, "one"),
+        "recent": (None, 2, "one"),
+        "oracle": ("sum", 2, "one"),
+        "kvpress/snapkv": (None, None, "one"),
+        "dense": (None, None, "one"),
+    }
+    (tmp_path / "manifest.json").unlink()
+    assert [(c.pooling, c.dense_layers, c.gpu) for c in cells(Run.read(tmp_path))][1] == ("max", None, "other")
 
 
 def test_bytes_are_averaged_over_tokens_and_may_be_unknown(tmp_path: Path) -> None:
