@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import asdict, dataclass, field
+import operator
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.cache_utils import Cache
 
-import sparsekv
-from sparsekv import DecodeStats, PagedCache
 from sparsekv.command_line import add_json_option, choose_device, new_console, positive
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill
-from sparsekv.evaluation.pages_plot import PageTrace, pages_figure
+from sparsekv.evaluation.accuracy.asking import PromptTurn
+from sparsekv.evaluation.pages_plot import pages_figure
 from sparsekv.evaluation.report import result, save_json
-from sparsekv.evaluation.tasks import Metric
-from sparsekv.evaluation.testbed.stories import Question, Story, make_story
-from sparsekv.testing.timing import synchronize
+from sparsekv.evaluation.testbed.stories import Story, make_story
+
+from .side_by_side import Answer, Ask, Method, Scene, compare
 
 TASKS = ("needle", "many_keys")
 MIN_CONTEXT, MAX_CONTEXT = 4096, 32768  # below, the smallest budget is all sinks and recent; above, never trained
@@ -32,64 +26,6 @@ _CAPTION = (
     "The story is prefilled once, densely; questions and answers are decoded token by token.\n"
     "Budgets are tokens per kv head; the first two of the six layers always read everything. Shares count digests."
 )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said, and what it took.
-
-    Attributes:
-        text: the decoded answer, without the end token.
-        is_right: whether it equals the expected text.
-        num_tokens: tokens decoded one by one, the question's included.
-        ms_per_token: mean milliseconds of one of them.
-    """
-
-    text: str
-    is_right: bool
-    num_tokens: int
-    ms_per_token: float
-
-
-@dataclass
-class Method:
-    """A way to decode: its cache, and the answers it gave."""
-
-    name: str
-    cache: Cache
-    stats: DecodeStats | None
-    answers: list[Answer] = field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """Part of the cache read per token; dense reads it all."""
-        return self.stats.share if self.stats is not None else 1.0
-
-    @property
-    def sparse_share(self) -> float:
-        """Part that is read of the layers that choose their pages."""
-        return self.stats.sparse_share if self.stats is not None else 1.0
-
-    def as_row(self) -> dict[str, Any]:
-        """What the JSON file says of it."""
-        return {
-            "method": self.name,
-            "right": self.num_right,
-            "share": self.share,
-            "sparse_share": self.sparse_share,
-            "ms_per_token": self.ms_per_token,
-            "stats": self.stats.as_dict() if self.stats is not None else None,
-            "answers": [asdict(answer) for answer in self.answers],
-        }
-
-    @property
-    def ms_per_token(self) -> float:
-        tokens = sum(a.num_tokens for a in self.answers)
-        return sum(a.ms_per_token * a.num_tokens for a in self.answers) / max(tokens, 1)
-
-    @property
-    def num_right(self) -> int:
-        return sum(a.is_right for a in self.answers)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,9 +53,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     console = new_console()
     model, tokenizer = testbed.load(choose_device(args.device))
     story = make_story(context, TASKS, num_questions, args.seed)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        methods, trace = _compare(model, tokenizer, story, progress)
+    methods, trace = compare(model, tokenizer, scene_of(story, tokenizer))
     console.print(_table(story, methods))
     content = result(command, {"context": context, "seed": args.seed}, [method.as_row() for method in methods])
     path = save_json(args.out, "demo", content)
@@ -129,60 +63,16 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     return content
 
 
-def _compare(model: Any, tokenizer: Any, story: Story, progress: Progress) -> tuple[list[Method], PageTrace]:
-    """Reads the story once; every method then decodes from the same keys and values."""
+def scene_of(story: Story, tokenizer: Any) -> Scene:
+    """A story in tokens."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
     budgets = [story.num_tokens // share for share in BUDGET_SHARES]
-    reading = progress.add_task(f"reading {story.num_tokens:,} tokens (dense prefill)", total=1)
-    with sparsekv.patch(model, budget=budgets[0]) as patch:
-        cache = patch.new_cache()
-        prefill(model, [_encode(tokenizer, story.text)], cache)
-        progress.advance(reading)
-        plain = Method("dense", cache.to_dynamic(), None)
-        forks = {f"top_k {budget}": cache.fork(budget=budget) for budget in budgets}
-        forks[f"recent {budgets[-1]}"] = cache.fork(budget=budgets[-1], policy="recent")
-        sparse = [Method(name, fork, fork.stats) for name, fork in forks.items()]
-        for method in sparse:
-            _ask_all(model, tokenizer, method, story, progress)
-        right = [q for q, answer in zip(story.questions, sparse[0].answers, strict=True) if answer.is_right]
-        trace = _trace(model, tokenizer, cache.fork(budget=budgets[0]), (right or list(story.questions))[0])
-    _ask_all(model, tokenizer, plain, story, progress)  # the model as it is without sparsekv
-    return [plain, *sparse], trace
-
-
-def _ask_all(model: Any, tokenizer: Any, method: Method, story: Story, progress: Progress) -> None:
-    task = progress.add_task(method.name, total=len(story.questions))
-    for question in story.questions:
-        method.answers.append(ask(model, tokenizer, method.cache, question.prompt, question.answer))
-        progress.advance(task)
-
-
-def ask(model: Any, tokenizer: Any, cache: Cache, prompt: str, expected: str) -> Answer:
-    """Feeds a question token by token, decodes greedily to the end token, and puts the cache back as it was."""
-    turn = PromptTurn(_encode(tokenizer, prompt), _encode(tokenizer, expected))
-    row = Row([turn], Metric.RECALL, frozenset([tokenizer.eos_token_id]))
-    mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=model.device)
-    synchronize(model.device)
-    start = time.perf_counter()
-    decode(model, cache, [row], mask)
-    seconds = time.perf_counter() - start
-    cache.crop(-row.num_tokens)
-    text = tokenizer.decode(row.said[0])
-    return Answer(text, text == expected, row.num_tokens, seconds / row.num_tokens * 1e3)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
-
-
-def _trace(model: Any, tokenizer: Any, fork: PagedCache, question: Question) -> PageTrace:
-    """Asks one question again, and notes every page read."""
-    trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.budget))
-    fork.observers.append(trace.observe)
-    answer = ask(model, tokenizer, fork, question.prompt, question.answer)
-    trace.words = f"{question.prompt} {answer.text}".split()
-    trace.num_asked = len(question.prompt.split())
-    return trace
+    asks = [Ask(PromptTurn(encode(q.prompt), encode(q.answer)), q.answer, q.evidence) for q in story.questions]
+    return Scene(encode(story.text), asks, budgets, frozenset([tokenizer.eos_token_id]), operator.eq)
 
 
 def _table(story: Story, methods: list[Method]) -> Table:
