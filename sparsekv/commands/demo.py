@@ -1,4 +1,7 @@
-"""The demo: a small language model answers questions about a long story, densely and sparsely, side by side."""
+"""The demo: a small language model answers questions about a long story, densely and sparsely, side by side.
+
+With --model it is a model that you name, and plain English.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,19 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsekv.command_line import add_json_option, choose_device, new_console, positive
+from sparsekv.command_line import add_json_option, new_console, positive, tokens
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.asking import PromptTurn
-from sparsekv.evaluation.pages_plot import pages_figure
+from sparsekv.evaluation.pages_plot import PageTrace, pages_figure
 from sparsekv.evaluation.report import result, save_json
 from sparsekv.evaluation.testbed.stories import Story, make_story
+from sparsekv.hf import models
 
+from . import english
 from .side_by_side import Answer, Ask, Method, Scene, compare
 
+Shown = tuple[Scene, list[Method], PageTrace]
 TASKS = ("needle", "many_keys")
 MIN_CONTEXT, MAX_CONTEXT = 4096, 32768  # below, the smallest budget is all sinks and recent; above, never trained
 BUDGET_SHARES = (32, 16, 8)  # the budgets shown: the context divided by these
@@ -30,37 +36,59 @@ _CAPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv demo`."""
-    parser.add_argument("--context", type=positive, default=16384, help="tokens of the story (default %(default)s)")
-    parser.add_argument("--questions", type=positive, default=8, help="questions about it (default %(default)s)")
+    parser.add_argument("--model", default=testbed.NAME, metavar="ID_OR_PATH", help=f"{models.WHAT} (default)")
+    parser.add_argument("--context", type=tokens, help="tokens of the story (default 16k; of plain English 4k)")
+    parser.add_argument("--questions", type=positive, help="questions about it (default 8; about plain English 3)")
     parser.add_argument("--seed", type=int, default=0, help="another number tells another story")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
+    models.add_arguments(parser)
     parser.add_argument(
         "--out", default="sparsekv_demo", metavar="DIR",
         help="write DIR/demo.png, the pages read, and DIR/demo.json (default %(default)s)",
     )  # fmt: skip
     add_json_option(parser)
-    parser.add_argument("--quick", action="store_true", help="a 4k story and 4 questions: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="the smallest story and fewer questions: a few seconds")
 
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Tells a story, asks the questions with every method, prints the table and writes the files; returns what the
+    """Tells a story, asks the questions with every method, prints the answers and writes the files; returns what the
     JSON file holds."""
-    context, num_questions = (MIN_CONTEXT, 4) if args.quick else (args.context, args.questions)
-    if not MIN_CONTEXT <= context <= MAX_CONTEXT:
-        raise ConfigError(f"--context={context} is not allowed: {MIN_CONTEXT} to {MAX_CONTEXT}.")
+    show, least, most, context, num_questions = _of_testbed, MIN_CONTEXT, MAX_CONTEXT, 16384, 8
+    if args.model != testbed.NAME:
+        show, least, most, context, num_questions = _of_english, english.MIN_CONTEXT, 1 << 20, 4096, 3
+    context, num_questions = args.context or context, args.questions or num_questions
+    if args.quick:
+        context, num_questions = least, (num_questions + 1) // 2
+    if not least <= context <= most:
+        raise ConfigError(f"--context={context} is not allowed: {least} to {most}.")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise ConfigError(f"--out={args.out} is a file: name a folder; demo.png and demo.json are written into it.")
-    console = new_console()
-    model, tokenizer = testbed.load(choose_device(args.device))
-    story = make_story(context, TASKS, num_questions, args.seed)
-    methods, trace = compare(model, tokenizer, scene_of(story, tokenizer))
-    console.print(_table(story, methods))
-    content = result(command, {"context": context, "seed": args.seed}, [method.as_row() for method in methods])
+    model, tokenizer = models.load(args.model, args.device, args.dtype)
+    scene, methods, trace = show(model, tokenizer, context, num_questions, args.seed)
+    settings = {"model": args.model, "context": context, "seed": args.seed}
+    content = result(command, settings, [method.as_row() for method in methods])
     path = save_json(args.out, "demo", content)
     picture = path.with_suffix(".png")
-    pages_figure(trace, context).savefig(picture)
-    console.print(f"Which pages were read, and where the answer lies: [bold]{picture}[/bold]; all figures: {path}")
+    pages_figure(trace, len(scene.document)).savefig(picture)
+    new_console().print(
+        f"Which pages were read, and where the answer lies: [bold]{picture}[/bold]; all figures: {path}"
+    )
     return content
+
+
+def _of_testbed(model: Any, tokenizer: Any, context: int, num_questions: int, seed: int) -> Shown:
+    story = make_story(context, TASKS, num_questions, seed)
+    scene = scene_of(story, tokenizer)
+    methods, trace = compare(model, tokenizer, scene)
+    new_console().print(_table(story, methods))
+    return scene, methods, trace
+
+
+def _of_english(model: Any, tokenizer: Any, context: int, num_questions: int, seed: int) -> Shown:
+    text, facts = english.hide(tokenizer, context, num_questions, seed)
+    scene = english.scene_of(model, tokenizer, text, facts, context)
+    methods, trace = compare(model, tokenizer, scene)
+    new_console().print(english.shown(text, facts, scene, methods))
+    return scene, methods, trace
 
 
 def scene_of(story: Story, tokenizer: Any) -> Scene:
