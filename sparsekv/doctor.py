@@ -24,6 +24,7 @@ from rich.text import Text
 
 from sparsekv.errors import ConfigError, KernelCompileError, UnknownNameError
 from sparsekv.ops import compiler, instances, kernel_files, schema
+from sparsekv.user_cache import cache_directory
 
 DEVICE_KINDS = ("cpu", "cuda")
 
@@ -199,7 +200,7 @@ def _implementations(kind: str) -> dict[str, str]:
 def _kernels() -> Report:
     """What compiles kernels, whether it can, and where they are kept."""
     entries, size = kernel_files.cache_usage()
-    directory = kernel_files.cache_directory()
+    directory = cache_directory("kernels")
     return {
         "state": compiler.unavailable() or "available",
         "nvrtc": compiler.nvrtc_version() if compiler.obstacle() is None else None,

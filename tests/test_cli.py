@@ -269,7 +269,8 @@ def test_help_tells_the_one_rule_for_dtypes(command: list[str], capsys: pytest.C
     with pytest.raises(SystemExit):
         main([*command, "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "(default: the checkpoint's own; for testbed bfloat16 on a GPU and float32 on a CPU)" in told
+    rule = "for smollm2, gemma3-270m and testbed bfloat16 on a GPU and float32 on a CPU"
+    assert f"(default: the checkpoint's own; {rule})" in told
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

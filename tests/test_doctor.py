@@ -12,6 +12,7 @@ from sparsekv import doctor
 from sparsekv.cli import main
 from sparsekv.ops import compiler, instances, kernel_files, schema
 from sparsekv.ops.compiler import KernelSpec, Obstacle
+from sparsekv.user_cache import cache_directory
 
 needs_nvrtc = pytest.mark.skipif(
     compiler._no_compiler() is not None, reason="needs the cuda extra: pip install '.[cuda]' in the clone"
@@ -134,7 +135,7 @@ def test_compile_fills_the_cache(
     assert report["compile"].pop("seconds") >= 0
     assert report["compile"] == {"archs": ["sm_80", "sm_90"], "kernels": 2, "failed": []}
     assert report["kernels"]["cache"]["entries"] == 2
-    assert report["kernels"]["cache"]["directory"] == str(kernel_files.cache_directory())
+    assert report["kernels"]["cache"]["directory"] == str(cache_directory("kernels"))
 
 
 @needs_nvrtc

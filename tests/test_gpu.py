@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsekv
-from sparsekv.commands.demo import ask
+from sparsekv.commands.demo import scene_of
+from sparsekv.commands.side_by_side import ask
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.accuracy.asking import prefill
 
@@ -75,9 +76,10 @@ def test_small_budgets_read_the_same_pages_as_on_the_cpu(digest: str, dtype: tor
 def test_the_testbed_answers_on_the_gpu() -> None:
     model, tokenizer = testbed.load("cuda", torch.bfloat16)
     story = testbed.make_story(16384, ("needle",), num_questions=16, seed=5)
+    scene = scene_of(story, tokenizer)
     with sparsekv.patch(model, budget=2048) as patch:
         cache = patch.new_cache()
-        prefill(model, [tokenizer(story.text).input_ids], cache)
-        answers = [ask(model, tokenizer, cache, q.prompt, q.answer) for q in story.questions]
+        prefill(model, [scene.document], cache)
+        answers = [ask(model, tokenizer, cache, scene, question) for question in scene.asks]
     assert sum(answer.is_right for answer in answers) >= 14
     assert patch.stats.sparse_steps == sum(answer.num_tokens for answer in answers)

