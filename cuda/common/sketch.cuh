@@ -97,20 +97,11 @@ struct SketchLayout {
 
 constexpr int MEAN_LIMIT = 127;  // the largest whole number of a mean
 
-// A lane takes 8 channels of a token, so D / 8 lanes take a token.
 template <typename T, int D>
-struct SketchSummary {
+struct SketchSummary : KeySums<T, D> {
     static constexpr bool WHOLE = true, SHARED = true;
     static constexpr int N = D / WARP;
     using Layout = SketchLayout<D>;
-
-    float sums[8] = {};
-
-    __device__ void take(uint4 key) {
-        const u32 words[4] = {key.x, key.y, key.z, key.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] += T::to_float(words[i / 2] >> i % 2 * 16);
-    }
 
     // Every warp makes the mean, and the signs of every `parts`-th token. Lane l has channels l, l + 32, ...
     template <typename StoredPage>
@@ -157,18 +148,14 @@ struct SketchSummary {
   private:
     // `mean` becomes the mean in whole numbers; returns what 1 of them is worth.
     __device__ float round_mean(int count, float (&mean)[N]) const {
-        constexpr int LANES = D / 8, TOKENS = WARP / LANES;
         float largest = 0.f;
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = 0.f;
 #pragma unroll
         for (int channel = 0; channel < 8; ++channel) {
-            float sum = sums[channel];
+            const float sum = this->total(this->sums[channel]);
 #pragma unroll
-            for (int other = 1; other < TOKENS; ++other)
-                sum += __shfl_sync(ALL_LANES, sums[channel], lane_id() % LANES + other * LANES);
-#pragma unroll
-            for (int i = 0; i < N; ++i) {  // from the first lanes, which sum in the order of tokens
+            for (int i = 0; i < N; ++i) {
                 const float channel_sum = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
                 if (lane_id() % 8 == channel) mean[i] = channel_sum;
             }
