@@ -46,6 +46,35 @@ struct NoDigest {
     };
 };
 
+template <typename T>
+__device__ inline void unpack8(uint4 packed, float (&x)[8]) {
+    const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = T::to_float(words[i / 2] >> i % 2 * 16);
+}
+
+// For a `Summary` that wants a page's mean. A lane takes 8 channels of a token, so D / 8 lanes take a token.
+template <typename T, int D>
+struct KeySums {
+    float sums[8] = {};  // of the tokens that this lane took
+
+    __device__ void take(uint4 packed) {
+        float key[8];
+        unpack8<T>(packed, key);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[i] += key[i];
+    }
+
+    // The sum of `x` over the lanes that hold the same channels, the same in all of them.
+    __device__ static float total(float x) {
+        constexpr int LANES = D / 8, TOKENS = WARP / LANES;
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) sum += __shfl_sync(ALL_LANES, x, lane_id() % LANES + i * LANES);
+        return sum;
+    }
+};
+
 // The ids of pages, tile by tile. A lane loads from two, slots lane / 4 and lane / 4 + 8, and asks for one of the
 // tile after, slot lane % 16. They are read a tile ahead, so that no load of a digest waits for one of the table.
 struct TileIds {

@@ -1,12 +1,15 @@
-// The sign sketch (sparsekv/digests/sign_sketch.py, which has the source): one bit per channel of every key, the sign
-// of what is left of it, rotated, after its page's mean, a factor, and the mean in whole numbers. Here is how it is
-// made and where it lies; sketch_query.cuh stages a query for it, sketch_score.cuh scores it.
+// Sketches (sparsekv/digests/sign_sketch.py and sketch2.py, which have the sources): one bit or two per channel of
+// every key, of what is left of it, rotated, after its page's mean, a factor, and the mean in whole numbers. Here is
+// how they are made and where they lie; sketch_query.cuh stages a query for them, sketch_score.cuh scores them.
+//
+// A bit stands for +1 or -1. The first plane of bits has a rotated token's signs s. A second one has u: s of the
+// channels that are larger than the token's root mean square, -s of the others. So 2 s + u is -3, -1, 1 or 3.
 #pragma once
 #include "common/digest.cuh"
 
 // The tensors of SignSketch, in its order. Kernels rotate by the flips alone, without the matrix.
 struct SketchTensors {
-    char* signs;         // [num_pages, hkv, page_size * d / 8]
+    char* signs;         // [num_pages, hkv, page_size * planes * d / 8]
     u16* factors;        // [num_pages, hkv, page_size]
     i8* means;           // [num_pages, hkv, d]
     float* units;        // [num_pages, hkv], what 1 of a mean is worth
@@ -81,38 +84,31 @@ struct Rotation {
     }
 };
 
-template <int D>
+template <int D, int PLANES>
 struct SketchLayout {
-    static constexpr int BYTES = D / 32;                      // of a token that one lane scores, a quarter
-    static constexpr int TOKENS = D == 96 ? 16 : 32 / BYTES;  // whose quarters for that lane lie side by side
+    static constexpr int BYTES = D / 32;                     // of a plane of a token that one lane scores, a quarter
+    static constexpr int SHARE = D == 96 ? 48 : 32;          // of a lane, side by side
+    static constexpr int TOKENS = SHARE / (PLANES * BYTES);  // whose quarters, all planes of them, these are
 
-    // Where byte `i` of a token lies in its page.
-    __device__ static int place(int token, int i) {
-        return ((token / TOKENS * 4 + i / BYTES) * TOKENS + token % TOKENS) * BYTES + i % BYTES;
+    // Where byte `i` of a token's plane lies in its page.
+    __device__ static int place(int token, int plane, int i) {
+        return (token / TOKENS * 4 + i / BYTES) * SHARE + (token % TOKENS * PLANES + plane) * BYTES + i % BYTES;
     }
-    // Where the lane's 16 bytes number `i` of every sixteen tokens begin: for whole lines of 128 bytes, two by two.
-    __device__ static constexpr int vector(int i) { return D == 96 ? i * 16 : i / 2 * 128 + i % 2 * 16; }
-    __device__ static int lane_offset(int lane) { return lane % 4 * (D == 96 ? 48 : 32); }
+    // Where the lane's 16 bytes number `i` begin: for whole lines of 128 bytes, two by two.
+    __device__ static constexpr int vector(int i) { return i * 16 / SHARE * 4 * SHARE + i * 16 % SHARE; }
+    __device__ static int lane_offset(int lane) { return lane % 4 * SHARE; }
 };
 
 constexpr int MEAN_LIMIT = 127;  // the largest whole number of a mean
 
-// A lane takes 8 channels of a token, so D / 8 lanes take a token.
-template <typename T, int D>
-struct SketchSummary {
+template <typename T, int D, int PLANES>
+struct SketchSummary : KeySums<T, D> {
+    static_assert(PLANES <= 2);
     static constexpr bool WHOLE = true, SHARED = true;
     static constexpr int N = D / WARP;
-    using Layout = SketchLayout<D>;
+    using Layout = SketchLayout<D, PLANES>;
 
-    float sums[8] = {};
-
-    __device__ void take(uint4 key) {
-        const u32 words[4] = {key.x, key.y, key.z, key.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] += T::to_float(words[i / 2] >> i % 2 * 16);
-    }
-
-    // Every warp makes the mean, and the signs of every `parts`-th token. Lane l has channels l, l + 32, ...
+    // Every warp makes the mean, and the bits of every `parts`-th token. Lane l has channels l, l + 32, ...
     template <typename StoredPage>
     __device__ void store(const StoredPage& page, const Digests& digests, int count, int page_size, int part,
                           int parts) {
@@ -130,26 +126,33 @@ struct SketchSummary {
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = __fmul_rn(mean[i], unit);
-        char* const signs = tensors.signs + page.item * page_size * (D / 8);
+        char* const signs = tensors.signs + page.item * page_size * (PLANES * D / 8);
         const Rotation<D> rotate(tensors.flips + page.head * 2 * D);
 #pragma unroll 1
         for (int token = part; token < count; token += parts) {
-            float x[N], squares = 0.f, sizes = 0.f;
+            float x[N], squares = 0.f, along = 0.f;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 x[i] = T::to_float(page.key(token, i * WARP + lane_id())) - mean[i];
                 squares += x[i] * x[i];
             }
+            squares = sum_of_warp(squares);
             rotate(x);
-            u32 byte = 0;
+            u32 bytes[PLANES] = {};
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                sizes += fabsf(x[i]);
-                const u32 word = __ballot_sync(ALL_LANES, x[i] > 0.f);
-                if (lane_id() / 4 == i) byte = word >> lane_id() % 4 * 8;
+                const bool large = PLANES == 2 && x[i] * x[i] * D > squares;
+                along += large ? 3.f * fabsf(x[i]) : fabsf(x[i]);
+#pragma unroll
+                for (int plane = 0; plane < PLANES; ++plane) {
+                    const u32 word = __ballot_sync(ALL_LANES, plane ? x[i] > 0.f == large : x[i] > 0.f);
+                    if (lane_id() / 4 == i) bytes[plane] = word >> lane_id() % 4 * 8;
+                }
             }
-            const float factor = sum_of_warp(squares) / fmaxf(sum_of_warp(sizes), 1e-20f);
-            if (lane_id() < D / 8) signs[Layout::place(token, lane_id())] = byte;
+            const float factor = squares / fmaxf(sum_of_warp(along), 1e-20f);
+#pragma unroll
+            for (int plane = 0; plane < PLANES; ++plane)
+                if (lane_id() < D / 8) signs[Layout::place(token, plane, lane_id())] = bytes[plane];
             if (lane_id() == 0) factors[token] = fp16::pack(factor, 0.f);
         }
     }
@@ -157,18 +160,14 @@ struct SketchSummary {
   private:
     // `mean` becomes the mean in whole numbers; returns what 1 of them is worth.
     __device__ float round_mean(int count, float (&mean)[N]) const {
-        constexpr int LANES = D / 8, TOKENS = WARP / LANES;
         float largest = 0.f;
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = 0.f;
 #pragma unroll
         for (int channel = 0; channel < 8; ++channel) {
-            float sum = sums[channel];
+            const float sum = this->total(this->sums[channel]);
 #pragma unroll
-            for (int other = 1; other < TOKENS; ++other)
-                sum += __shfl_sync(ALL_LANES, sums[channel], lane_id() % LANES + other * LANES);
-#pragma unroll
-            for (int i = 0; i < N; ++i) {  // from the first lanes, which sum in the order of tokens
+            for (int i = 0; i < N; ++i) {
                 const float channel_sum = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
                 if (lane_id() % 8 == channel) mean[i] = channel_sum;
             }

@@ -1,8 +1,9 @@
 // Scores sketches. The estimate of a token's dot product with a query q is
 //
-//     q . mean of its page + f * sum over channels of s * q'
+//     q . mean of its page + f * sum over channels of c * q'
 //
-// where s are the token's signs (+1 or -1), f is its factor and q' is q rotated. A page scores its best token.
+// where c is the token's code, its signs s (+1 or -1) or of two planes 2 s + u, f is its factor and q' is q rotated.
+// A page scores its best token.
 //
 // The bits stay bits. q' is in whole numbers with digits t of -1, 0 or 1 (sketch_query.cuh). Of a digit, let M be the
 // number of channels in which a sign is equal to a digit that is not 0, and Z the number of digits that are not 0:
@@ -10,16 +11,18 @@
 // M for eight columns at a time, two digits of four heads: it is the ones of (bits, ~bits) AND (where the digit is 1,
 // where it is -1), 256 bits to a product. What a lane loads is the operand: sixteen pages to a product, token after
 // token, so that the best of a page stays in a register. Of the four lanes of a page, each holds its part of a
-// token's channels.
+// token's channels. Of two planes the first is counted twice, into the same registers: then M is up to three times
+// the channels, and so is Z.
 //
 // Counts become floats at no cost. The sum over channels of s * q' is 2 (sum of 3^i M_i - sum of 3^i Z_i / 2), where
 // M_i is an integer in a register. The bits of an integer M below 2^23, read as a float32 (__int_as_float), have the
 // exponent 0: they are a denormal float, which is worth exactly M * 2^-149. So fmaf(__int_as_float(M), 3^i * 2^112,
 // sum) adds 3^i M * 2^-37, without a conversion of every count, which would be an instruction more and of a slower
-// kind. Nothing is rounded: with at most 256 channels, and digits that make up at most 40, every partial sum is a
-// multiple of 2^-38 below 2^14 * 2^-37, and so has 15 bits where a float has 24. It is 2^112, not 2^149, as 27 *
-// 2^149 is no float; the query's unit takes back the 2^-37 that is left (COUNT_UNIT) and the 2. All of it rests on
-// multiply-adds that do not flush denormal operands to zero: sparsekv/ops/compiler.py compiles with ftz=False.
+// kind. Nothing is rounded: with at most 256 channels, each counted up to three times, and digits that make up at
+// most 40, every partial sum is a multiple of 2^-38 below 2^15 * 2^-37, and so has 16 bits where a float has 24. It
+// is 2^112, not 2^149, as 27 * 2^149 is no float; the query's unit takes back the 2^-37 that is left (COUNT_UNIT) and
+// the 2. All of it rests on multiply-adds that do not flush denormal operands to zero: sparsekv/ops/compiler.py
+// compiles with ftz=False.
 //
 // Means are whole numbers of eight bits, and so are a query's two digits at base 128: their products are the tensor
 // core's, too, two columns for a head as above.
@@ -48,9 +51,9 @@ __device__ inline void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 }
 
 // `MAX_HEADS`: query heads of a kv head for which there is room; four to a tile.
-template <typename T, int D, int HEAD_TILES, int MAX_HEADS>
+template <typename T, int D, int HEAD_TILES, int MAX_HEADS, int PLANES>
 struct SketchScorer {
-    using Layout = SketchLayout<D>;
+    using Layout = SketchLayout<D, PLANES>;
     using Query = SketchQuery<D>;
     static constexpr int N = Query::N, WORDS = Query::WORDS, MEAN_WORDS = Query::MEAN_WORDS;
     static constexpr int TILES = MAX_HEADS / TILE_HEADS;
@@ -58,11 +61,12 @@ struct SketchScorer {
     // us at 16 x 128k, with so much 198 (H100).
     static constexpr int STAGED = HEAD_TILES * (2 * D + 8);
     static_assert(TILES * Query::TILE_WORDS <= STAGED, "a query has room");
-    static constexpr int VECTORS = D / 32, GROUP = 16;  // 16 bytes each; tokens that are loaded at once
-    static constexpr float COUNT_SCALE = 0x1p112f;      // makes 2^-149 a COUNT_UNIT
+    static constexpr int VECTORS = D / 32, GROUP = 16 / PLANES;  // 16 bytes each; tokens that are loaded at once
+    static constexpr int TOKEN_BYTES = PLANES * D / 8;
+    static constexpr float COUNT_SCALE = 0x1p112f;  // makes 2^-149 a COUNT_UNIT
 
     u32 low[4 * VECTORS], high[4 * VECTORS];  // signs of pages lane / 4 and lane / 4 + 8, this lane's part
-    u32 low_factors[8], high_factors[8];
+    u32 low_factors[GROUP / 2], high_factors[GROUP / 2];
     u32 digits[TILES][DIGIT_PAIRS][WORDS];
     float offset[TILES], unit[TILES];  // of this lane's head
     const uint4* staged;
@@ -127,7 +131,8 @@ struct SketchScorer {
             for (int i = 0; i < DIGIT_PAIRS * WORDS; ++i)
                 digits[tile][i / WORDS][i % WORDS] = words[i * WARP + lane_id()];
 #pragma unroll
-            for (int pair = 0; pair < DIGIT_PAIRS; ++pair) offset[tile] += constants[TILE_HEADS * pair];
+            for (int pair = 0; pair < DIGIT_PAIRS; ++pair)
+                offset[tile] += ((1 << PLANES) - 1) * constants[TILE_HEADS * pair];
             unit[tile] = constants[TILE_HEADS * DIGIT_PAIRS];
         }
     }
@@ -136,17 +141,17 @@ struct SketchScorer {
     // far as L2. A lane asks for every other line of the page of its number.
     __device__ void prefetch_page(int id) const {
         const char* const page =
-            signs - Layout::lane_offset(lane_id()) + ((i64(id) * num_kv_heads + head) << page_shift) * (D / 8);
+            signs - Layout::lane_offset(lane_id()) + ((i64(id) * num_kv_heads + head) << page_shift) * TOKEN_BYTES;
 #pragma unroll 1
-        for (int i = lane_id() / TILE * 128; i < D / 8 << page_shift; i += 256) prefetch(page + i);
+        for (int i = lane_id() / TILE * 128; i < TOKEN_BYTES << page_shift; i += 256) prefetch(page + i);
     }
 
     // This lane's two pages of the next tile.
     __device__ void aim(int low_id, int high_id) {
         const i64 low_item = (i64(low_id) * num_kv_heads + head) << page_shift;
         const i64 high_item = (i64(high_id) * num_kv_heads + head) << page_shift;
-        low_page = signs + low_item * (D / 8);
-        high_page = signs + high_item * (D / 8);
+        low_page = signs + low_item * TOKEN_BYTES;
+        high_page = signs + high_item * TOKEN_BYTES;
         low_factor = factors + low_item;
         high_factor = factors + high_item;
         if (lane_id() % 4 * 64 >= D) return;
@@ -160,7 +165,7 @@ struct SketchScorer {
         __syncwarp();  // all are under way before the first is used
     }
 
-    // Scores the tile whose first sixteen tokens are under way; `next()` aims at the one after.
+    // Scores the tile whose first tokens are under way; `next()` aims at the one after.
     template <typename Next>
     __device__ void score(float (&scores)[HEAD_TILES][4], Next next) {
         float best[TILES][2];
@@ -168,13 +173,13 @@ struct SketchScorer {
         for (int tile = 0; tile < TILES; ++tile) best[tile][0] = best[tile][1] = -infinity();
         float2 mean_products[TILES];
         multiply_means(mean_products);
-        const int groups = 1 << page_shift >> 4;
+        const int groups = (1u << page_shift) / GROUP;
 #pragma unroll 1
         for (int group = 1; group <= groups; ++group) {
             if (group == groups) {
                 next();
             } else {
-                low_page += GROUP * D / 8, high_page += GROUP * D / 8;
+                low_page += GROUP * TOKEN_BYTES, high_page += GROUP * TOKEN_BYTES;
                 low_factor += GROUP, high_factor += GROUP;
             }
             Counts counts[2];
@@ -256,32 +261,40 @@ struct SketchScorer {
         high[0] = b.x, high[1] = b.y, high[2] = b.z, high[3] = b.w;
     }
 
-    // This lane's bits of a token, word `I`; where it has fewer than 32, others follow that meet no digit.
-    template <int TOKEN, int I>
+    // This lane's bits of a plane of a token, word `I`; where it has fewer than 32, others follow that meet no digit.
+    template <int PIECE, int I>
     __device__ static u32 bits_of(const u32 (&bits)[4 * VECTORS]) {
         if constexpr (D == 64) {
-            return TOKEN % 2 ? bits[TOKEN / 2] >> 16 : bits[TOKEN / 2];
+            return PIECE % 2 ? bits[PIECE / 2] >> 16 : bits[PIECE / 2];
         } else if constexpr (D == 96) {
-            constexpr int FIRST = TOKEN * 24 / 32, NEXT = FIRST + 1 < 4 * VECTORS ? FIRST + 1 : FIRST;
-            return __funnelshift_r(bits[FIRST], bits[NEXT], TOKEN * 24 % 32);
+            constexpr int FIRST = PIECE * 24 / 32, NEXT = FIRST + 1 < 4 * VECTORS ? FIRST + 1 : FIRST;
+            return __funnelshift_r(bits[FIRST], bits[NEXT], PIECE * 24 % 32);
         } else {
-            return bits[TOKEN * (D / 128) + I];
+            return bits[PIECE * (D / 128) + I];
         }
     }
     template <int TOKEN>
-    __device__ static float factor_of(const u32 (&pairs)[8]) {
+    __device__ static float factor_of(const u32 (&pairs)[GROUP / 2]) {
         return fp16::to_float(TOKEN % 2 ? pairs[TOKEN / 2] >> 16 : pairs[TOKEN / 2] & 0xFFFF);
     }
 
-    // Counts of one token of every page; then the next signs are loaded into the registers that are free by now.
+    // Counts of one token of every page; then the next bits are loaded into the registers that are free by now.
     template <int TOKEN>
     __device__ void count_token(Counts& counts) {
-        const Bits<TOKEN> bits(low, high);
 #pragma unroll
-        for (int i = 0; i < TILES * DIGIT_PAIRS; ++i)
-            bits.count(counts[i / DIGIT_PAIRS][i % DIGIT_PAIRS], digits[i / DIGIT_PAIRS][i % DIGIT_PAIRS]);
-        constexpr int FROM = TOKEN * D / 512, TO = (TOKEN + 1) * D / 512;
-        unrolled<TO - FROM>([&](auto i) { load<FROM + i.value>(); });
+        for (int i = 0; i < TILES * DIGIT_PAIRS * 4; ++i)
+            counts[i / (DIGIT_PAIRS * 4)][i / 4 % DIGIT_PAIRS][i % 4] = 0;
+        unrolled<PLANES>([&](auto plane) {
+            constexpr int PIECE = TOKEN * PLANES + plane.value, WEIGHT = 1 << (PLANES - 1 - plane.value);
+            const Bits<PIECE> bits(low, high);
+#pragma unroll
+            for (int i = 0; i < TILES * DIGIT_PAIRS * WEIGHT; ++i) {
+                const int tile = i / WEIGHT / DIGIT_PAIRS, pair = i / WEIGHT % DIGIT_PAIRS;
+                bits.count(counts[tile][pair], digits[tile][pair]);
+            }
+            constexpr int FROM = PIECE * D / 512, TO = (PIECE + 1) * D / 512;
+            unrolled<TO - FROM>([&](auto i) { load<FROM + i.value>(); });
+        });
     }
 
     // What a token's counts amount to: they are read as floats.
@@ -303,35 +316,34 @@ struct SketchScorer {
         if constexpr (TOKEN % 8 == 7) load_factors<TOKEN / 8>();
     }
 
-    // A token's bits, as operands.
-    template <int TOKEN>
+    // The bits of a plane of a token, as operands.
+    template <int PIECE>
     struct Bits {
         u32 a[WORDS / 2][4];
 
         __device__ Bits(const u32 (&low)[4 * VECTORS], const u32 (&high)[4 * VECTORS]) {
             if constexpr (D == 256) {
-                a[0][0] = bits_of<TOKEN, 0>(low), a[0][1] = bits_of<TOKEN, 0>(high);
-                a[0][2] = bits_of<TOKEN, 1>(low), a[0][3] = bits_of<TOKEN, 1>(high);
+                a[0][0] = bits_of<PIECE, 0>(low), a[0][1] = bits_of<PIECE, 0>(high);
+                a[0][2] = bits_of<PIECE, 1>(low), a[0][3] = bits_of<PIECE, 1>(high);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) a[1][i] = ~a[0][i];
             } else {
-                a[0][0] = bits_of<TOKEN, 0>(low), a[0][1] = bits_of<TOKEN, 0>(high);
+                a[0][0] = bits_of<PIECE, 0>(low), a[0][1] = bits_of<PIECE, 0>(high);
                 a[0][2] = ~a[0][0], a[0][3] = ~a[0][1];
             }
         }
 
         __device__ void count(int (&counts)[4], const u32 (&digits)[WORDS]) const {
-            counts[0] = counts[1] = counts[2] = counts[3] = 0;
 #pragma unroll
             for (int i = 0; i < WORDS / 2; ++i) count_ones(counts, a[i], digits[2 * i], digits[2 * i + 1]);
         }
     };
 };
 
-template <int MAX_HEADS>
+template <int MAX_HEADS, int PLANES>
 struct Sketch {
     template <typename T, int D>
-    using Summary = SketchSummary<T, D>;
+    using Summary = SketchSummary<T, D, PLANES>;
     template <typename T, int D, int HEAD_TILES>
-    using Scorer = SketchScorer<T, D, HEAD_TILES, MAX_HEADS>;
+    using Scorer = SketchScorer<T, D, HEAD_TILES, MAX_HEADS, PLANES>;
 };

@@ -17,8 +17,9 @@ are two rounds of it, because after one a channel that outweighs all others woul
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,21 @@ LANES = 4  # threads of a kernel that share a token: each reads its part of the 
 LANE_BYTES = 32  # what a lane reads of a page in one go: a sector of the GPU's memory
 
 
+def sketch_kernel(planes: int) -> DigestKernel:
+    """For so many bits per channel.
+
+    The query becomes whole numbers up to 40: a channel half-way between two of them may go either way, at a percent
+    of the scores of its head.
+    """
+    return DigestKernel(
+        "common/sketch_score.cuh",
+        f"Sketch<{{heads}}, {planes}>",
+        (torch.uint8, torch.float16, torch.int8, *[torch.float32] * 3),
+        staged=lambda head_dim, heads: (2 * head_dim + 8) * -(-heads // 8),
+        tolerance=2e-2,
+    )
+
+
 @register("sign_sketch")
 class SignSketch(Digest):
     """Per token the packed signs (d / 8 bytes) and a half-precision factor, per page its mean in whole numbers (d
@@ -47,25 +63,23 @@ class SignSketch(Digest):
 
     A token's bytes lie in up to four parts, and the parts of several tokens side by side, as kernels read them:
     signs `[p / tokens, parts, tokens, bytes of a part]`.
+
+    Attributes:
+        planes: bits per channel. More than one are the digits of a whole number, each +1 or -1, the highest first:
+            the signs are its first plane, and a part of a token has all planes of its channels, one after the other.
     """
+
+    planes = 1
 
     # 1 had a rotation by QR decomposition and did not round the query; 2 centred all keys on the mean of the first
     # prompt's, and left q.mean out.
     revision = 3
-    # The query becomes whole numbers up to 40: a channel half-way between two of them may go either way, at a percent
-    # of the scores of its head.
-    kernel = DigestKernel(
-        "common/sketch_score.cuh",
-        "Sketch<{heads}>",
-        (torch.uint8, torch.float16, torch.int8, *[torch.float32] * 3),
-        staged=lambda head_dim, heads: (2 * head_dim + 8) * -(-heads // 8),
-        tolerance=2e-2,
-    )
+    kernel = sketch_kernel(planes)
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         if head_dim % 8:
-            raise ConfigError(f"digest='sign_sketch' packs 8 channels a byte: head_dim={head_dim} must divide by 8.")
-        signs = Field(_layout(page_size, head_dim), torch.uint8)
+            raise ConfigError(f"The sketches of keys pack 8 channels a byte: head_dim={head_dim} must divide by 8.")
+        signs = Field(_layout(page_size, head_dim, self.planes), torch.uint8)
         return [signs, Field((page_size,), torch.float16), Field((head_dim,), torch.int8), Field((), torch.float32)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
@@ -84,19 +98,26 @@ class SignSketch(Digest):
         mean, unit = _whole(keys.sum(2) / exists.sum(2), MEAN_LIMIT)
         centred = torch.where(exists, keys - (mean * unit)[:, :, None], 0.0)
         rotated = centred @ state[0].transpose(-1, -2)
-        factor = centred.square().sum(-1) / rotated.abs().sum(-1).clamp_min(1e-20)
+        bits = self.bits(rotated)
+        along = _number(torch.where(bits, rotated, -rotated).sum(-1))  # <c, x> of a token's code c
+        factor = centred.square().sum(-1) / along.clamp_min(1e-20)
         factor = factor.masked_fill(~valid[:, None], float("nan"))  # no token: never the best of its page
-        _, parts, tokens, _ = _layout(*keys.shape[2:])
-        order = "m h (block token) (part byte) -> m h block part token byte"
-        signs = rearrange(_pack(rotated > 0), order, part=parts, token=tokens)
+        _, parts, tokens, _ = _layout(keys.shape[2], keys.shape[3], self.planes)
+        order = "plane m h (block token) (part byte) -> m h block part token (plane byte)"
+        signs = rearrange(_pack(bits), order, part=parts, token=tokens)
         return [signs, factor, mean.to(torch.int8), unit.squeeze(-1)]
+
+    def bits(self, rotated: Tensor) -> Tensor:
+        """What is kept of rotated keys `[..., d]`: bool `[planes, ..., d]`, True for +1."""
+        return (rotated > 0)[None]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
         # [b, pages, hkv, block, part, token, byte], [b, pages, hkv, p], [b, pages, hkv, d], [b, pages, hkv]
         signs, factor, mean, unit = summary
         rotated, of_query = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), QUERY_LIMIT)
-        order = "b pages h block part token byte -> b h (pages block token) (part byte)"
-        products = _sign_products(rotated, rearrange(signs, order))
+        order = "b pages h block part token (plane byte) -> b h (pages block token) (plane part byte)"
+        weighted = torch.cat([rotated * (1 << i) for i in reversed(range(self.planes))], dim=-1)
+        products = _sign_products(weighted, rearrange(signs, order, plane=self.planes))
         factor = rearrange(factor.float(), "b pages h p -> b h 1 (pages p)")
         beyond = (products * of_query * factor).nan_to_num(nan=float("-inf"))
         best = rearrange(beyond, "b h g (pages p) -> b h g pages p", p=summary[1].shape[3]).amax(-1)
@@ -105,8 +126,8 @@ class SignSketch(Digest):
         return best + of_mean * of_query
 
     def why_unlike(self, summary: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
-        """Up to the order of sums: it decides about means half-way between two whole numbers, signs of channels near
-        zero, and the last bits of factors."""
+        """Up to the order of sums: it decides about means half-way between two whole numbers, bits of channels near a
+        threshold, and the last bits of factors."""
         signs, factors, means, units = summary
         expected_signs, expected_factors, expected_means, expected_units = expected
         if not torch.allclose(units, expected_units, rtol=1e-5, equal_nan=True):
@@ -114,20 +135,22 @@ class SignSketch(Digest):
         same = (means == expected_means).all(-1)  # where a channel is half-way, all else may differ
         if int((~same).sum()) > 2 + 1e-2 * same.numel():
             return f"{int((~same).sum())} of {same.numel()} means are others"
-        if not torch.allclose(factors[same], expected_factors[same], rtol=4e-3, atol=1e-6, equal_nan=True):
-            return "other factors"
         by_token = rearrange(signs ^ expected_signs, "m h block part token byte -> m h (block token) (part byte)")
-        differ = by_token[same][expected_factors[same].isfinite()]
+        differ = by_token[same].masked_fill(expected_factors[same].isnan()[..., None], 0)
         bits = (differ[..., None] >> torch.arange(8, device=differ.device, dtype=torch.uint8)) & 1
         if int(bits.sum()) > 2 + 1e-4 * bits.numel():
             return f"{int(bits.sum())} of {bits.numel()} signs are others"
+        alike = (differ == 0).all(-1)  # a factor is that of the bits
+        mine, theirs = factors[same][alike], expected_factors[same][alike]
+        if not torch.allclose(mine, theirs, rtol=4e-3, atol=1e-6, equal_nan=True):
+            return "other factors"
         return None
 
 
-def _layout(page_size: int, head_dim: int) -> tuple[int, int, int, int]:
+def _layout(page_size: int, head_dim: int, planes: int) -> tuple[int, int, int, int]:
     """Blocks of a page, parts of a token, tokens of a block, and bytes of a token's part."""
     parts = math.gcd(LANES, head_dim // 8)
-    size = head_dim // 8 // parts
+    size = planes * head_dim // 8 // parts
     tokens = math.gcd(page_size, 1 << (-(-LANE_BYTES // size) - 1).bit_length())
     return page_size // tokens, parts, tokens, size
 
@@ -143,6 +166,11 @@ def _mixing(head_dim: int) -> Tensor:
     for _ in range((head_dim // odd).bit_length() - 1):
         mixing = torch.kron(mixing, butterfly)
     return mixing
+
+
+def _number(digits: Iterable[Tensor]) -> Tensor:
+    """The number of these digits at base 2, the highest first."""
+    return functools.reduce(lambda high, low: 2 * high + low, digits)
 
 
 def _identity(size: int) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sparsekv
 from sparsekv import ConfigError, UnknownNameError, ops
 from sparsekv.ops import compiler, instances, reference, why_reference
-from sparsekv.ops.formulas import kernel_of
+from sparsekv.ops.formulas import kernel_of, with_kernels
 from sparsekv.pages.formats import FORMATS, KEYS, VALUES, PageFormat, Plain
 from sparsekv.testing.pages import NAN, Pages, empty_summary, fitted_state, random_pages
 
@@ -208,7 +208,7 @@ def test_a_format_without_a_kernel_says_that_plain_torch_serves_it(monkeypatch: 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("digest", ["minmax", "sign_sketch"])
+@pytest.mark.parametrize("digest", with_kernels())
 @pytest.mark.parametrize("head_dim", instances.HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu_its_kernels_do_what_its_class_says(

@@ -172,13 +172,14 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, arguments[name], test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("name", ["sign_sketch", "sketch2"])
 @pytest.mark.parametrize("head_dim", instances.HEAD_DIMS)
-def test_the_sketchs_scores_are_exact_but_where_a_channel_is_half_way(head_dim: int) -> None:
+def test_a_sketchs_scores_are_exact_but_where_a_channel_is_half_way(head_dim: int, name: str) -> None:
     """Beyond what a soak may ask: most heads have no channel that could be rounded either way."""
     pages = random_pages([900] * 8, num_kv_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device=CUDA)
-    state = fitted_state(DIGESTS.get("sign_sketch")(), pages)
-    summary, query = fresh_summary("sign_sketch", pages, state), torch.randn(8, 4, head_dim, device=CUDA).bfloat16()
-    score = (query, summary, state, pages.block_table, pages.seq_lens, 16, "sign_sketch", "max", 0.1)
+    state = fitted_state(DIGESTS.get(name)(), pages)
+    summary, query = fresh_summary(name, pages, state), torch.randn(8, 4, head_dim, device=CUDA).bfloat16()
+    score = (query, summary, state, pages.block_table, pages.seq_lens, 16, name, "max", 0.1)
     scores, expected = (op(*score)[..., :57] for op in (OPS.score_pages, reference.score_pages))
     error = (scores - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.flatten().quantile(0.75) < 2e-6
