@@ -165,7 +165,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE", help="YAML or JSON with any of these options (new_name for --new-name)")
     add("--model", metavar="M", help=f"{models.WHAT} (default)")
     files = ", ".join(f"{kind}:FILE" for kind in FILE_TASKS)
-    add("--tasks", nargs="+", metavar="T", help=f"{', '.join(TASKS)}; {files} (default: all that need no file)")
+    add(
+        "--tasks", nargs="+", metavar="T",
+        help=f"{', '.join(TASKS)}; {files} (default: all that need no file). FILE: JSON lines for longbench and "
+        "ruler, else any text, or `excerpt`, which ships; FILE#TOKENS: perplexity and recall score so many, not 256",
+    )  # fmt: skip
     add(
         "--methods", nargs="+", metavar="M",
         help=f"{', '.join(METHODS)}; DIGEST/POLICY: {', '.join(pairs())}; and settings, as quest+sum+dense0 "

@@ -32,10 +32,13 @@ __all__ = [
 
 
 def make_task(name: str) -> Task:
-    """The task called so: a name of the registry, or `longbench:SOURCE`, `ruler:SOURCE`, `perplexity:FILE`.
+    """The task called so: a name of the registry, `longbench:SOURCE`, `ruler:SOURCE`, or, in any text in UTF-8,
+    `perplexity:FILE`, `recall:FILE`, `needle:FILE`.
 
-    SOURCE is a file of JSON lines, a subset of LongBench, or OWNER/NAME/CONFIG on the hub. Documents of such tasks
-    are the rows or pieces in their order: seed 0 of `write` is the first.
+    SOURCE is a file of JSON lines, a subset of LongBench, or OWNER/NAME/CONFIG on the hub. FILE is a text, or
+    `excerpt`: the one that ships; `perplexity:FILE#TOKENS` and `recall:FILE#TOKENS` score so many tokens after each
+    document, instead of 256. Documents of such tasks are the rows or pieces in their order: seed 0 of `write` is the
+    first.
 
     Raises:
         UnknownNameError: there is none.

@@ -12,11 +12,11 @@ from pathlib import Path
 from sparsekv.errors import ConfigError, UnknownNameError
 
 from .base import Document, Metric, Question, Task, Turn
-from .perplexity import TextPerplexity, fitting
 from .rows import Row, rows_of
+from .texts import TEXT_TASKS, fitting, text_task
 from .writer import Writer
 
-FILE_TASKS = ("longbench", "ruler", "perplexity")
+FILE_TASKS = ("longbench", "ruler", *TEXT_TASKS)
 LONGBENCH_F1 = ("2wikimqa", "hotpotqa", "multifieldqa_en", "musique", "narrativeqa", "qasper", "triviaqa")
 _ANSWER = "Answer:"
 _ANSWER_TOKENS = 64  # a free answer may be so long, however short the right ones are
@@ -120,14 +120,14 @@ class Ruler(RowTask):
 
 
 def from_source(kind: str, source: str) -> Task:
-    """`longbench:SOURCE`, `ruler:SOURCE` or `perplexity:FILE`, where SOURCE is a file of JSON lines, a subset of
-    LongBench or OWNER/NAME/CONFIG on the hub; `SOURCE#TASK` takes the rows whose `task` or `dataset` is TASK.
+    """`longbench:SOURCE` or `ruler:SOURCE`, where SOURCE is a file of JSON lines, a subset of LongBench or
+    OWNER/NAME/CONFIG on the hub; `SOURCE#TASK` takes the rows whose `task` or `dataset` is TASK. Or a task in a text.
 
     Raises:
         ConfigError: there is no such data, or a row is malformed.
     """
-    if kind == "perplexity":
-        return TextPerplexity(Path(source))
+    if kind in TEXT_TASKS:
+        return text_task(kind, source)
     name, _, task = source.partition("#")
     rows = [row for row in rows_of(kind, name) if not task or task in _tasks_of(row)]
     if not rows:

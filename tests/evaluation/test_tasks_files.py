@@ -1,4 +1,4 @@
-"""LongBench's and RULER's data, and texts of one's own: small local samples, and whatever can be wrong with files."""
+"""LongBench's and RULER's data: small local samples, and whatever can be wrong with files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import testbed
@@ -20,16 +18,6 @@ from sparsekv.evaluation.tasks.files import split_question
 DATA = Path(__file__).parent / "data"
 LONGBENCH = f"longbench:{DATA / 'longbench.jsonl'}"
 NIAH, VT, QA = (f"ruler:{DATA / 'ruler' / name / 'validation.jsonl'}" for name in ("niah_multikey_1", "vt", "qa_1"))
-
-
-@pytest.fixture(scope="module")
-def writer() -> Writer:
-    """A token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={sign: i for i, sign in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return Writer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 def written(name: str, writer: Writer, num_tokens: int = 4096, seed: int = 0) -> Document:
@@ -274,38 +262,3 @@ def test_what_the_hub_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(ConfigError, match="cannot be loaded from the hub: no route to the hub"):
         make_task("longbench:hotpotqa")
-
-
-# --- Perplexity of a text ---
-
-
-def test_a_text_is_read_piece_by_piece(writer: Writer, tmp_path: Path) -> None:
-    text = "".join(f"Line {i} of a book. " for i in range(200))
-    path = tmp_path / "book.txt"
-    path.write_text(text)
-    pieces = [written(f"perplexity:{path}", writer, 512, seed) for seed in range(4)]
-    for i, document in enumerate(pieces):
-        (turn,) = document.questions[0].turns
-        assert turn.prompt.strip()
-        assert document.text + turn.prompt + turn.reference == text[i * 768 : (i + 1) * 768]
-        assert document.num_tokens == 512
-        assert len(writer.encode(turn.prompt + turn.reference)) == 256
-    with pytest.raises(ConfigError, match=r"book.txt has \d+ tokens: 5 pieces of 512 and the 256"):
-        written(f"perplexity:{path}", writer, 512, seed=len(text) // 768)
-
-
-def test_a_text_without_spaces_is_scored_nearly_whole(writer: Writer, tmp_path: Path) -> None:
-    path = tmp_path / "book.txt"
-    path.write_text("長い文章" * 200, encoding="utf-8")
-    (turn,) = written(f"perplexity:{path}", writer, 512).questions[0].turns
-    assert len(writer.encode(turn.reference)) > 200
-
-
-def test_a_text_of_the_testbeds_words(tmp_path: Path) -> None:
-    writer = Writer(testbed.load()[1])
-    path = tmp_path / "story.txt"
-    path.write_text(testbed.make_story(2000, seed=1).text)
-    document = written(f"perplexity:{path}", writer, 1024)
-    assert document.num_tokens == 1024
-    (turn,) = document.questions[0].turns
-    assert [len(writer.encode(part)) for part in (turn.prompt, turn.reference)] == [1, 255]
