@@ -16,6 +16,7 @@ from sparsekv.layer_budgets import REST, Budget, Budgets
 GROUP_POOLINGS = ("max", "sum", "mean_softmax")
 BACKENDS = ("auto", "reference")
 MAX_RECENT = 64  # tokens, where `recent` follows the budget
+_NAMES = ("digest", "policy", "page_format", "residency")  # of classes in registries
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ class SparseConfig:
         settings = settings_file.read(path, [field.name for field in fields(cls)])
         if isinstance(settings.get("dense_layers"), list):
             settings["dense_layers"] = tuple(settings["dense_layers"])
+        for name in _NAMES:
+            if not isinstance(settings.get(name, ""), str):
+                raise ConfigError(f"{path}: {name}={settings[name]!r} must be a name.")
         try:
             return cls(**settings)
         except ConfigError as error:
@@ -202,11 +206,8 @@ class SparseConfig:
             budget = tuple((layer, x) for layer, x in budget if layer == REST or int(layer) < num_layers) or 1.0
         if isinstance(dense, tuple):
             dense = tuple(layer for layer in dense if layer < num_layers)
-        return (
-            self
-            if (budget, dense) == (self.budget, self.dense_layers)
-            else self.with_(budget=budget, dense_layers=dense)
-        )
+        is_same = (budget, dense) == (self.budget, self.dense_layers)
+        return self if is_same else self.with_(budget=budget, dense_layers=dense)
 
     def dense_among(self, layers: Sequence[int]) -> frozenset[int]:
         """Which layers `dense_layers`, or a budget of 1.0, asks to read everything, of those that can be sparse: all

@@ -345,6 +345,7 @@ def test_a_file_says_everything_and_may_say_less(tmp_path: Path) -> None:
         ('{"budget": NaN}', r"budget=nan: a float is a fraction"),
         ('{"budget": {"5": 3}}', r"budget\[5\]: budget=3 is below"),
         ('{"group_pooling": "mean"}', "group_pooling='mean' is not known"),
+        ('{"digest": ["minmax"]}', r"digest=\['minmax'\] must be a name"),
     ],
 )
 def test_a_file_that_is_no_good_is_named(text: str, message: str, tmp_path: Path) -> None:
