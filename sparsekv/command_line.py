@@ -14,12 +14,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from importlib import metadata
 from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 
+from sparsekv.config import SparseConfig
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError, did_you_mean
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -129,6 +131,28 @@ def tokens(text: str) -> int:
         return positive(text) if scale is None else positive(text[:-1]) * scale
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: 32768, 32k or 1M") from error
+
+
+def add_settings_option(parser: argparse.ArgumentParser) -> None:
+    """`--settings`, for commands that take single settings as options: those have no defaults, see `settings_of`."""
+    parser.add_argument(
+        "--settings", metavar="FILE", help="JSON file of SparseConfig.save; other options given here override it"
+    )
+
+
+def settings_of(args: argparse.Namespace, **more: Any) -> SparseConfig:
+    """The settings that were given as options, over those of `--settings`, over the defaults.
+
+    Args:
+        more: settings that are told by options of other names. None: not given, as in `args`.
+
+    Raises:
+        ConfigError, UnknownNameError: one is not allowed, or the file cannot be used.
+    """
+    names = [field.name for field in fields(SparseConfig)]
+    options = {name: value for name, value in vars(args).items() if name in names} | more
+    given = {name: value for name, value in options.items() if value is not None}
+    return SparseConfig.of(SparseConfig.load(args.settings) if args.settings else None, **given)
 
 
 def choose_device(name: str) -> torch.device:

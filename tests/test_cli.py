@@ -87,6 +87,7 @@ def test_bench_without_a_word_times_attention() -> None:
         (["eval", "export", "--batch-rows", "3"], "There is no option --batch-rows."),
         (["chat", "--zzz"], "There is no option --zzz. `sparsekv chat --help` lists all."),
         (["chat", "--budget", "much"], "'much' is no budget: 2048, 2k, or a fraction"),
+        (["chat", "--budget-of", "much"], "'much' is no layer and its budget, as 5=2048"),
         (["--hlep"], "There is no option --hlep. Did you mean '--help'?"),
         (["generate"], "the following arguments are required: --model"),
         (["doctor", "now"], "unrecognized arguments: now."),
@@ -262,6 +263,23 @@ def test_settings_left_out_are_the_defaults_of_a_patch(command: Any) -> None:
     assert model_options.config_of(args) == SparseConfig()
     changed = parser.parse_args(["--model", "testbed", *prompt, "--sinks", "0", "--group-pooling", "mean_softmax"])
     assert model_options.config_of(changed) == SparseConfig(sinks=0, group_pooling="mean_softmax")
+
+
+def test_options_go_over_a_file_of_settings(tmp_path: Path) -> None:
+    """Single ones, and budgets of single layers, which go over those that the file has for them."""
+    path, parser = tmp_path / "settings.json", Parser()
+    SparseConfig(budget={3: 1024, "rest": 256}, sinks=8, dense_layers=(0,)).save(path)
+    chat.add_arguments(parser)
+
+    def config(*given: str) -> SparseConfig:
+        return model_options.config_of(parser.parse_args(["--settings", str(path), *given]))
+
+    assert config() == SparseConfig.load(path)
+    assert config("--dense-layers", "1", "--budget", "2k") == SparseConfig(budget=2048, sinks=8, dense_layers=1)
+    assert config("--budget-of", "3=512", "5=0.5").budget == ((3, 512), (5, 0.5), ("rest", 256))
+    assert config("--budget", "512", "--budget-of", "5=2k").budget == ((5, 2048), ("rest", 512))
+    with pytest.raises(ConfigError, match=r"budget\[5\]: budget=3 is below"):
+        config("--budget-of", "5=3")
 
 
 @pytest.mark.parametrize("command", [["generate"], ["chat"], ["eval", "run"]], ids=" ".join)

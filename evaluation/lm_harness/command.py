@@ -3,9 +3,9 @@
 sparsekv lm-eval --model_args pretrained=M,budget=1024 --tasks sparsekv --metadata '{"lengths": [16384]}'
 
 All options are lm_eval's; model_args are those of its `hf` model, every setting of sparsekv (budget, policy, digest,
-page_size, dense_layers, sinks, recent, ...) and tail, the tokens of each prompt's end that are decoded one by one
-(default 64; in our tasks, at least the question). pretrained=testbed is the small model that ships. Our tasks are the
-group `sparsekv`; an --include_path of your own replaces them.
+page_size, dense_layers, sinks, recent, ...), settings, a file of them, and tail, the tokens of each prompt's end that
+are decoded one by one (default 64; in our tasks, at least the question). pretrained=testbed is the small model that
+ships. Our tasks are the group `sparsekv`; an --include_path of your own replaces them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from inspect import signature
 from typing import Any
 
@@ -31,7 +31,7 @@ from sparsekv.hf.support import CACHE
 from .command import NAME
 
 _FIELDS = tuple(field.name for field in fields(SparseConfig))
-_OURS = ("tail", *_FIELDS)
+_OURS = ("tail", "settings", *_FIELDS)
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 _NOT_DECODED = (
     "Log-likelihood tasks score whole texts in one dense pass and never decode: these figures are dense attention's, "
@@ -49,6 +49,7 @@ class SparseLM(HFLM):
         tail: tokens of each prompt's end that are decoded one by one. It should cover the question, and what a chat
             template puts behind it. Our own tasks say how long their questions are: then it is at least that.
         device: default: the GPU if there is one.
+        settings: a file of `SparseConfig.save`, over which single settings go.
         model_args: HFLM's own, and every setting of `SparseConfig`. `backend` is the latter's: no encoder-decoder can
             be patched.
 
@@ -57,9 +58,15 @@ class SparseLM(HFLM):
         UnsupportedModelError: the model cannot be served.
     """
 
-    def __init__(self, pretrained: Any, tail: int = 64, device: str | None = None, **model_args: Any) -> None:
-        settings = {name: model_args.pop(name) for name in _FIELDS if name in model_args}
-        config = _config(settings)
+    def __init__(
+        self,
+        pretrained: Any,
+        tail: int = 64,
+        device: str | None = None,
+        settings: str | None = None,
+        **model_args: Any,
+    ) -> None:
+        config = _config(settings, {name: model_args.pop(name) for name in _FIELDS if name in model_args})
         if isinstance(tail, bool) or not isinstance(tail, int) or tail < 1:
             raise ConfigError(f"tail={tail!r} must be a whole number of tokens, at least 1.")
         self.tail = self._min_tail = tail
@@ -104,7 +111,7 @@ class SparseLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the file of results says: the settings, and what was read."""
-        ours = {"version": sparsekv.__version__, "tail": self.tail, **asdict(self.patch.config)}
+        ours = {"version": sparsekv.__version__, "tail": self.tail, **self.patch.config.as_dict()}
         return {**super().get_model_info(), NAME: {**ours, **self.patch.stats.as_dict()}}
 
     @torch.inference_mode()
@@ -160,8 +167,7 @@ class SparseLM(HFLM):
 
     def _check_counters(self, longest: int, before: int) -> None:
         """Sparse decoding is never taken for granted: else dense would be compared with dense."""
-        config = self.patch.config
-        exceeds = config.pages_for(longest) > config.budget_pages(longest)
+        exceeds = any(each.pages_for(longest) > each.budget_pages(longest) for each in self.patch.config.each)
         if self._chooses and exceeds and self.patch.stats.sparse_steps == before:
             raise SparseKVError(
                 f"A prompt of {longest} tokens exceeds the budget, and yet no step was sparse:\n{self.patch}\n"
@@ -169,11 +175,11 @@ class SparseLM(HFLM):
             )
 
 
-def _config(settings: dict[str, Any]) -> SparseConfig:
+def _config(path: str | None, settings: dict[str, Any]) -> SparseConfig:
     """Checked in full before a model is loaded."""
     layers = settings.get("dense_layers")
     if isinstance(layers, list):  # model_args may be JSON, which has no tuples
         settings["dense_layers"] = tuple(layers)
-    config = SparseConfig.of(**settings)
+    config = SparseConfig.of(None if path is None else SparseConfig.load(path), **settings)
     DIGESTS.get(config.digest), POLICIES.get(config.policy)
     return config

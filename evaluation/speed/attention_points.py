@@ -138,7 +138,7 @@ def grid(
     layers: Sequence[Geometry],
     batches: Sequence[int],
     contexts: Sequence[int],
-    budgets: Sequence[int],
+    budgets: Sequence[int | float],
     **settings: Any,
 ) -> list[LayerPoint]:
     """Every combination, with these settings of `SparseConfig`.

@@ -15,12 +15,22 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from sparsekv.command_line import Parser, add_json_option, choose_device, positive, tokens, with_json
+from sparsekv import SparseConfig
+from sparsekv.command_line import (
+    Parser,
+    add_json_option,
+    add_settings_option,
+    choose_device,
+    positive,
+    settings_of,
+    tokens,
+    with_json,
+)
 from sparsekv.errors import ConfigError
 
 from . import attention_bench, generate_bench, generate_points
@@ -29,7 +39,7 @@ from .competitors import COMPETITORS
 from .geometry import GEOMETRIES, Geometry, named
 
 _HEADS = ("q_heads", "kv_heads", "head_dim")
-_SET_BY_PRESET = ("geometry", "model", *_HEADS, "contexts", "batches", "budgets")
+_SET_BY_PRESET = ("geometry", "model", *_HEADS, "contexts", "batches", "budgets", "settings")
 _QUICK_REPEATS, _REPEATS = 5, 20
 
 
@@ -45,9 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv bench attention`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     _add_shapes(parser)
-    parser.add_argument("--page-size", type=positive, default=16, help="tokens per page (default %(default)s)")
-    parser.add_argument("--policy", default="top_k", help="which pages a step reads (default %(default)s)")
-    parser.add_argument("--digest", default="minmax", help="page digest (default %(default)s)")
+    add_settings_option(parser)
+    parser.add_argument("--page-size", type=positive, help=f"tokens per page (default {SparseConfig.page_size})")
+    parser.add_argument("--policy", help=f"which pages a step reads (default {SparseConfig.policy})")
+    parser.add_argument("--digest", help=f"page digest (default {SparseConfig.digest})")
     parser.add_argument(
         "--repeats", type=positive, help=f"timed calls, of which the median counts (default {_REPEATS})"
     )
@@ -67,7 +78,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget", "--budgets", dest="budgets", type=tokens, nargs="+", metavar="TOKENS",
-        help="tokens read per kv head (default 2048, on a CPU 1024)",
+        help="tokens read per kv head (default: those of --settings, or 2048, on a CPU 1024)",
     )  # fmt: skip
     parser.add_argument(
         "--batch", "--batches", dest="batches", type=positive, nargs="+", metavar="N", help="sequences (default 1)"
@@ -102,7 +113,8 @@ def _defaults(device: torch.device) -> dict[str, Any]:
 
 def points_of(args: argparse.Namespace, device: torch.device) -> list[LayerPoint]:
     """What the options ask to be measured, checked before anything is. On a CPU all is in float32."""
-    settings = {"page_size": args.page_size, "digest": args.digest, "policy": args.policy}
+    config = settings_of(args, budget=max(args.budgets or [], default=None))
+    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "budget"}
     default, on_gpu = _defaults(device), device.type == "cuda"
     if args.preset:
         _refuse(args, _SET_BY_PRESET, f"is set by --preset {args.preset}: leave one of them out")
@@ -111,8 +123,10 @@ def points_of(args: argparse.Namespace, device: torch.device) -> list[LayerPoint
         return preset_points(args.preset, **settings)
     layers = _layers(args, default["heads"], on_gpu)
     layers = layers if on_gpu else [replace(layer, dtype=torch.float32) for layer in layers]
-    contexts, budgets = args.contexts or default["contexts"], args.budgets or default["budgets"]
-    return grid(layers, args.batches or [1], contexts, budgets, **settings)
+    budgets = args.budgets or default["budgets"]
+    if args.settings and not args.budgets:
+        budgets = list(dict.fromkeys(each.plain_budget for each in config.each))
+    return grid(layers, args.batches or [1], args.contexts or default["contexts"], budgets, **settings)
 
 
 def _layers(args: argparse.Namespace, heads: tuple[int, int, int], on_gpu: bool) -> list[Geometry]:

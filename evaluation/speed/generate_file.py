@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsekv import SparseConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.report import file_name, result, save_json
 
@@ -17,6 +19,7 @@ from .generate_points import MODES, Options
 
 Row = dict[str, Any]
 _SETTINGS = ("model", "dtype", "budget", "dense_layers", "new_tokens")
+_OTHERS = tuple(field.name for field in fields(SparseConfig))  # of which earlier files do not tell all
 
 
 class ResultFile:
@@ -35,9 +38,7 @@ class ResultFile:
         self.settings = {
             "model": subject.name,
             "dtype": str(subject.dtype),
-            "digest": options.config.digest,
-            "budget": options.config.budget,
-            "dense_layers": options.config.dense_layers,
+            **options.config.as_dict(),
             "new_tokens": options.new_tokens,
         }
         path, points = Path(options.out or "") / f"{self.name}.json", {(p.batch, p.context) for p in options.points}
@@ -82,7 +83,7 @@ def rows_to_add_to(path: Path, here: Row) -> list[Row]:
         is_of_one_run = len(_points(there["rows"])) <= int(there["settings"]["num_points"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"--add: {path} is no file of this command ({error!r}). Choose another --out.") from error
-    now = alike(here)
+    now = {name: value for name, value in alike(here).items() if name in was}
     different = [f"{name} {was[name]!r} there, {now[name]!r} here" for name in now if was[name] != now[name]]
     if different:
         raise ConfigError(
@@ -94,7 +95,8 @@ def rows_to_add_to(path: Path, here: Row) -> list[Row]:
 
 def alike(content: Row) -> Row:
     """What all rows of a file have in common, or they could not be compared."""
-    found = {name: content["settings"][name] for name in _SETTINGS}
+    settings = content["settings"]
+    found = {name: settings[name] for name in (*_SETTINGS, *(name for name in _OTHERS if name in settings))}
     return found | {"gpu": content["gpu"], "torch": content["versions"]["torch"]}
 
 

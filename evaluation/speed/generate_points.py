@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from sparsekv import SparseConfig
-from sparsekv.command_line import add_json_option, positive, tokens
+from sparsekv.command_line import add_json_option, add_settings_option, positive, settings_of, tokens
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.report import short
+from sparsekv.policies import POLICIES
 
 from .generate_model import whole_models
 
-K = 1 << 10
 MIN_NEW_TOKENS = 8
 MIN_FIRST_TOKENS = 4  # tokens that are not timed: an eager step, one that is captured, and one that is compared
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -135,8 +135,8 @@ class Options:
         return self.new_tokens - self.first_tokens
 
     def fits(self, where: Point) -> bool:
-        """Whether the budget holds the context: then nothing is chosen."""
-        return where.context <= self.config.budget
+        """Whether every budget holds the context: then nothing is chosen."""
+        return all(each.covers(each.pages_for(where.context)) for each in self.config.each)
 
     def why_not(self, name: str, where: Point) -> str | None:
         """Why a mode is not measured at a point, or None."""
@@ -160,8 +160,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16, on a CPU float32)")
     _add_points(parser)
+    add_settings_option(parser)
     parser.add_argument(
-        "--budget", type=tokens, default=2 * K, metavar="TOKENS", help="read per kv head (default %(default)s)"
+        "--budget", type=tokens, metavar="TOKENS", help=f"read per kv head (default {SparseConfig.budget})"
     )
     parser.add_argument(
         "--new-tokens", type=positive, default=64, metavar="N",
@@ -173,9 +174,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="profile captured steps: attention, GEMMs, the rest, gaps (default: on a GPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--dense-layers", type=int, default=2, metavar="N", help="the first so many read everything (default 2)"
-    )
-    parser.add_argument("--digest", default="minmax", help="page digest (default %(default)s)")
+        "--dense-layers", type=int, metavar="N",
+        help=f"the first so many read everything (default {SparseConfig.dense_layers})",
+    )  # fmt: skip
+    parser.add_argument("--digest", help=f"page digest (default {SparseConfig.digest})")
     parser.add_argument("--out", metavar="DIR", help="write DIR/generate_DEVICE.json and .png")
     parser.add_argument("--add", action="store_true", help="keep the other points of the files that are there")
     add_json_option(parser)
@@ -214,16 +216,17 @@ def options_of(args: argparse.Namespace, device: torch.device) -> Options:
     """The options, with what is not given chosen for the device.
 
     Raises:
-        ConfigError: a value is not allowed. UnknownNameError: there is no such digest.
+        ConfigError: a value is not allowed. UnknownNameError: there is no such digest or policy.
     """
     on_gpu = device.type == "cuda"
     kind = "cuda" if on_gpu else "cpu"
     modes = args.modes or _MODES_ON[kind]
-    DIGESTS.get(args.digest)
+    config = settings_of(args)
+    DIGESTS.get(config.digest), POLICIES.get(config.policy)
     if args.split and not on_gpu:
         raise ConfigError("--split profiles a captured step, and only --device cuda has one.")
     return Options(
-        config=SparseConfig(budget=args.budget, dense_layers=args.dense_layers, digest=args.digest),
+        config=config,
         points=args.points or [point(text) for text in (PRESETS.get(args.preset) or _POINTS_ON[kind])],
         modes=modes,
         new_tokens=args.new_tokens,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         print(patch.stats, file=sys.stderr)
     return {
         **circumstances(command),
-        "settings": {"model": args.model, "device": str(model.device), "dtype": str(model.dtype), **asdict(config)},
+        "settings": {"model": args.model, "device": str(model.device), "dtype": str(model.dtype), **config.as_dict()},
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": stream.num_tokens,
         "text": stream.said,

@@ -164,7 +164,7 @@ def ask(model: Any, tokenizer: Any, cache: Cache, scene: Scene, question: Ask) -
 
 def _trace(model: Any, tokenizer: Any, fork: PagedCache, scene: Scene, question: Ask) -> PageTrace:
     """Asks one question again, and notes every page read."""
-    trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.budget))
+    trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.plain_budget))
     fork.observers.append(trace.observe)
     row = Row([question.turn], Metric.RECALL, scene.stop_ids)
     decode(model, fork, [row], _mask(model, fork))

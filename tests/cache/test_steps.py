@@ -152,6 +152,7 @@ def test_a_layer_that_is_read_more_than_once(policy: str, budget: int | float) -
         {"backend": "reference"},
         {"dtype": torch.bfloat16},
         {"page_size": 1, "budget": 5},
+        {"budget": {0: 32, 1: 0.3, "rest": 1.0}, "num_layers": 3},
         {"num_layers": 3, "hq": 6, "hkv": 3},
         {"arena": Arena()},
     ],
@@ -292,6 +293,7 @@ def test_the_key_of_a_step_knows_settings_batch_and_places() -> None:
     pair, other = prefilled(), prefilled()
     key = pair.paged.step().key
     others = [other.paged.step().key, pair.fork(policy="recent").paged.step().key]
+    others += [pair.fork(budget={0: first, "rest": 16}).paged.step().key for first in (16, 32)]
     pair.select([1])
     others.append(pair.paged.step().key)
     pair.repeat(2)
@@ -299,7 +301,7 @@ def test_the_key_of_a_step_knows_settings_batch_and_places() -> None:
     pair.forward(400)
     pair.crop(400)
     others.append(pair.paged.step().key)  # the pool has grown
-    assert len({key, *others}) == 5
+    assert len({key, *others}) == 7
 
 
 def test_a_fork_takes_the_same_steps() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sparsekv import SparseConfig
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.lm_harness import command, documents
@@ -278,7 +279,7 @@ def test_steps_that_should_be_sparse_and_are_not_are_an_error() -> None:
         ({"policy": "topk"}, UnknownNameError, "Did you mean 'top_k'"),
         ({"tail": 0}, ConfigError, "tail=0 must be"),
         ({"backend": "causal"}, UnknownNameError, "backend='causal'"),
-        ({"bugdet": 512}, ConfigError, "(?s)no bugdet. Did you mean 'budget'.*there are: tail, budget"),
+        ({"bugdet": 512}, ConfigError, "(?s)no bugdet. Did you mean 'budget'.*there are: tail, settings, budget"),
         ({"dtyp": "float32"}, ConfigError, "no dtyp. Did you mean 'dtype'"),
     ],
 )
@@ -288,9 +289,13 @@ def test_settings_are_checked(settings: dict[str, Any], kind: type[Exception], m
 
 
 @needs_lm_eval
-def test_settings_of_json() -> None:
-    config = make(budget=0.25, dense_layers=[0, 3], digest="sign_sketch").patch.config
-    assert (config.budget, config.dense_layers, config.digest) == (0.25, (0, 3), "sign_sketch")
+def test_settings_of_json_and_of_a_file(tmp_path: Path) -> None:
+    SparseConfig(sinks=8, budget=512).save(tmp_path / "settings.json")
+    given = {"budget": {"3": 0.25, "rest": 256}, "dense_layers": [0, 3], "digest": "sign_sketch"}
+    lm = make(settings=str(tmp_path / "settings.json"), **given)
+    expected = SparseConfig(sinks=8, budget={3: 0.25, "rest": 256}, dense_layers=(0, 3), digest="sign_sketch")
+    assert lm.patch.config == expected
+    assert lm.get_model_info()["sparsekv"].items() >= expected.as_dict().items()
 
 
 # -- the command

@@ -178,18 +178,22 @@ def _comparable(value: Any) -> Any:
 def naive_sparse() -> Iterator[Callable[..., None]]:
     """`naive_sparse(model, budget=16, ...)`: makes a model decode sparsely by a mask over all keys, page by page.
 
-    It shares nothing with sparsekv, and knows `minmax` digests, `top_k` and whole-number budgets.
+    It shares nothing with sparsekv, and knows `minmax` digests, `top_k` and whole-number budgets, one or a list with
+    one for each layer.
     """
     name = "naive_sparse"
 
-    def install(model: PreTrainedModel, dense_layers: tuple[int, ...] = (), **settings: int) -> None:
+    def install(
+        model: PreTrainedModel, budget: int | list[int], dense_layers: tuple[int, ...] = (), **settings: int
+    ) -> None:
         original = model.config._attn_implementation
 
         def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
             is_sliding = kwargs.get("sliding_window") is not None
             if query.shape[2] == 1 and not is_sliding and module.layer_idx not in dense_layers:
                 visible = _visible(mask, key)
-                rows = [_pages_as_mask(*row, **settings) for row in zip(query, key, visible, strict=True)]
+                tokens = budget[module.layer_idx] if isinstance(budget, list) else budget
+                rows = [_pages_as_mask(*row, tokens, **settings) for row in zip(query, key, visible, strict=True)]
                 mask = torch.stack(rows)
                 mask = mask if original == "sdpa" else torch.zeros(mask.shape).masked_fill(~mask, -1e9)
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -345,3 +345,20 @@ def test_at_a_small_budget_a_mode_gives_what_masking_the_other_pages_gives(
     if steps != SOME:
         assert patch.stats.sparse_steps + patch.stats.dense_steps == steps
         assert (patch.stats.sparse_steps > 0) == (steps > 0)
+
+
+def test_layers_with_budgets_of_their_own(tiny, prompt, naive_sparse) -> None:
+    """A function of the layer, asked once for those that can be sparse: of these six every second one slides."""
+    model, naive = tiny("gemma3_text", num_hidden_layers=6), tiny("gemma3_text", num_hidden_layers=6)
+    settings, asked = SMALL | {"dense_layers": ()}, []
+
+    def budget(layer_idx: int) -> int:
+        asked.append(layer_idx)
+        return 12 + 4 * layer_idx
+
+    naive_sparse(naive, **settings | {"budget": [12 + 4 * i for i in range(6)]})
+    with sparsekv.patch(model, **settings | {"budget": budget}) as patch:
+        assert patch.config.budget == ((1, 16), (3, 24), (5, 32))
+        for mode in ("greedy", "beam_search"):
+            assert_close(MODES[mode][0](model, prompt), MODES[mode][0](naive, prompt))
+    assert asked == [1, 3, 5]

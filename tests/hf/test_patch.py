@@ -227,6 +227,7 @@ def test_settings_that_are_not_allowed(settings, tiny, state_of) -> None:
     ("settings", "message"),
     [
         ({"dense_layers": (0, 40)}, "the model has layers 0 to 3"),
+        ({"budget": {40: 512, "rest": 64}}, "names 40, and of the model's layers 0 to 3 only 0-3 can be sparse"),
         ({"digest": "sign_sketch", "dense_layers": 0}, "sign_sketch"),
     ],
 )
@@ -267,6 +268,17 @@ def test_the_report_of_a_fraction_and_of_the_dense_policy(tiny) -> None:
         assert "budget 25% of the context" in str(patch)
         assert "layers 0-1: dense (dense_layers=2, in pages)" in str(patch)
         assert "layers 2-3: dense (policy 'all', in pages)" in str(patch)
+
+
+def test_the_report_of_budgets_by_layer(tiny) -> None:
+    with sparsekv.patch(tiny("llama"), budget={1: 1.0, 2: 0.25, "rest": 512}, dense_layers=1) as patch:
+        assert str(patch).splitlines()[:5] == [
+            "sparsekv patch of LlamaForCausalLM (budget by layer, page_size 16)",
+            "  layer 0: dense (dense_layers=1, in pages)",
+            "  layer 1: dense (budget=1.0, in pages)",
+            "  layer 2: sparse (top_k over minmax digests, 25% of the context)",
+            "  layer 3: sparse (top_k over minmax digests, 512 tokens)",
+        ]
 
 
 # -- copies, files, processes

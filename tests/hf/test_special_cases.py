@@ -143,7 +143,7 @@ def test_drafts_by_early_exit_with_dense_layers_beyond_it(tiny, prompt, decode, 
     """While they are made, the config names fewer layers than the patch does."""
     model = tiny("llama")
     theirs = decode(model, prompt(40), assistant_early_exit=2)
-    with sparsekv.patch(model, **FULL, dense_layers=(0, 3)):
+    with sparsekv.patch(model, **FULL | {"dense_layers": (0, 3), "budget": {3: 0.5, "rest": 1.0}}):
         assert_same(decode(model, prompt(40), assistant_early_exit=2), theirs)
     assert model.config.num_hidden_layers == 4
 

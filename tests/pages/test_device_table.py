@@ -30,7 +30,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 def in_steps(num_pages: int, device: torch.device, least: int = 6) -> int:
     """The widths of a GPU, for tables on the CPU."""
-    return width_for(num_pages, GPU, least)
+    return width_for(num_pages, GPU, [least])
 
 
 def ragged(*lengths: int) -> dict[str, Any]:
@@ -153,16 +153,24 @@ TestBatches.settings = settings(max_examples=80, stateful_step_count=40)
 def test_widths_on_a_gpu_grow_in_steps(num_pages: int, least: int, expected: int) -> None:
     """Up to the budget, where nothing is chosen, one width; from there in steps."""
     assert WIDTH_STEP == 512
-    assert width_for(num_pages, GPU, least) == expected
+    assert width_for(num_pages, GPU, [least]) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "expected"), [(1, 20), (20, 20), (21, 512), (600, 700), (701, 1024), (1024, 1024), (1025, 1400)]
+)
+def test_widths_stop_at_every_budget(num_pages: int, expected: int) -> None:
+    """So that a layer whose budget covers the sequences covers the table."""
+    assert width_for(num_pages, GPU, [20, 700, 1400]) == expected
 
 
 @pytest.mark.parametrize("num_pages", [1, 2, 127, 513])
 def test_elsewhere_a_table_is_as_wide_as_it_must_be(num_pages: int) -> None:
-    assert width_for(num_pages, CPU, 128) == num_pages
+    assert width_for(num_pages, CPU, [128]) == num_pages
 
 
-@pytest.mark.parametrize(("budget", "least"), [(96, 24), (0.3, 1)])
-def test_the_first_width_is_the_budget(budget: int | float, least: int) -> None:
+@pytest.mark.parametrize(("budget", "least"), [(96, 24), (0.3, 1), ({0: 0.3, "rest": 96}, 24)])
+def test_the_first_width_is_the_smallest_budget(budget: Any, least: int) -> None:
     """A fraction is of no width in particular."""
     store = PageStore(SparseConfig(page_size=4, sinks=1, recent=4, budget=budget))
     assert store.table.width is not None

@@ -149,6 +149,18 @@ def test_a_captured_step_is_one_of_a_phase_and_a_memory() -> None:
     assert set(again) <= {*first, *others}
 
 
+def test_layers_that_share_what_grows_with_the_budget_have_one_budget(monkeypatch) -> None:
+    """A memory of pages alone may be shared by layers that read more or fewer of them."""
+    settings = SMALL | {"policy": "counting", "budget": {1: 24, "rest": 16}}
+    CachePair(3, **settings)
+    monkeypatch.setattr(Counting, "keeper", lambda self, ordinal: ordinal - ordinal % 2)
+    with pytest.raises(ConfigError, match=r"layer 1 shares what layer 0 remembers: give both the same budget"):
+        CachePair(3, **settings)
+    CachePair(4, **settings | {"budget": {0: 24, 1: 24, "rest": 16}})
+    monkeypatch.setattr(Counting, "memory", lambda self, k, max_pages: [Remembered((max_pages,))])
+    CachePair(3, **settings)
+
+
 @pytest.mark.parametrize(
     ("declared", "complaint"),
     [

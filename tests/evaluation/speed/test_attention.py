@@ -374,6 +374,17 @@ def test_a_measurement_from_python_is_what_json_prints(capsys: pytest.CaptureFix
     assert "1 x 2k" in capsys.readouterr().out
 
 
+def test_a_file_of_settings_has_a_layer_for_each_of_its_budgets(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "settings.json", "--device cpu --contexts 1k --repeats 1 --check-only"
+    SparseConfig(budget={3: 512, 4: 0.5, "rest": 256}, page_size=32, policy="recent").save(path)
+    rows = speed.measure(f"attention --settings {path} {sizes}")["rows"]
+    assert [(row["budget"], row["page_size"], row["policy"]) for row in rows] == [
+        (budget, 32, "recent") for budget in (512, 0.5, 256)
+    ]
+    (row,) = speed.measure(f"attention --settings {path} --budget 128 --policy top_k {sizes}")["rows"]
+    assert (row["budget"], row["page_size"], row["policy"]) == (128, 32, "top_k")
+
+
 def test_an_option_that_is_not_allowed_is_an_error_in_python_too() -> None:
     with pytest.raises(ConfigError, match="--preset=quick is for --device cuda"):
         speed.measure("attention --device cpu --preset quick")

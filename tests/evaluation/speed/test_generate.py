@@ -84,6 +84,20 @@ def test_every_mode_leaves_the_model_as_it_was(tiny: Subject) -> None:
     assert not hasattr(tiny.model, "_previous_max_cache_length")  # else the next static cache would be as long
 
 
+def test_a_file_of_settings_is_followed_and_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    settings = SparseConfig(budget={3: 96, "rest": 128}, dense_layers=(0,), recent=16)
+    settings.save(path)
+    command = ["generate", "--model", str(MODEL_DIR), "--settings", str(path), "--device", "cpu"]
+    command += ["--points", "1x200", "--modes", "sparse", "--new-tokens", "8"]
+    result = speed.measure(shlex.join([*command, "--out", str(tmp_path)]))
+    assert result["settings"].items() >= settings.as_dict().items()
+    assert result["rows"][0]["stats"]["sparse_steps"] == 7
+    changed = shlex.join([*command, "--dense-layers", "1", "--add", "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"dense_layers \[0\] there, 1 here"):
+        speed.measure(changed)
+
+
 def test_a_model_in_a_folder_is_timed(tmp_path: Path) -> None:
     command = ["generate", "--model", str(MODEL_DIR), *SMALL, "--points", "1x200", "--modes", "sparse"]
     result = speed.measure(shlex.join([*command, "--out", str(tmp_path)]))

@@ -83,6 +83,22 @@ def test_every_policy_and_digest(policy, digest, budget, model, ids) -> None:
         assert patch.stats.as_dict() == counted
 
 
+def test_budgets_by_layer(model, ids) -> None:
+    """One after the other is outgrown, and every layer reads and counts as in an eager step."""
+    made, inputs = model(num_hidden_layers=4), ids(90, 41)
+    settings = SETTINGS | {"budget": {1: 96, 2: 0.5, "rest": 160}, "dense_layers": 0}
+    with sparsekv.patch(made, **settings) as patch:
+        captured = tokens(made, inputs, 120)
+        counted, shares = patch.stats.as_dict(), patch.stats.shares
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs, 120))
+        assert patch.decoder.refusal is None
+        assert patch.decoder.replays > 100
+        assert counted["sparse_steps"] == 119
+        assert shares[2] < shares[1] < shares[0] == shares[3] < 1
+        assert patch.decoder.captures <= 3
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_float32_and_the_reference(backend, model, ids) -> None:
     """No kernels: plain torch is captured all the same."""

@@ -207,3 +207,18 @@ def test_every_device_has_a_stream_and_a_pool_of_its_own(tiny) -> None:
         assert [decoder._site(device) for device in devices] == sites
         patch.free_memory()
         assert decoder._site(devices[0]) is not sites[0]
+
+
+def test_budgets_by_layer_are_part_of_a_step(tiny, prefilled) -> None:
+    """A fork with other budgets in the same pages is captured anew; each gives and counts what an eager one does."""
+    model = tiny("llama")
+    with sparsekv.patch(model, **SMALL | {"budget": {2: 64, "rest": 48}}) as patch:
+        cache = prefilled(patch)
+        for budget in ({2: 64, "rest": 48}, {2: 48, "rest": 64}, {2: 0.7, "rest": 48}, 48):
+            ours, theirs = cache.fork(budget=budget), cache.fork(budget=budget)
+            captures = patch.decoder.captures
+            found, expected = loop(patch.decoder, ours, range(5, 11)), decoded(model, theirs, range(5, 11))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert patch.decoder.captures == captures + 1
+            assert (ours.stats.as_dict(), ours.stats.shares) == (theirs.stats.as_dict(), theirs.stats.shares)
+            assert len(set(ours.stats.shares.values())) == (2 if budget == 48 else 3)
