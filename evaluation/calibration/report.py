@@ -1,0 +1,114 @@
+"""A calibration's outcomes as a table and as a picture: what is lost, against what is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from sparsekv import POLICIES, SparseConfig
+from sparsekv.evaluation.accuracy.methods import DENSE
+from sparsekv.evaluation.accuracy.plots import DPI, legend_below, put_title
+from sparsekv.evaluation.report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure
+
+from .search import REST
+from .verdicts import Loss, Outcome, Verdict
+
+_COLUMNS = ("digest", "pooling", "budget", "natural", "recall", "KiB/token", "of dense", "n", "verdict")
+_COLORS = (BLUE, GREEN, ORANGE, PURPLE, SKY, RED, GREY)
+_MARKERS = {Verdict.MEETS: "o", Verdict.UNDECIDED: "d", Verdict.FAILS: "x"}
+
+
+def table(title: str, outcomes: Iterable[Outcome], dense_bytes: float, best: Outcome | None) -> Table:
+    """A row per setting, by digest and by what is read; the best is marked."""
+    found = Table(
+        title=title,
+        caption="natural, recall: nats per token above dense, with 95 % intervals over all looks; n: documents",
+        box=SIMPLE_HEAD,
+    )
+    for i, name in enumerate(_COLUMNS):
+        found.add_column(name, justify="left" if i in (0, 1, 8) else "right", no_wrap=name != "budget")
+    for (digest, pooling), some in _by_line(outcomes):
+        for x in some:
+            found.add_row(
+                digest, pooling, budget_shown(x.config), str(x.natural), str(x.recall),
+                f"{x.bytes_per_token / 1024:,.0f}", f"{x.bytes_per_token / dense_bytes:.1%}", str(x.num_documents),
+                x.verdict.value, end_section=x is some[-1], style="bold" if x is best else None,
+            )  # fmt: skip
+    return found
+
+
+def figure(title: str, outcomes: Iterable[Outcome], dense_bytes: float, best: Outcome | None) -> Any:
+    """Both losses against the bytes that a token reads, with the tolerances as lines."""
+    made, panels = new_figure(ncols=2, figsize=(10, 4.6), dpi=DPI)
+    lines = _by_line(outcomes)
+    for panel, kind in zip(panels, ("natural", "recall"), strict=True):
+        for color, ((digest, pooling), some) in zip(_COLORS * len(lines), lines, strict=False):
+            _draw(panel, kind, some, color, f"{digest}, {pooling}")
+        _finish(panel, kind, [x for _, some in lines for x in some], dense_bytes, best)
+    put_title(made, title, "bars: 95 % intervals; o meets the tolerance, d undecided, x fails; numbers: budgets")
+    legend_below(made, panels)
+    return made
+
+
+def named(config: SparseConfig) -> str:
+    """A setting in a few words."""
+    if POLICIES.get(config.policy).reads_all:
+        return DENSE
+    return f"{config.digest}, {config.group_pooling}, {budget_shown(config)} tokens"
+
+
+def budget_shown(config: SparseConfig) -> str:
+    """`512`, or `256 (512 in layers 0, 3)`."""
+    budget: Any = config.budget
+    if not isinstance(budget, Mapping):
+        return f"{budget:,}"
+    values = sorted({value for layer, value in budget.items() if layer != REST})
+    own = "; ".join(f"{v:,} in layers {_spans([i for i in budget if budget[i] == v and i != REST])}" for v in values)
+    return f"{budget[REST]:,} ({own})"
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _by_line(outcomes: Iterable[Outcome]) -> list[tuple[tuple[str, str], list[Outcome]]]:
+    """By digest and pooling, ordered by what is read."""
+
+    def line(outcome: Outcome) -> tuple[str, str]:
+        return outcome.config.digest, outcome.config.group_pooling
+
+    ordered = sorted(outcomes, key=lambda outcome: (line(outcome), outcome.bytes_per_token))
+    return [(name, list(some)) for name, some in groupby(ordered, key=line)]
+
+
+def _draw(panel: Any, kind: str, some: Sequence[Outcome], color: str, label: str) -> None:
+    losses: list[Loss] = [getattr(x, kind) for x in some]
+    x, y = [x.bytes_per_token / 1024 for x in some], [loss.mean for loss in losses]
+    reach = [loss.reach if math.isfinite(loss.reach) else 0 for loss in losses]
+    panel.errorbar(x, y, reach, color=color, linewidth=1.2, elinewidth=1, label=label)
+    for place, outcome in zip(zip(x, y, strict=True), some, strict=True):
+        panel.plot(*place, _MARKERS[outcome.verdict], color=color, markersize=6)
+        budget = outcome.config.budget
+        text = f"{budget:,}" if isinstance(budget, int) else "by layer"
+        panel.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7, color=color)
+
+
+def _finish(panel: Any, kind: str, outcomes: Sequence[Outcome], dense_bytes: float, best: Outcome | None) -> None:
+    tolerance = getattr(outcomes[0], kind).tolerance
+    panel.axhline(0, color="black", linestyle="--", linewidth=1, zorder=0)
+    panel.axhline(tolerance, color=RED, linewidth=1, zorder=0, label="tolerance")
+    if best is not None:
+        panel.axvline(best.bytes_per_token / 1024, color=GREY, linewidth=6, alpha=0.25, zorder=0, label="chosen")
+    panel.set_yscale("symlog", linthresh=2 * tolerance)
+    panel.set_xscale("log")
+    panel.set_xlabel(f"cache read per token [KiB], dense {dense_bytes / 1024:,.0f}")
+    panel.set_ylabel("nats per token above dense")
+    panel.set_title(kind, fontsize=10)
+    panel.grid(alpha=0.3)
