@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[SparseConfig.group_pooling],
         help="default: %(default)s",
     )
-    add("--scored", type=positive, metavar="TOKENS", help="of a document, scored twice (default: 256, on a CPU 32)")
+    add("--scored", type=positive, metavar="TOKENS", help="of a document, scored twice (default: 256, on a CPU 24)")
     add("--batch-tokens", type=tokens, metavar="N", help="of documents at once (default: 128k, on a CPU 32k)")
     add("--force", action="store_true", help="write the setting that comes closest, even if none is known to do")
     models.add_arguments(parser)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsekv import SparseConfig
+from sparsekv import POLICIES, SparseConfig
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.accuracy.methods import Method
 from sparsekv.evaluation.accuracy.results import Line, LineFile, read_lines
 
 from .measure import Nats
 
-_VARYING = ("policy", "digest", "group_pooling", "budget")  # between the settings of a calibration
+VARYING = ("policy", "digest", "group_pooling", "budget")  # between the settings of a calibration
 
 
 class Measures(Protocol):
@@ -122,6 +122,8 @@ class Ledger:
 
 def _name(config: SparseConfig) -> str:
     """What a line calls a setting; of a digest that was changed, another name than before."""
-    told = {name: getattr(config, name) for name in _VARYING}
+    if POLICIES.get(config.policy).reads_all:
+        return config.policy
+    told = {name: getattr(config, name) for name in VARYING}
     code = Method("", config.policy, config.digest).own_code()
-    return json.dumps(told if code is None else {**told, "code": code}, sort_keys=True, default=dict)
+    return json.dumps(told if code is None else {**told, "code": code})

@@ -24,7 +24,7 @@ from sparsekv.hf import models
 from sparsekv.hf.support import context_of
 
 from .documents import length_for, pieces
-from .ledger import Ledger
+from .ledger import VARYING, Ledger
 from .measure import Measurer
 from .report import figure, named, table
 from .search import Search, Tolerance, budgets, looks
@@ -32,7 +32,7 @@ from .verdicts import Outcome
 
 _FIRST = 8  # documents of the first look, at least, if the text has as many
 _RECALL = 3  # tolerances of natural text are one of recall: few tokens of a use are said again
-_SCORED = {"cpu": 32, "cuda": 256}  # tokens of a turn
+_SCORED = {"cpu": 24, "cuda": 256}  # tokens of a turn
 _AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 17}  # tokens of documents
 
 
@@ -53,6 +53,7 @@ class Session:
             raise ConfigError(
                 f"--out {self.out} is there, without {self._record.name} beside it: choose another name."
             )
+        self._base = SparseConfig(dense_layers=0, digest=args.digests[0])
         text = read_text("--text", args.text)
         self.model, tokenizer = models.load(args.model, args.device, args.dtype)
         writer, device = Writer(tokenizer), self.model.device.type
@@ -70,13 +71,14 @@ class Session:
             "text": hashlib.sha256(text.encode()).hexdigest(),
             "length": self.length,
             "scored": scored,
+            **{name: x for name, x in asdict(self._base).items() if name not in VARYING},
         }
         self._circumstances = circumstances(command)
 
     def run(self) -> bool:
         """Searches, prints and writes; returns whether a setting is known to meet the tolerance. Where it is
         interrupted it shows what is known, and the same command goes on."""
-        args, base = self.args, SparseConfig(dense_layers=0, digest=self.args.digests[0])
+        args, base = self.args, self._base
         lines = [
             [base.with_(digest=digest, group_pooling=pooling, budget=budget) for budget in budgets(base, self.length)]
             for digest in args.digests
