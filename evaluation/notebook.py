@@ -116,7 +116,7 @@ def trace(model: Any, tokenizer: Any, cache: PagedCache, document: Document, que
     """
     to_ids, text = Writer(tokenizer).document_ids, document.text
     evidence = [(len(to_ids(text[:start])), len(to_ids(text[:end]))) for start, end in question.evidence]
-    found = PageTrace(evidence, page_size=cache.config.page_size, budget=int(cache.config.budget))
+    found = PageTrace(evidence, page_size=cache.config.page_size, budget=int(cache.config.plain_budget))
     cache.observers.append(found.observe)
     reply = ask(model, tokenizer, cache, question)
     found.words, found.num_asked = reply.pieces, reply.num_asked

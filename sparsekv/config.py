@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
+from sparsekv import layer_budgets, settings_file
 from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.layer_budgets import REST, Budget, Budgets
 
 GROUP_POOLINGS = ("max", "sum", "mean_softmax")
 BACKENDS = ("auto", "reference")
@@ -23,16 +27,22 @@ class SparseConfig:
     205
     >>> config.with_(budget=2048).budget_pages(32768)
     128
+    >>> config.with_(budget={5: 2048, "rest": 512}).at(5).budget_pages(32768)
+    128
 
     Args:
         budget: tokens a decode step may read per kv head: a whole number, or a fraction of the context in (0, 1].
             A number is rounded down to whole pages. A fraction is one of each sequence's own length, rounded up to
-            whole pages, and never goes below the pages that are always read.
+            whole pages, and never goes below the pages that are always read. Layers may differ: a mapping from their
+            indices to budgets, where `"rest"` stands for all that it does not name, or a function of the index, which
+            is asked once for each layer that can be sparse when a patch or a cache is made. A mapping is kept as
+            pairs, `((5, 2048), ("rest", 512))`; `at` has one layer's settings.
         page_size: tokens per page.
         digest: what is kept per page to score it unread (`sparsekv.digests`).
         policy: which pages a step reads (`sparsekv.policies`).
         dense_layers: the first so many of the layers that would be sparse read everything (two, as in Quest), or the
-            indices of such layers. Layers that are not in pages, as those with a sliding window, do not count.
+            indices of such layers. Layers that are not in pages, as those with a sliding window, do not count. Layers
+            with a budget of 1.0 read everything, too.
         sinks: the first tokens of a sequence, always read (StreamingLLM's attention sinks).
         recent: the last tokens of a sequence, always read; the current page always is. Enough for a question:
             a model that loses sight of what it was asked answers something else. None: 64, and never more than an
@@ -52,7 +62,7 @@ class SparseConfig:
             their registries when a cache or a patch is made (`UnknownNameError`), since users may register their own.
     """
 
-    budget: int | float = 2048
+    budget: Budgets = 2048
     page_size: int = 16
     digest: str = "minmax"
     policy: str = "top_k"
@@ -79,7 +89,11 @@ class SparseConfig:
         _check_bool("capture", self.capture)
         _check_bool("fuse", self.fuse)
         _check_dense_layers(self.dense_layers)
-        self._check_budget()
+        object.__setattr__(self, "budget", layer_budgets.canonical(self.budget))
+        if isinstance(self.budget, tuple):
+            self._by_layer  # noqa: B018  (they are checked when they are made)
+        elif not callable(self.budget):
+            self._check_budget(self.budget)
 
     @classmethod
     def of(cls, config: SparseConfig | None = None, **settings: Any) -> SparseConfig:
@@ -108,7 +122,113 @@ class SparseConfig:
         """
         return type(self).of(self, **settings)
 
-    # -- tokens to pages
+    # -- files
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as JSON has them. Raises ConfigError if the budget is a function."""
+        by_layer = layer_budgets.as_mapping(self.budget)
+        budget = {str(layer): x for layer, x in by_layer.items()} if isinstance(self.budget, tuple) else self.budget
+        layers = self.dense_layers
+        return {**asdict(self), "budget": budget, "dense_layers": layers if isinstance(layers, int) else list(layers)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all settings to a JSON file, which means the same when a later version has other defaults.
+
+        Raises:
+            ConfigError: the budget is a function; the config of a patch or a cache has what it gave.
+            OSError: the file cannot be written; one that was there is what it was.
+        """
+        settings_file.write(path, self.as_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseConfig:
+        """The settings in a file that `save` has written, or one like it; what it leaves out has its default.
+
+        Raises:
+            ConfigError: the file cannot be read or is damaged, or a name or a value is not allowed.
+        """
+        settings = settings_file.read(path, [field.name for field in fields(cls)])
+        if isinstance(settings.get("dense_layers"), list):
+            settings["dense_layers"] = tuple(settings["dense_layers"])
+        try:
+            return cls(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    # -- layers
+
+    def at(self, layer_idx: int) -> SparseConfig:
+        """These settings as one layer has them: the budget is a number. A layer that no budget is for, as only those
+        have that cannot be sparse, reads everything.
+
+        Raises:
+            ConfigError: the budget is a function.
+        """
+        found = self._by_layer.get(layer_idx) or self._by_layer.get(REST)
+        return found or replace(self, budget=1.0)
+
+    @property
+    def each(self) -> list[SparseConfig]:
+        """The settings that layers may have, each with a budget that is a number. Raises as `at`."""
+        return list(self._by_layer.values())
+
+    @property
+    def plain_budget(self) -> Budget:
+        """The budget where it is a number. Raises ConfigError where layers differ."""
+        if isinstance(self.budget, (int, float)):
+            return self.budget
+        raise ConfigError("budget differs by layer: ask config.at(layer_idx) for the settings of one.")
+
+    def for_layers(self, possible: Sequence[int], num_layers: int) -> SparseConfig:
+        """These settings for a model: a budget that is a function is asked, and layers that have a budget of their
+        own are there.
+
+        Args:
+            possible: the layers that can be sparse, in order.
+
+        Raises:
+            ConfigError: budgets are given to other layers, or not to all; or one is not allowed.
+        """
+        budget = self.budget
+        settled = self.with_(budget={i: budget(i) for i in possible} or 1.0) if callable(budget) else self
+        if isinstance(settled.budget, tuple):
+            layer_budgets.check_layers(settled.budget, possible, num_layers)
+        return settled
+
+    def up_to(self, num_layers: int) -> SparseConfig:
+        """These settings for the first layers of a model: others that are named are left out."""
+        budget, dense = self.budget, self.dense_layers
+        if isinstance(budget, tuple):
+            budget = tuple((layer, x) for layer, x in budget if layer == REST or int(layer) < num_layers) or 1.0
+        if isinstance(dense, tuple):
+            dense = tuple(layer for layer in dense if layer < num_layers)
+        return (
+            self
+            if (budget, dense) == (self.budget, self.dense_layers)
+            else self.with_(budget=budget, dense_layers=dense)
+        )
+
+    def dense_among(self, layers: Sequence[int]) -> frozenset[int]:
+        """Which layers `dense_layers`, or a budget of 1.0, asks to read everything, of those that can be sparse: all
+        of a model that are plain full attention, in order."""
+        named = self.dense_layers
+        asked = layers[:named] if isinstance(named, int) else set(layers) & set(named)
+        return frozenset(asked) | {layer for layer in layers if self.at(layer).reads_all}
+
+    @cached_property
+    def _by_layer(self) -> dict[int | str, SparseConfig]:
+        """The settings of every layer that has a budget of its own, and of the rest."""
+        if isinstance(self.budget, (int, float)):
+            return {REST: self}
+        found = {}
+        for layer, budget in layer_budgets.as_mapping(self.budget).items():
+            try:
+                found[layer] = replace(self, budget=budget)
+            except ConfigError as error:
+                raise ConfigError(f"budget[{layer!r}]: {error}") from error
+        return found
+
+    # -- tokens to pages, where the budget is a number
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
@@ -117,35 +237,39 @@ class SparseConfig:
     @property
     def recent_tokens(self) -> int:
         """The last tokens that are always read: `recent`, or what follows from the budget."""
-        return self._recent_at(self.budget)
+        return self._recent_at(self.plain_budget)
 
     @property
     def forced_pages(self) -> int:
         """The most pages that sinks, recent tokens and the current page can take."""
-        return self._forced_at(self.budget)
+        return self._forced_at(self.plain_budget)
 
     @property
     def is_fraction(self) -> bool:
         """Whether the budget is a fraction of the context."""
-        return isinstance(self.budget, float)
+        return isinstance(self.plain_budget, float)
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the budget is the whole context, however long it is."""
+        return self.is_fraction and self.budget == 1
 
     def budget_pages(self, num_tokens: int) -> int:
         """Pages a step may read per kv head when the sequence holds `num_tokens` tokens."""
         if self.is_fraction:
-            return max(self.pages_for(math.ceil(self.budget * num_tokens)), self.forced_pages)
-        return int(self.budget) // self.page_size
+            return max(self.pages_for(math.ceil(self.plain_budget * num_tokens)), self.forced_pages)
+        return int(self.plain_budget) // self.page_size
+
+    def selection_width(self, num_pages: int) -> int:
+        """Pages that a step lists of every sequence, for a table of so many: a number that stays the same while the
+        sequences grow within it."""
+        return min(self.budget_pages(num_pages * self.page_size), num_pages)
 
     def covers(self, num_pages: int) -> bool:
         """Whether sequences of up to `num_pages` pages are read whole, however long they are: nothing is chosen."""
         if self.is_fraction:
-            return self.budget == 1 or num_pages <= self.forced_pages
+            return self.reads_all or num_pages <= self.forced_pages
         return num_pages <= self.budget_pages(0)
-
-    def dense_among(self, layers: Sequence[int]) -> frozenset[int]:
-        """Which layers `dense_layers` asks to read everything, of those that can be sparse: all of a model that are
-        plain full attention, in order."""
-        named = self.dense_layers
-        return frozenset(layers[:named] if isinstance(named, int) else set(layers) & set(named))
 
     def _recent_at(self, budget: int | float) -> int:
         if self.recent is not None:
@@ -155,10 +279,12 @@ class SparseConfig:
     def _forced_at(self, budget: int | float) -> int:
         return self.pages_for(self.sinks) + 1 + self.pages_for(max(self._recent_at(budget), 1) - 1)
 
-    def _check_budget(self) -> None:
-        budget = self.budget
+    def _check_budget(self, budget: object) -> None:
         if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-            raise ConfigError(f"budget={budget!r} must be a number of tokens (int) or a fraction in (0, 1] (float).")
+            raise ConfigError(
+                f"budget={budget!r} must be a number of tokens (int) or a fraction in (0, 1] (float), or a "
+                "mapping or function from layers to such budgets."
+            )
         if isinstance(budget, float):
             if not 0 < budget <= 1:
                 raise ConfigError(

@@ -1,9 +1,11 @@
 """Every setting is checked where it is set, and every message names the field, the value and what is allowed."""
 
 import dataclasses
+import json
 import math
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +54,15 @@ from sparsekv.errors import ConfigError, UnknownNameError
         ("budget", -0.1, ["budget=-0.1", "(0, 1]"]),
         ("budget", 0, ["budget=0", "48 tokens (3 pages of 16)", "sinks=4", "recent=6", "at least 48"]),
         ("budget", -1, ["budget=-1", "at least 48"]),
+        ("budget", {}, ["names no layer"]),
+        ("budget", {-1: 512}, ["key -1", "from 0 on", "'rest'"]),
+        ("budget", {"others": 512}, ["key 'others'", "'rest'"]),
+        ("budget", {True: 512}, ["key True"]),
+        ("budget", {5: "512"}, ["budget[5]='512'", "number"]),
+        ("budget", {5: {6: 512}}, ["budget[5]=", "number"]),
+        ("budget", {5: 40, "rest": 512}, ["budget[5]: budget=40 is below the 48 tokens"]),
+        ("budget", {"rest": 1.5}, ["budget['rest']: budget=1.5", "(0, 1]"]),
+        ("budget", (512, 1024), ["budget=(512, 1024)", "mapping"]),
         ("budget", 47, ["budget=47", "Raise budget to at least 48"]),
     ],
 )
@@ -216,6 +227,142 @@ def test_a_table_is_covered_if_no_sequence_in_it_is_cut(budget: int | float, pag
 def test_dense_layers(dense_layers: int | tuple[int, ...], dense: set[int]) -> None:
     """A number counts the layers that can be sparse, a tuple names indices."""
     assert SparseConfig(dense_layers=dense_layers).dense_among([1, 3, 4]) == dense
+
+
+def test_budgets_by_layer_are_a_value() -> None:
+    """However they are given: hashed, compared, pickled, and changed like any other."""
+    config = SparseConfig(budget={"rest": 0.1, 5: 2048, 2: 512}, sinks=8)
+    assert config.budget == ((2, 512), (5, 2048), ("rest", 0.1))
+    for same in (config.with_(), SparseConfig(budget={"5": 2048, "2": 512, "rest": 0.1}, sinks=8)):
+        assert (same, hash(same)) == (config, hash(config))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.with_(budget=256) == SparseConfig(budget=256, sinks=8)
+    assert config.with_(budget={5: 2048, "rest": 0.1}) != config
+
+
+def test_a_layer_has_its_own_budget_and_what_follows_from_it() -> None:
+    config = SparseConfig(budget={2: 128, 5: 2048, "rest": 0.1})
+    assert [config.at(i) for i in (2, 5, 0, 9)] == [SparseConfig(budget=x) for x in (128, 2048, 0.1, 0.1)]
+    assert [config.at(i).recent_tokens for i in (2, 5)] == [16, 64]
+    assert config.each == [config.at(2), config.at(5), config.at(0)]
+    assert SparseConfig().at(7) == SparseConfig() == SparseConfig().each[0]
+    assert SparseConfig(budget={2: 128}).at(1).reads_all  # nothing is chosen where nobody has said of how much
+    for ask in (lambda: config.budget_pages(100), lambda: config.is_fraction, lambda: config.recent_tokens):
+        with pytest.raises(ConfigError, match=r"differs by layer: ask config.at\(layer_idx\)"):
+            ask()
+
+
+def test_a_function_is_asked_once_for_every_layer_of_a_model() -> None:
+    asked = []
+
+    def budget(layer_idx: int) -> int | float:
+        asked.append(layer_idx)
+        return 1.0 if layer_idx == 3 else 512
+
+    config = SparseConfig(budget=budget)
+    with pytest.raises(ConfigError, match="asked when a patch or a cache is made"):
+        config.at(3)
+    settled = config.for_layers([1, 3, 4], 6)
+    assert settled == SparseConfig(budget={1: 512, 3: 1.0, 4: 512})
+    assert settled.for_layers([1, 3, 4], 6) is settled
+    assert asked == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({9: 512, "rest": 64}, "names 9, and of the model's layers 0 to 5 only 0, 2-4 can be sparse"),
+        ({1: 512, 5: 512, "rest": 64}, "names 1, 5, and of the model's"),
+        ({0: 512, 3: 512}, "budget has none for 2, 4: name all that can be sparse, or add 'rest'"),
+    ],
+)
+def test_budgets_for_other_layers_than_a_model_has(budget: dict[int | str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SparseConfig(budget=budget).for_layers([0, 2, 3, 4], 6)
+
+
+def test_what_is_named_for_layers_that_are_gone_is_left_out() -> None:
+    config = SparseConfig(budget={0: 64, 3: 128, "rest": 256}, dense_layers=(1, 4))
+    assert config.up_to(5) is config
+    assert config.up_to(3) == SparseConfig(budget={0: 64, "rest": 256}, dense_layers=(1,))
+
+
+def test_a_budget_of_all_is_a_dense_layer() -> None:
+    config = SparseConfig(dense_layers=1, budget={3: 1.0, 4: 0.5, "rest": 128})
+    assert config.dense_among([1, 2, 3, 4]) == {1, 3}
+    assert SparseConfig(dense_layers=0, budget=1.0).dense_among([1, 2]) == {1, 2}
+
+
+# -- files
+
+
+BUDGETS = st.integers(48, 10**7) | st.floats(1e-9, 1.0)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "budget": BUDGETS | st.dictionaries(st.integers(0, 99) | st.just("rest"), BUDGETS, min_size=1),
+        "dense_layers": st.integers(0, 9) | st.lists(st.integers(0, 99)).map(tuple),
+        "digest": st.text(),
+        "recent": st.none() | st.just(0),
+        "capture": st.booleans(),
+        "max_tokens": st.none() | st.integers(16),
+    },
+)
+
+
+@given(settings=SETTINGS)
+def test_what_is_saved_is_loaded(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "settings.json"
+    config = SparseConfig(**settings)
+    config.save(path)
+    loaded = SparseConfig.load(path)
+    assert loaded == config
+    assert repr(loaded) == repr(config)  # 1 is not 1.0
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_file_says_everything_and_may_say_less(tmp_path: Path) -> None:
+    """It keeps its meaning when defaults change; one that is written by hand need not."""
+    path = tmp_path / "settings.json"
+    SparseConfig(budget={5: 2048, "rest": 512}).save(path)
+    content = json.loads(path.read_text())
+    assert content.pop("sparsekv_settings") == 1
+    assert content["budget"] == {"5": 2048, "rest": 512}
+    assert list(content) == [field.name for field in dataclasses.fields(SparseConfig)]
+    path.write_text('{"sinks": 8, "dense_layers": [0, 3]}')
+    assert SparseConfig.load(path) == SparseConfig(sinks=8, dense_layers=(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged, or no settings file"),
+        ("\xff", "is damaged, or no settings file"),
+        ("[1]", "must hold names and values"),
+        ('{"sparsekv_settings": 2}', "has revision 2 of the settings, and this version of sparsekv reads 1"),
+        ('{"bugdet": 512}', "setting='bugdet' is not known. Did you mean 'budget'"),
+        ('{"budget": "512"}', "budget='512' must be a number"),
+        ('{"budget": NaN}', r"budget=nan: a float is a fraction"),
+        ('{"budget": {"5": 3}}', r"budget\[5\]: budget=3 is below"),
+        ('{"group_pooling": "mean"}', "group_pooling='mean' is not known"),
+    ],
+)
+def test_a_file_that_is_no_good_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=rf"settings\.json.*{message}") as raised:
+        SparseConfig.load(path)
+    assert not isinstance(raised.value, UnknownNameError)  # the command line was right
+
+
+def test_what_cannot_be_saved_or_loaded_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    with pytest.raises(ConfigError, match=r"settings\.json cannot be read: No such file"):
+        SparseConfig.load(path)
+    SparseConfig(sinks=8).save(path)
+    with pytest.raises(ConfigError, match="budget is a function"):
+        SparseConfig(budget=lambda layer_idx: 512).save(path)
+    assert SparseConfig.load(path) == SparseConfig(sinks=8)
 
 
 def test_numpy_numbers_are_told_what_is_wanted() -> None:

@@ -21,7 +21,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         "errors",
-        "config registry command_line",
+        "layer_budgets settings_file",
+        "config registry",
+        "command_line",
         "ops",
         "digests doctor",
         "policies",
@@ -40,7 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ONLY_IMPORTED_BY = {"doctor": {"cli"}}
 # What a page is, how it is scored and which ones are read has nothing to do with transformers.
-FREE_OF_TRANSFORMERS = {"errors", "config", "registry", "command_line", "ops", "digests", "policies", "pages"}
+FREE_OF_TRANSFORMERS = {name for name, rank in RANK.items() if rank <= RANK["pages"]} - {"doctor"}
 
 
 def sources() -> list[Path]:

@@ -43,7 +43,7 @@ class Counters:
         """What the counters say against the method's claim, or None.
 
         Args:
-            longest: tokens of the longest document: the pages are chosen if it exceeds the budget.
+            longest: tokens of the longest document: the pages are chosen where it exceeds the layer's budget.
         """
         told = {i: (stats.sparse_steps, stats.dense_steps) for i, stats in self._of_layers.items()}
         lost = [i for i, steps in told.items() if sum(steps) != num_steps]
@@ -52,11 +52,13 @@ class Counters:
         if self._is_dense:
             chose = [i for i, (sparse, _) in told.items() if sparse]
             return f"dense, and yet some steps chose pages in {_layers(chose)}" if chose else None
-        if self.config.pages_for(longest) <= self.config.budget_pages(longest):
+        num_pages = self.config.pages_for(longest)
+        exceeded = [i for i in told if self.config.at(i).budget_pages(longest) < num_pages]
+        if not exceeded:
             return None
         if not self._choosing:
             return f"all {num_steps} steps were dense, although the document exceeds the budget: no layer may choose"
-        dense = [i for i in self._choosing if told[i][1]]
+        dense = [i for i in self._choosing if i in exceeded and told[i][1]]
         if not dense:
             return None
         most = max(told[i][1] for i in dense)

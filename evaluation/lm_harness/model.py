@@ -160,8 +160,7 @@ class SparseLM(HFLM):
 
     def _check_counters(self, longest: int, before: int) -> None:
         """Sparse decoding is never taken for granted: else dense would be compared with dense."""
-        config = self.patch.config
-        exceeds = config.pages_for(longest) > config.budget_pages(longest)
+        exceeds = any(each.pages_for(longest) > each.budget_pages(longest) for each in self.patch.config.each)
         if self._chooses and exceeds and self.patch.stats.sparse_steps == before:
             raise SparseKVError(
                 f"A prompt of {longest} tokens exceeds the budget, and yet no step was sparse:\n{self.patch}\n"

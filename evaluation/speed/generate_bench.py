@@ -52,7 +52,8 @@ class GenerateBench:
         """A short call in every mode: kernels are compiled and libraries started. What the static mode compiles is
         compiled anew at every length, and seen in its first steps."""
         longest = max(where.context for where in self.options.points)
-        where = Point(1, min(int(self.options.config.budget) + _WARMUP_BEYOND, longest))
+        budget = max(each.budget_pages(0) * each.page_size for each in self.options.config.each)
+        where = Point(1, min(budget + _WARMUP_BEYOND, longest))
         clock = Clock(self.device, (), dict)
         for name in self.options.modes:
             if name != "static":
@@ -68,7 +69,7 @@ class GenerateBench:
         """
         row: Row = {"model": self.subject.name, "batch": where.batch, "context": where.context, "mode": name}
         config = self.options.config
-        row |= {"digest": config.digest, "budget": config.budget, **dict.fromkeys(_TIMES)}
+        row |= {"digest": config.digest, "budget": config.as_dict()["budget"], **dict.fromkeys(_TIMES)}
         why_not = self.options.why_not(name, where)
         if why_not is not None:
             return {**row, "note": why_not}

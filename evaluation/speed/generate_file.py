@@ -36,8 +36,8 @@ class ResultFile:
             "model": subject.name,
             "dtype": str(subject.dtype),
             "digest": options.config.digest,
-            "budget": options.config.budget,
-            "dense_layers": options.config.dense_layers,
+            "budget": options.config.as_dict()["budget"],
+            "dense_layers": options.config.as_dict()["dense_layers"],
             "new_tokens": options.new_tokens,
         }
         path, points = Path(options.out or "") / f"{self.name}.json", {(p.batch, p.context) for p in options.points}

@@ -135,8 +135,8 @@ class Options:
         return self.new_tokens - self.first_tokens
 
     def fits(self, where: Point) -> bool:
-        """Whether the budget holds the context: then nothing is chosen."""
-        return where.context <= self.config.budget
+        """Whether every budget holds the context: then nothing is chosen."""
+        return all(each.covers(each.pages_for(where.context)) for each in self.config.each)
 
     def why_not(self, name: str, where: Point) -> str | None:
         """Why a mode is not measured at a point, or None."""

@@ -3,7 +3,7 @@
 from sparsekv.cache.attention_layer import LAYER_KINDS, AttentionLayer, Observer
 from sparsekv.cache.handshake import tagged_layer
 from sparsekv.cache.layer_kinds import own_layers, places, plain_layers
-from sparsekv.cache.model_check import check_settings, heads_of
+from sparsekv.cache.model_check import heads_of, settings_for
 from sparsekv.cache.paged_cache import PagedCache
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.cache.stats import DecodeStats
@@ -15,10 +15,10 @@ __all__ = [
     "Observer",
     "PagedCache",
     "PagedLayer",
-    "check_settings",
     "heads_of",
     "own_layers",
     "places",
     "plain_layers",
+    "settings_for",
     "tagged_layer",
 ]

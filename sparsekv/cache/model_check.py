@@ -40,27 +40,31 @@ def heads_of(model_config: Any) -> Heads | None:
     return Heads(num_q_heads, num_kv_heads, head_dim)
 
 
-def check_settings(config: SparseConfig, model_config: PretrainedConfig) -> None:
-    """Checks what a SparseConfig alone cannot.
+def settings_for(config: SparseConfig, model_config: PretrainedConfig) -> SparseConfig:
+    """The settings for a model, checked as a SparseConfig alone cannot be: a budget that is a function is asked.
 
     Args:
         model_config: the model's; of a multimodal model its text part is used.
 
     Raises:
         UnknownNameError: there is no such digest, policy, page format or residency.
-        ConfigError: `dense_layers` names a layer that the model does not have, there are no such pages or no such
-            digests of heads of this size, or the policy declares what cannot be.
+        ConfigError: `dense_layers` names a layer that the model does not have, or `budget` one that cannot be sparse;
+            there are no such pages or no such digests of heads of this size, or the policy declares what cannot be.
     """
     digest, policy, plain = DIGESTS.get(config.digest)(), POLICIES.get(config.policy), plain_layers(model_config)
     heads, pages = heads_of(model_config), FORMATS.get(config.page_format)()
     RESIDENCIES.get(config.residency)
-    _check_dense_layers(config, len(DynamicCache(config=model_config).layers))
-    num_deciding = len(plain) - len(config.dense_among(plain))
-    check_declared(config, policy, num_deciding)
+    num_layers = len(DynamicCache(config=model_config).layers)
+    _check_dense_layers(config, num_layers)
+    config = config.for_layers(plain, num_layers)
+    dense = config.dense_among(plain)
+    deciding = [layer for layer in plain if layer not in dense]
+    check_declared(config, policy, deciding)
     if heads is not None:
         pages.record(config.page_size, heads.head_dim, torch.float16)
-    if policy.reads is Reads.DIGESTS and num_deciding and heads is not None:
+    if policy.reads is Reads.DIGESTS and deciding and heads is not None:
         digest.fields(config.page_size, heads.head_dim)
+    return config
 
 
 def check_digests(config: SparseConfig, dense: Collection[int], kept: Mapping[int, bool]) -> None:
@@ -76,7 +80,8 @@ def check_digests(config: SparseConfig, dense: Collection[int], kept: Mapping[in
         if layer_idx not in dense:
             raise ConfigError(
                 f"policy={config.policy!r} needs digests, and layer {layer_idx} kept none. Make the first cache "
-                f"with policy={config.policy!r} and the fewest dense_layers, then fork the others from it."
+                f"with policy={config.policy!r}, the fewest dense_layers and no budget of 1.0, then fork the others "
+                "from it."
             )
 
 

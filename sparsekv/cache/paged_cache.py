@@ -17,7 +17,7 @@ from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, Not
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
 from sparsekv.cache.handshake import attention_of, not_patched, warn_fallback
 from sparsekv.cache.layer_kinds import places, plain_layers
-from sparsekv.cache.model_check import check_digests, check_settings
+from sparsekv.cache.model_check import check_digests, settings_for
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import Step
@@ -78,8 +78,7 @@ class PagedCache(DynamicCache):
         **settings: Any,
     ) -> None:
         super().__init__(config=model_config)
-        self.config = SparseConfig.of(config, **settings)
-        check_settings(self.config, model_config)
+        self.config = settings_for(SparseConfig.of(config, **settings), model_config)
         self.model_config = model_config
         self.stats = stats if stats is not None else DecodeStats()
         self._observers: list[Observer] = []  # the layers refer to this list
@@ -132,7 +131,7 @@ class PagedCache(DynamicCache):
 
     @property
     def dense_layers(self) -> frozenset[int]:
-        """The layers that read everything because the setting of that name asks for it."""
+        """The layers that read everything because the setting of that name, or their budget, asks for it."""
         return self.config.dense_among([layer.layer_idx for layer in self.paged_layers])
 
     @property
@@ -180,7 +179,7 @@ class PagedCache(DynamicCache):
         for field in _FORK_FIXED:
             if getattr(changed, field) != getattr(self.config, field):
                 raise ConfigError(f"A fork keeps the pages, so {field} must stay {getattr(self.config, field)!r}.")
-        check_settings(changed, self.model_config)
+        changed = settings_for(changed, self.model_config)
         self._settle()
         twin = copy.copy(self)
         twin.config, twin.stats, twin._observers = changed, DecodeStats(), []
@@ -291,8 +290,8 @@ class PagedCache(DynamicCache):
             layer.store_or_fall_back()
 
     def _made(self, kind: type[AttentionLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> AttentionLayer:
-        told = self._observers, self._on_fallback
-        return kind(self._store, layer_idx, self.config, self.stats, *told, is_dense, layer_config, self._on_notice)
+        own, told = self.config.at(layer_idx), (self._observers, self._on_fallback)
+        return kind(self._store, layer_idx, own, self.stats, *told, is_dense, layer_config, self._on_notice)
 
     def _check_patched(self) -> None:
         """The attention that answered before must be the one that is asked now: another would see the new tokens

@@ -172,11 +172,11 @@ class PagedLayer(ReadableLayer):
             state=pages.state,
             block_table=block_table,
             seq_lens=seq_lens,
-            k=self.store.selection_width(block_table.shape[1]),
+            k=self.config.selection_width(block_table.shape[1]),
             scaling=scaling,
             config=self.config,
             ops=self.store.ops,
-            is_covered=self.store.is_covered,
+            is_covered=self.store.is_covered(self.config),
             key=None if new is None else new[0],
             value=None if new is None else new[1],
             view=None if self.store.is_in_place else pages.residency.view,
@@ -193,7 +193,7 @@ class PagedLayer(ReadableLayer):
         if self.store.step.stage is Stage.CAPTURED:
             self.store.step.reads.append((self.layer_idx, read_all))
             return
-        self.record_step(read_all, self.store.table.total_pages, self.store.pages_to_read(), new)
+        self.record_step(read_all, self.store.table.total_pages, self.store.pages_to_read(self.config), new)
 
     def record_step(self, read_all: bool, num_pages: int, to_read: int, new: bool) -> None:
         """Counts what is known of a step without asking the device.

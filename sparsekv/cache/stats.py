@@ -17,7 +17,6 @@ class DecodeStats:
 
     Attributes:
         pages_total: pages that dense decoding would have read.
-        bytes_total: their bytes.
     """
 
     def __init__(self) -> None:
@@ -32,13 +31,11 @@ class DecodeStats:
         self._dense_passes: Counter[int] = Counter()
         for counted in self._counted.values():
             counted.zero_()
-        self._listed_pages = 0  # where their number is known without the device
-        self._listed_bytes = 0
+        self._bytes_total: Counter[int] = Counter()
+        self._known_bytes: Counter[int] = Counter()  # read, where that is known without the device
+        self._known_pages = 0
         self.pages_total = 0
-        self.bytes_total = 0
-        self._whole_pages = 0
         self._whole_bytes = 0
-        self._scoring_bytes = 0
         self._chosen_from_bytes = 0  # what dense decoding would have read where pages were chosen
         self._blocks = self._causal_blocks = 0
 
@@ -74,18 +71,17 @@ class DecodeStats:
             scoring_nbytes: bytes read to choose the pages.
             new: False when another module reads the same step's cache again (shared KV).
         """
+        known = pages if listed is None else listed
         self.pages_total += pages
-        self.bytes_total += pages * page_nbytes
-        self._scoring_bytes += scoring_nbytes
+        self._bytes_total[layer_idx] += pages * page_nbytes
+        self._known_pages += known
+        self._known_bytes[layer_idx] += known * page_nbytes + scoring_nbytes
         if listed is None:
             self._dense_steps[layer_idx] += new
-            self._whole_pages += pages
             self._whole_bytes += pages * page_nbytes
-            return
-        self._sparse_steps[layer_idx] += new
-        self._chosen_from_bytes += pages * page_nbytes
-        self._listed_pages += listed
-        self._listed_bytes += listed * page_nbytes
+        else:
+            self._sparse_steps[layer_idx] += new
+            self._chosen_from_bytes += pages * page_nbytes
 
     def count_listed(self, layer_idx: int, slots: Tensor, page_nbytes: int) -> None:
         """Counts the pages of a selection `[b, hkv, k]` on the device; read when asked for, so no step waits."""
@@ -115,13 +111,17 @@ class DecodeStats:
     @property
     def pages_read(self) -> int:
         """Pages read."""
-        counted = sum(int(pages) for pages in self._counted.values())
-        return self._whole_pages + self._listed_pages + counted
+        return self._known_pages + sum(int(pages) for pages in self._counted.values())
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes that dense decoding would have read."""
+        return self._bytes_total.total()
 
     @property
     def bytes_read(self) -> int:
         """Bytes read, those read to choose included."""
-        return self._whole_bytes + self._chosen_bytes
+        return self._bytes_read.total()
 
     @property
     def share(self) -> float:
@@ -131,7 +131,14 @@ class DecodeStats:
     @property
     def sparse_share(self) -> float:
         """The same in the layers and steps that chose their pages only; 0 if none did."""
-        return self._chosen_bytes / self._chosen_from_bytes if self._chosen_from_bytes else 0.0
+        chosen = self.bytes_read - self._whole_bytes
+        return chosen / self._chosen_from_bytes if self._chosen_from_bytes else 0.0
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """`share` by layer, of those that decoded something."""
+        read = self._bytes_read
+        return {layer: read[layer] / total for layer, total in sorted(self._bytes_total.items()) if total}
 
     @property
     def density(self) -> float:
@@ -139,9 +146,11 @@ class DecodeStats:
         return self._blocks / self._causal_blocks if self._causal_blocks else 1.0
 
     @property
-    def _chosen_bytes(self) -> int:
-        counted = sum(int(pages) * nbytes for (_, nbytes, _), pages in self._counted.items())
-        return self._listed_bytes + counted + self._scoring_bytes
+    def _bytes_read(self) -> Counter[int]:
+        found = self._known_bytes.copy()
+        for (layer_idx, page_nbytes, _), pages in self._counted.items():
+            found[layer_idx] += int(pages) * page_nbytes
+        return found
 
     def as_dict(self) -> dict[str, float]:
         """All counters of passes and decode steps, for a report."""

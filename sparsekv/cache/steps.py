@@ -63,12 +63,16 @@ class Step:
 
     def follow(self, reads: Sequence[Read]) -> None:
         """Brings lengths and counters to where a replayed step has left the tensors."""
-        num_pages, to_read = self._store.table.total_pages, self._store.pages_to_read()
+        num_pages, to_read = self._store.table.total_pages, {}
         for layer in self._layers.values():
             layer.length += 1
         seen: set[int] = set()
         for layer_idx, read_all in reads:
-            self._layers[layer_idx].record_step(read_all, num_pages, to_read, layer_idx not in seen)
+            layer = self._layers[layer_idx]
+            budget = layer.config.plain_budget
+            if not read_all and budget not in to_read:
+                to_read[budget] = self._store.pages_to_read(layer.config)
+            layer.record_step(read_all, num_pages, to_read.get(budget, 0), layer_idx not in seen)
             seen.add(layer_idx)
 
     def _drop_pending(self) -> None:

@@ -177,7 +177,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _trace(model: Any, tokenizer: Any, fork: PagedCache, question: Question) -> PageTrace:
     """Asks one question again, and notes every page read."""
-    trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.budget))
+    trace = PageTrace(question.evidence, page_size=fork.config.page_size, budget=int(fork.config.plain_budget))
     fork.observers.append(trace.observe)
     answer = ask(model, tokenizer, fork, question.prompt, question.answer)
     trace.words = f"{question.prompt} {answer.text}".split()

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from sparsekv.cache import DecodeStats, PagedCache
 from sparsekv.config import SparseConfig
@@ -18,6 +19,7 @@ from sparsekv.errors import PatchError
 from sparsekv.hf import attention, generation, support
 from sparsekv.hf.capture.decoder import CapturedDecoder
 from sparsekv.hf.notices import Notices, attention_set_since
+from sparsekv.layer_budgets import told
 from sparsekv.pages import Arena
 from sparsekv.policies import POLICIES
 
@@ -60,7 +62,7 @@ class Patch:
         text = support.text_config(self.model)
         return PagedCache(
             text,
-            support.settings_for(text, self.config),
+            self.config.up_to(len(DynamicCache(config=text).layers)),  # while a model exits early it has fewer
             stats=self.stats,
             reserve_tokens=reserve_tokens,
             on_fallback=partial(_turn_dense, self.layers),  # no reference to the model: caches are copied and pickled
@@ -128,10 +130,9 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        config = self.config
-        budget = f"{config.budget:.0%} of the context" if config.is_fraction else f"{config.budget} tokens"
-        state = "" if self.is_active else ", undone"
-        head = f"sparsekv patch of {type(self.model).__name__} (budget {budget}, page_size {config.page_size}{state})"
+        config, state = self.config, "" if self.is_active else ", undone"
+        settings = f"budget {told(config.budget)}, page_size {config.page_size}{state}"
+        head = f"sparsekv patch of {type(self.model).__name__} ({settings})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
         dense = [f"  decoded densely: {reason}" for reason in self.notices.reasons]
         dense += [f"  {text}" for text in self.notices.others]
@@ -198,7 +199,7 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
             f"{type(model).__name__} was made with the config of a patched model. Undo that patch before making "
             "another model from its config, or make the second one with copy.deepcopy(model)."
         )
-    made = Patch(model, settled, support.examine(model, settled))
+    made = Patch(model, *support.examine(model, settled))
     made._apply()
     reasons = dict.fromkeys(status.reason for status in made.layers)
     if all(status.kind is None for status in made.layers):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 
-from sparsekv.cache import check_settings, heads_of, places, plain_layers
+from sparsekv.cache import heads_of, places, plain_layers, settings_for
 from sparsekv.cache.layer_kinds import Place
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
 from sparsekv.hf import attention
+from sparsekv.layer_budgets import told
 from sparsekv.ops import why_reference
 from sparsekv.policies import POLICIES, Reads
 
@@ -40,7 +40,7 @@ class LayerStatus:
     is_sparse: bool
     reason: str
     is_paged: bool = True
-    is_asked_for: bool = False  # by `dense_layers`
+    is_asked_for: bool = False  # by `dense_layers`, or a budget of 1.0
     kind: str | None = None
 
 
@@ -77,21 +77,12 @@ def context_of(config: Any) -> int | None:
     return found
 
 
-def settings_for(config: Any, settings: SparseConfig) -> SparseConfig:
-    """A patch's settings for a cache with the layers that the config has now: while a model exits early it has fewer,
-    and those that are not there need no name."""
-    if isinstance(settings.dense_layers, int):
-        return settings
-    num_layers = len(DynamicCache(config=config).layers)
-    return settings.with_(dense_layers=tuple(i for i in settings.dense_layers if i < num_layers))
-
-
-def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
-    """What each layer will do.
+def examine(model: Any, config: SparseConfig) -> tuple[SparseConfig, list[LayerStatus]]:
+    """The settings for a model, and what each of its layers will do.
 
     Raises:
         UnsupportedModelError: nothing could be served sparsely, or not rightly; the message says why.
-        ConfigError, UnknownNameError: as `check_settings`.
+        ConfigError, UnknownNameError: as `settings_for`.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -101,9 +92,9 @@ def examine(model: Any, config: SparseConfig) -> list[LayerStatus]:
     reason = _reason_to_refuse(model)
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
-    check_settings(config, model.config)
+    config = settings_for(config, model.config)
     dense = config.dense_among(plain_layers(model.config))
-    return [_status(i, place, config, i in dense) for i, place in enumerate(places(model.config))]
+    return config, [_status(i, place, config, i in dense) for i, place in enumerate(places(model.config))]
 
 
 def _reason_to_refuse(model: PreTrainedModel) -> str | None:
@@ -165,14 +156,15 @@ def _status(layer_idx: int, place: Place, config: SparseConfig, is_dense: bool) 
     if not place.kind.in_pages:
         return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_paged=False, kind=kind)
     if is_dense:
-        reason = f"dense_layers={config.dense_layers}, in pages"
-        return LayerStatus(layer_idx, False, reason, is_asked_for=True, kind=kind)
+        asked = "budget=1.0" if config.at(layer_idx).reads_all else f"dense_layers={config.dense_layers}"
+        return LayerStatus(layer_idx, False, f"{asked}, in pages", is_asked_for=True, kind=kind)
     policy = POLICIES.get(config.policy)
     if policy.reads_all:
         return LayerStatus(layer_idx, False, f"policy {config.policy!r}, in pages", kind=kind)
     by_digests = f" over {config.digest} digests" if policy.reads is Reads.DIGESTS else ""
     anew = f", anew every {policy.period} steps" if policy.period > 1 else ""
-    return LayerStatus(layer_idx, True, f"{config.policy}{by_digests}{anew}", kind=kind)
+    budget = f", {told(config.at(layer_idx).budget)}" if isinstance(config.budget, tuple) else ""
+    return LayerStatus(layer_idx, True, f"{config.policy}{by_digests}{anew}{budget}", kind=kind)
 
 
 def kernel_status(model: PreTrainedModel, config: SparseConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,12 +80,18 @@ class DeviceTable:
         self._changes = []
 
 
-def width_for(num_pages: int, device: torch.device, least: int) -> int:
+def width_for(num_pages: int, device: torch.device, steps: Sequence[int]) -> int:
     """How wide a table is for sequences of up to `num_pages` pages.
 
-    On a GPU, where a wider table costs next to nothing and another width another captured graph, it grows in steps,
-    the first of which is `least` (a budget's pages: up to there nothing is chosen). Elsewhere work follows the width.
+    On a GPU, where a wider table costs next to nothing and another width another captured graph, it grows in steps.
+    The first is the smallest budget's, and it stops at every other: up to there nothing is chosen. Elsewhere work
+    follows the width.
+
+    Args:
+        steps: pages of the layers' budgets, ascending, at least one.
     """
     if device.type != "cuda":
         return num_pages
-    return least if num_pages <= least else -(-num_pages // WIDTH_STEP) * WIDTH_STEP
+    if num_pages <= steps[0]:
+        return steps[0]
+    return min([-(-num_pages // WIDTH_STEP) * WIDTH_STEP, *(step for step in steps if num_pages <= step)])

@@ -34,7 +34,7 @@ class PageStore:
     """Pages of every layer. The table moves once per forward pass, led by the first layer that appends.
 
     Args:
-        config: page size, digest, policy, format, residency, limit and backend.
+        config: page size, digest, policy, budgets, format, residency, limit and backend.
         reserve_pages: pages to allocate at once, for a cache of known size.
         arena: lends the tensors; None: they are this store's and its forks' alone.
         dense_layers: those that the policy does not decide for.
@@ -51,9 +51,9 @@ class PageStore:
         self.digest: Digest = DIGESTS.get(config.digest)()
         self.arena, self.loan = arena, Loan(arena)
         self.memory = Memory(POLICIES.get(config.policy)(), self.loan, dense_layers)
-        least = 1 if config.is_fraction else config.budget_pages(0)
+        steps = sorted({each.budget_pages(0) for each in config.each if not each.is_fraction}) or [1]
         pool = PagePool(config.page_size, config.max_tokens)
-        self._table = BlockTable(pool, partial(width_for, least=least), self.loan.tables)
+        self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
         self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
         self.step = StepState()
         self.is_torn = False  # the table names pages whose content, or digest, is not what it should be
@@ -98,26 +98,28 @@ class PageStore:
         if keeper is None:
             return ordinal, []
         batch_size, width = self.on(keeper)[1].shape
-        kept = self.memory.of(keeper, batch_size, self.selection_width(width), width)
+        kept = self.memory.of(keeper, batch_size, self.config.at(keeper).selection_width(width), width)
         return ordinal, [tensor.to(self.layers[layer_idx].kv.device) for tensor in kept]
 
-    def selection_width(self, width: int) -> int:
-        """Pages that a step lists of every sequence, for a table of so many columns: a number that stays the same
-        while the sequences grow within it."""
-        return min(self.config.budget_pages(width * self.config.page_size), width)
+    def pages_to_read(self, config: SparseConfig) -> int:
+        """Pages that a policy which fills its budget reads of all sequences together, for each kv head of a layer.
 
-    def pages_to_read(self) -> int:
-        """Pages that a policy which fills its budget reads of all sequences together, for each kv head."""
-        limits = [self.config.budget_pages(int(length)) for length in self.table.lengths]
+        Args:
+            config: the layer's.
+        """
+        limits = [config.budget_pages(int(length)) for length in self.table.lengths]
         return int(np.minimum(self.table.num_pages, limits).sum())
 
-    @property
-    def is_covered(self) -> bool:
-        """Whether a fraction, rounded up to pages, covers every sequence of the length that it has. A step that may
-        be captured must not depend on lengths: there it is never so, and only the width of the table counts."""
-        if not self.config.is_fraction or self.step.stage is not Stage.EAGER:
+    def is_covered(self, config: SparseConfig) -> bool:
+        """Whether a layer's fraction, rounded up to pages, covers every sequence of the length that it has. A step
+        that may be captured must not depend on lengths: there it is never so, and only the width of the table counts.
+
+        Args:
+            config: the layer's.
+        """
+        if not config.is_fraction or self.step.stage is not Stage.EAGER:
             return False
-        return self.pages_to_read() == self.table.total_pages
+        return self.pages_to_read(config) == self.table.total_pages
 
     def accept(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool

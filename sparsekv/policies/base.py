@@ -62,7 +62,7 @@ class DecodeStep:
         block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32, the new token counted.
         k: the width of a selection, in pages: what a sequence may read that fills the table.
         scaling: the attention's factor on dot products.
-        config: the settings in force.
+        config: the settings in force, with the layer's own budget.
         ops: the namespace of the ops.
         is_covered: whether the budget of every sequence covers all its pages, as far as the host knows lengths.
         key, value: `[b, hkv, 1, d]` of the new token, in the dtype that the first keys had, while it is not in its
@@ -205,7 +205,7 @@ class DecodeStep:
         """`config.budget_pages` of each sequence, `[b]` int32, if the budget is a fraction; None: k for all."""
         if not self.config.is_fraction:
             return None
-        tokens = (self.seq_lens.double() * self.config.budget).ceil().to(torch.int32)
+        tokens = (self.seq_lens.double() * self.config.plain_budget).ceil().to(torch.int32)
         pages = (tokens + (self.config.page_size - 1)) // self.config.page_size
         return pages.clamp_min(self.config.forced_pages)
 
@@ -254,7 +254,8 @@ class Policy(ABC):
 
     def keeper(self, ordinal: int) -> int:
         """The ordinal of the layer whose memory a layer shares (default: its own). In phase 0 that layer writes it,
-        those behind only read it. Layers that share have as many kv heads."""
+        those behind only read it. Layers that share have as many kv heads, and where the memory's size depends on k,
+        the same budget."""
         return ordinal
 
     @abstractmethod

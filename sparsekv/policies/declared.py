@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sparsekv.config import SparseConfig
@@ -11,11 +13,11 @@ from sparsekv.policies.base import Policy, Remembered
 _WIDTHS = ((1, 1), (8, 512))  # of a selection and a table: the least there are, and some that are common
 
 
-def check_declared(config: SparseConfig, policy: type[Policy], num_layers: int) -> None:
+def check_declared(config: SparseConfig, policy: type[Policy], layers: Sequence[int]) -> None:
     """Checks `period`, `memory` and `keeper` of the policy that the settings name.
 
     Args:
-        num_layers: the layers that it decides for.
+        layers: those that it decides for, in order.
 
     Raises:
         ConfigError: one of them cannot be followed; the message says what is allowed.
@@ -35,12 +37,18 @@ def check_declared(config: SparseConfig, policy: type[Policy], num_layers: int) 
                 "list of Remembered(shape, dtype, fill): sizes that are whole numbers of at least 0 for every k and "
                 "max_pages, and a fill that the dtype can hold (from sparsekv.policies import Remembered)."
             )
-    for ordinal in range(num_layers):
+    for ordinal, layer_idx in enumerate(layers):
         keeper = made.keeper(ordinal)
         if not (_is_whole(keeper, 0) and keeper <= ordinal and made.keeper(keeper) == keeper):
             raise ConfigError(
                 f"{where} says keeper({ordinal}) = {keeper!r}. Return the ordinal of the layer itself, or of an "
                 f"earlier one that keeps its own memory: 0 to {ordinal}."
+            )
+        kept_by = layers[keeper]
+        if config.at(kept_by) != config.at(layer_idx) and _grows_with_k(made):
+            raise ConfigError(
+                f"{where} remembers as much as a budget has pages, and layer {layer_idx} shares what layer {kept_by} "
+                "remembers: give both the same budget."
             )
 
 
@@ -53,6 +61,11 @@ def _is_possible(field: object) -> bool:
     except (RuntimeError, TypeError):
         return False
     return all(_is_whole(size, 0) for size in field.shape)
+
+
+def _grows_with_k(policy: Policy) -> bool:
+    k, max_pages = _WIDTHS[-1]
+    return [x.shape for x in policy.memory(k, max_pages)] != [x.shape for x in policy.memory(2 * k, max_pages)]
 
 
 def _is_whole(value: object, least: int) -> bool:

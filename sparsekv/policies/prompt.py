@@ -20,7 +20,7 @@ class PromptChunk:
         block_size: tokens of a block, a whole number of pages. Blocks are counted from a sequence's first token,
             however its prompt is cut: the first block of queries may lack its beginning, the last its end.
         scaling: the attention's factor on dot products.
-        config: the settings in force.
+        config: the settings in force, with the layer's own budget.
     """
 
     layer_idx: int

@@ -30,7 +30,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 def in_steps(num_pages: int, device: torch.device, least: int = 6) -> int:
     """The widths of a GPU, for tables on the CPU."""
-    return width_for(num_pages, GPU, least)
+    return width_for(num_pages, GPU, [least])
 
 
 def ragged(*lengths: int) -> dict[str, Any]:
@@ -153,12 +153,12 @@ TestBatches.settings = settings(max_examples=80, stateful_step_count=40)
 def test_widths_on_a_gpu_grow_in_steps(num_pages: int, least: int, expected: int) -> None:
     """Up to the budget, where nothing is chosen, one width; from there in steps."""
     assert WIDTH_STEP == 512
-    assert width_for(num_pages, GPU, least) == expected
+    assert width_for(num_pages, GPU, [least]) == expected
 
 
 @pytest.mark.parametrize("num_pages", [1, 2, 127, 513])
 def test_elsewhere_a_table_is_as_wide_as_it_must_be(num_pages: int) -> None:
-    assert width_for(num_pages, CPU, 128) == num_pages
+    assert width_for(num_pages, CPU, [128]) == num_pages
 
 
 @pytest.mark.parametrize(("budget", "least"), [(96, 24), (0.3, 1)])
