@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,8 +14,8 @@ from sparsekv import POLICIES, SparseConfig
 from sparsekv.evaluation.accuracy.methods import DENSE
 from sparsekv.evaluation.accuracy.plots import DPI, legend_below, put_title
 from sparsekv.evaluation.report import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure
+from sparsekv.layer_budgets import REST, as_mapping, spans
 
-from .search import REST
 from .verdicts import Loss, Outcome, Verdict
 
 _COLUMNS = ("digest", "pooling", "budget", "natural", "recall", "KiB/token", "of dense", "n", "verdict")
@@ -64,18 +64,11 @@ def named(config: SparseConfig) -> str:
 
 def budget_shown(config: SparseConfig) -> str:
     """`512`, or `256 (512 in layers 0, 3)`."""
-    budget: Any = config.budget
-    if not isinstance(budget, Mapping):
-        return f"{budget:,}"
-    values = sorted({value for layer, value in budget.items() if layer != REST})
-    own = "; ".join(f"{v:,} in layers {_spans([i for i in budget if budget[i] == v and i != REST])}" for v in values)
-    return f"{budget[REST]:,} ({own})"
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """`0-3, 7` for 0, 1, 2, 3, 7."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    by_layer = as_mapping(config.budget)
+    rest = by_layer.pop(REST)
+    values = sorted(set(by_layer.values()))
+    own = (f"{v:,} in layers {spans(int(layer) for layer in by_layer if by_layer[layer] == v)}" for v in values)
+    return f"{rest:,} ({'; '.join(own)})" if values else f"{rest:,}"
 
 
 def _by_line(outcomes: Iterable[Outcome]) -> list[tuple[tuple[str, str], list[Outcome]]]:
@@ -95,8 +88,7 @@ def _draw(panel: Any, kind: str, some: Sequence[Outcome], color: str, label: str
     panel.errorbar(x, y, reach, color=color, linewidth=1.2, elinewidth=1, label=label)
     for place, outcome in zip(zip(x, y, strict=True), some, strict=True):
         panel.plot(*place, _MARKERS[outcome.verdict], color=color, markersize=6)
-        budget = outcome.config.budget
-        text = f"{budget:,}" if isinstance(budget, int) else "by layer"
+        text = budget_shown(outcome.config) if isinstance(outcome.config.budget, int) else "by layer"
         panel.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7, color=color)
 
 

@@ -7,16 +7,17 @@ error several chances, so each has a part of the 5 % (Bonferroni): the intervals
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from sparsekv import SparseConfig
 from sparsekv.errors import ConfigError
+from sparsekv.layer_budgets import REST
 
 from .verdicts import Loss, Outcome, Verdict
 
-REST = "rest"  # of the layers, in a budget that names some
+MAX_PARTS = 8  # of a model's layers, that get budgets of their own
 _LEVEL = 0.95
 
 Line = Sequence[SparseConfig]  # settings that differ in their budget, the smallest first
@@ -113,6 +114,17 @@ class Search:
             if not self.open:
                 return
 
+    def by_layer(self, layers: Sequence[int]) -> None:
+        """Halves the budgets of as many layers of the best setting as do with less, part by part.
+
+        Args:
+            layers: those that are sparse.
+        """
+        if self.best is not None and isinstance(self.best.config.budget, int) and len(layers) > 1:
+            start, middle = dict.fromkeys(layers, self.best.config.budget), len(layers) // 2
+            for half in (layers[:middle], layers[middle:]):  # of all layers, a smaller budget fails
+                self._halve(self.best.config, start, half, -(-len(layers) // MAX_PARTS))
+
     # -- how
 
     def _bisect(self, line: Line, count: int) -> None:
@@ -144,3 +156,29 @@ class Search:
 
     def _is_cheaper(self, config: SparseConfig) -> bool:
         return self.best is None or self.known.bytes_per_token(config) < self.best.bytes_per_token
+
+    def _halve(self, config: SparseConfig, of_layers: dict[int, int], part: Sequence[int], least: int) -> None:
+        """Halves the budgets of a part, and again, as long as the tolerance is met; else those of its halves."""
+        tried = of_layers | {layer: of_layers[layer] // 2 // config.page_size * config.page_size for layer in part}
+        if _allows(config, min(tried.values())) and self._meets(with_budgets(config, tried)):
+            of_layers.update(tried)
+            self._halve(config, of_layers, part, least)
+        elif len(part) > least:
+            middle = len(part) // 2
+            self._halve(config, of_layers, part[:middle], least)
+            self._halve(config, of_layers, part[middle:], least)
+
+    def _meets(self, config: SparseConfig) -> bool:
+        for count in self.looks:
+            outcome = self._look(config, count)
+            if outcome.verdict is not Verdict.UNDECIDED:
+                break
+        return outcome.verdict is Verdict.MEETS
+
+
+def with_budgets(config: SparseConfig, of_layers: Mapping[int, int]) -> SparseConfig:
+    """A setting with a budget for each layer; most have the rest's."""
+    values = list(of_layers.values())
+    rest = max(dict.fromkeys(values), key=values.count)
+    own = {layer: budget for layer, budget in of_layers.items() if budget != rest}
+    return config.with_(budget={**own, REST: rest} if own else rest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -107,16 +106,18 @@ class Session:
         return self._conclude(search)
 
     def _search(self, search: Search, patch: Patch, bar: _Bar) -> None:
-        """Look after look. A setting that meets the tolerance is on the disk at once."""
-        if not any(status.is_sparse for status in patch.layers):
+        """Look after look, then layer after layer. A setting that meets the tolerance is on the disk at once."""
+        layers = [status.layer_idx for status in patch.layers if status.is_sparse]
+        if not layers:
             raise ConfigError(f"--model {self.args.model}: no layer chooses pages, so there is nothing to calibrate.")
         per_block = sum(math.log2(len(line) + 1) for line in search.lines) + 1  # dense is the one
         bar.expect(per_block * search.looks[0] / self._at_once)
         for count in search.by_digest():
             if search.best is not None:
-                self._write(search.best)
+                search.best.config.save(self.out)
             self.console.print(f"{count} documents: {_told(search.best or search.closest)}")
             bar.expect(per_block / 2 * count / self._at_once)  # fewer and fewer are open
+        search.by_layer(layers)
 
     def _show(self, search: Search, ledger: Ledger) -> None:
         """The table, and the picture beside the settings."""
@@ -137,7 +138,7 @@ class Session:
             say(f"No setting is known to meet the tolerance. The closest loses {closest.excess:.2g} times as much:")
             say(_told(closest))
         if best is not None or self.args.force:
-            self._write(best or search.closest)
+            (best or search.closest).config.save(self.out)
             say(f"Written: {self.out}. --settings {self.out}, or sparsekv.SparseConfig.load({str(self.out)!r})")
         undecided = [outcome for outcome in search.open if math.isfinite(outcome.documents_needed)]
         if undecided:
@@ -146,9 +147,6 @@ class Session:
             say(f"About {needed:,.0f} tokens of text would tell more; --text has {has:,} in whole documents.")
             say(_told(nearest))
         return best is not None
-
-    def _write(self, outcome: Outcome) -> None:
-        self.out.write_text(json.dumps(asdict(outcome.config), indent=1) + "\n", encoding="utf-8")
 
 
 class _Bar:

@@ -106,10 +106,14 @@ def test_dense_is_what_the_model_says_unpatched_and_digests_are_exchanged(loaded
         few = measurer.nats(BASE.with_(budget=128), [0, 1])
         assert torch.tensor(measurer.nats(sketch, [0, 1])) == pytest.approx(torch.tensor(fresh))
         assert torch.tensor(few) != pytest.approx(torch.tensor(fresh))
-        bytes_of = [measurer.bytes_per_token(config, [0, 1]) for config in (DENSE, sketch, sketch.with_(budget=256))]
-    page = 2 * 16 * 4 * model.config.head_dim * model.config.num_key_value_heads * model.config.num_hidden_layers
-    assert bytes_of[0] == page * -(-(len(documents[0].document) + 1) // 16)
-    assert bytes_of[2] - bytes_of[1] == page * 8
+        settings = (DENSE, sketch, sketch.with_(budget=256), sketch.with_(budget={1: 256, "rest": 128}))
+        dense, small, large, mixed = (measurer.bytes_per_token(config, [0, 1]) for config in settings)
+        assert torch.tensor(measurer.nats(settings[3], [0, 1])) != pytest.approx(torch.tensor(fresh))
+    page = 2 * 16 * 4 * model.config.head_dim * model.config.num_key_value_heads  # of a layer
+    layers = model.config.num_hidden_layers
+    assert dense == page * layers * -(-(len(documents[0].document) + 1) // 16)
+    assert large - small == page * layers * 8
+    assert mixed - small == page * 8
 
 
 def calibrate(folder: Path, text: str, *options: str) -> int:
@@ -127,7 +131,7 @@ def test_settings_a_table_and_a_picture_are_made_and_a_rerun_measures_nothing(
     printed = capsys.readouterr().out
     assert "meets" in printed
     assert "sign_sketch" in printed
-    found = SparseConfig(**json.loads((tmp_path / "settings.json").read_text()))
+    found = SparseConfig.load(tmp_path / "settings.json")
     assert (found.digest, found.budget, found.dense_layers) == ("sign_sketch", 48, 0)
     assert (tmp_path / "settings.png").stat().st_size > 10_000
     lines = (tmp_path / "settings.calibration.jsonl").read_text()
@@ -179,7 +183,7 @@ def test_nothing_is_written_unless_it_is_known_to_meet_or_asked_for(
     assert "tokens of text would tell" in printed
     assert not (tmp_path / "settings.json").exists()
     assert calibrate(tmp_path, text, "--tolerance", "1e-7", "--force") == 3
-    assert SparseConfig(**json.loads((tmp_path / "settings.json").read_text())).digest == "sign_sketch"
+    assert SparseConfig.load(tmp_path / "settings.json").digest == "sign_sketch"
 
 
 def test_what_lies_there_of_something_else_is_refused(

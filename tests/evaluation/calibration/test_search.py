@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsekv import SparseConfig
-from sparsekv.evaluation.calibration.search import Search, Tolerance, budgets, looks
+from sparsekv.evaluation.calibration.search import Search, Tolerance, budgets, looks, with_budgets
 from sparsekv.evaluation.calibration.verdicts import Loss, Verdict
 
 BASE = SparseConfig(dense_layers=0)
@@ -43,10 +43,7 @@ class Made:
         return COSTS[config.digest] + float(np.mean(self._of_layers(config)))
 
     def _of_layers(self, config: SparseConfig) -> list[int]:
-        budget = config.budget
-        if isinstance(budget, int):
-            return [budget] * max(len(self.of_layers), 1)
-        return [budget.get(i, budget["rest"]) for i in range(len(self.of_layers))]
+        return [config.at(i).budget for i in range(max(len(self.of_layers), 1))]
 
 
 def search(made: Made, tolerance: float = 0.01, num_documents: int = 64, digests: Sequence[str] = ()) -> Search:
@@ -128,3 +125,21 @@ def test_few_documents_decide_nothing(count: int) -> None:
     loss = Loss.of([0.001, 0.009][:count], 0.01, 0.95)
     assert loss.verdict is Verdict.UNDECIDED
     assert math.isinf(loss.reach) == (count == 1)
+
+
+def test_layers_that_do_with_less_get_less() -> None:
+    """One of eight needs all of its budget, its neighbour half; the others a quarter or less."""
+    least = [64, 64, 512, 256, 64, 64, 64, 64]
+    made = Made(noise=1e-5, scales={"sign_sketch": 5.0}, of_layers=least)
+    found = search(made, digests=["sign_sketch"])
+    list(found.by_digest())
+    before, measured = found.best, len(made.measured)
+    found.by_layer(range(8))
+    assert found.best.bytes_per_token < 0.5 * before.bytes_per_token
+    assert [found.best.config.at(i).budget for i in range(8)] == [64, 64, 512, 256, 64, 64, 64, 64]
+    assert len(made.measured) - measured < 20
+
+
+def test_most_layers_have_the_rests_budget() -> None:
+    assert with_budgets(BASE, {0: 512, 1: 256, 2: 256}).budget == ((0, 512), ("rest", 256))
+    assert with_budgets(BASE, dict.fromkeys(range(3), 256)).budget == 256
