@@ -3,7 +3,7 @@
     sparsekv calibrate --model M --text FILE --out settings.json
     sparsekv generate --model M --prompt-file F --settings settings.json
 
-Documents of the text are prefilled once; then what follows (natural) and a passage from the beginning said again
+Documents of the text are prefilled once; then what follows (natural) and a passage from the first half said again
 (recall) are decoded by dense attention and by one setting after the other. A setting meets the tolerance if the upper
 end of its interval does. For every digest the smallest budget that does is found by bisection; then layers that do
 with half of it are found. Beside settings.json lie the picture, and what was measured: the same command goes on
@@ -42,21 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same where a text repeats itself (default 3 times)",
     )
     add("--length", type=tokens, metavar="TOKENS", help="of a document (default: up to 8k, as model and text allow)")
+    known, pooling = with_kernels(), SparseConfig.group_pooling
+    digests, poolings = ", ".join(known), ", ".join(GROUP_POOLINGS)
+    add("--digests", nargs="+", choices=known, default=known, metavar="D", help=f"default: {digests}")
     add(
-        "--digests",
-        nargs="+",
-        choices=with_kernels(),
-        default=with_kernels(),
-        metavar="D",
-        help="default: %(default)s",
-    )
-    add(
-        "--poolings",
-        nargs="+",
-        choices=GROUP_POOLINGS,
-        default=[SparseConfig.group_pooling],
-        help="default: %(default)s",
-    )
+        "--poolings", nargs="+", choices=GROUP_POOLINGS, default=[pooling], metavar="P",
+        help=f"of the scores of a kv head's query heads: {poolings} (default: {pooling})",
+    )  # fmt: skip
     add("--scored", type=positive, metavar="TOKENS", help="of a document, scored twice (default: 256, on a CPU 24)")
     add("--batch-tokens", type=tokens, metavar="N", help="of documents at once (default: 128k, on a CPU 32k)")
     add("--force", action="store_true", help="write the setting that comes closest, even if none is known to do")

@@ -38,17 +38,19 @@ class Ledger:
         path: of the file; it may be there, of the same calibration.
         identity: what all of it depends on; circumstances: where and when it began.
         dense: the setting that the others are compared with.
-        tell: called with the setting before something is measured, and with None when it is.
+
+    Attributes:
+        tell: called with a setting before documents are measured, and with None when they are.
 
     Raises:
         ConfigError: the file is of another calibration, or is none.
     """
 
     def __init__(
-        self, path: Path, identity: Line, circumstances: Line, measures: Measures, dense: SparseConfig,
-        tell: Callable[[SparseConfig | None], object] = lambda config: None,
+        self, path: Path, identity: Line, circumstances: Line, measures: Measures, dense: SparseConfig
     ) -> None:  # fmt: skip
-        self.measures, self.dense, self.tell = measures, dense, tell
+        self.measures, self.dense = measures, dense
+        self.tell: Callable[[SparseConfig | None], object] = lambda config: None
         self._nats: defaultdict[str, dict[int, Nats]] = defaultdict(dict)
         self._bytes: dict[str, float] = {}
         lines = list(read_lines(path.parent, path.name))

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from sparsekv import POLICIES, SparseConfig
@@ -26,7 +27,7 @@ _MARKERS = {Verdict.MEETS: "o", Verdict.UNDECIDED: "d", Verdict.FAILS: "x"}
 def table(title: str, outcomes: Iterable[Outcome], dense_bytes: float, best: Outcome | None) -> Table:
     """A row per setting, by digest and by what is read; the best is marked."""
     found = Table(
-        title=title,
+        title=escape(title),
         caption="natural, recall: nats per token above dense, with 95 % intervals over all looks; n: documents",
         box=SIMPLE_HEAD,
     )
@@ -50,7 +51,11 @@ def figure(title: str, outcomes: Iterable[Outcome], dense_bytes: float, best: Ou
         for color, ((digest, pooling), some) in zip(_COLORS * len(lines), lines, strict=False):
             _draw(panel, kind, some, color, f"{digest}, {pooling}")
         _finish(panel, kind, [x for _, some in lines for x in some], dense_bytes, best)
-    put_title(made, title, "bars: 95 % intervals; o meets the tolerance, d undecided, x fails; numbers: budgets")
+    put_title(
+        made,
+        title,
+        "bars: 95 % intervals; numbers: budgets, small marks: by layer; o meets, diamond undecided, x fails",
+    )
     legend_below(made, panels)
     return made
 
@@ -63,12 +68,12 @@ def named(config: SparseConfig) -> str:
 
 
 def budget_shown(config: SparseConfig) -> str:
-    """`512`, or `256 (512 in layers 0, 3)`."""
+    """`512`, or with the layers that have their own, `256, 512 in 0-3`."""
     by_layer = as_mapping(config.budget)
     rest = by_layer.pop(REST)
     values = sorted(set(by_layer.values()))
-    own = (f"{v:,} in layers {spans(int(layer) for layer in by_layer if by_layer[layer] == v)}" for v in values)
-    return f"{rest:,} ({'; '.join(own)})" if values else f"{rest:,}"
+    own = [f"{v:,} in {spans(int(layer) for layer in by_layer if by_layer[layer] == v)}" for v in values]
+    return ", ".join([f"{rest:,}", *own])
 
 
 def _by_line(outcomes: Iterable[Outcome]) -> list[tuple[tuple[str, str], list[Outcome]]]:
@@ -82,14 +87,19 @@ def _by_line(outcomes: Iterable[Outcome]) -> list[tuple[tuple[str, str], list[Ou
 
 
 def _draw(panel: Any, kind: str, some: Sequence[Outcome], color: str, label: str) -> None:
-    losses: list[Loss] = [getattr(x, kind) for x in some]
-    x, y = [x.bytes_per_token / 1024 for x in some], [loss.mean for loss in losses]
-    reach = [loss.reach if math.isfinite(loss.reach) else 0 for loss in losses]
-    panel.errorbar(x, y, reach, color=color, linewidth=1.2, elinewidth=1, label=label)
-    for place, outcome in zip(zip(x, y, strict=True), some, strict=True):
-        panel.plot(*place, _MARKERS[outcome.verdict], color=color, markersize=6)
-        text = budget_shown(outcome.config) if isinstance(outcome.config.budget, int) else "by layer"
-        panel.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7, color=color)
+    """One digest's losses: a line through those of one budget for all layers, and points beside it."""
+    for by_layer in (False, True):
+        of_kind = [x for x in some if isinstance(x.config.budget, tuple) is by_layer]
+        losses: list[Loss] = [getattr(x, kind) for x in of_kind]
+        x, y = [x.bytes_per_token / 1024 for x in of_kind], [loss.mean for loss in losses]
+        reach = [loss.reach if math.isfinite(loss.reach) else 0 for loss in losses]
+        look = {"linestyle": "none", "alpha": 0.5} if by_layer else {"label": label}
+        panel.errorbar(x, y, reach, color=color, linewidth=1.2, elinewidth=1, **look)
+        for place, outcome in zip(zip(x, y, strict=True), of_kind, strict=True):
+            panel.plot(*place, _MARKERS[outcome.verdict], color=color, markersize=4 if by_layer else 6)
+            if not by_layer:
+                text = budget_shown(outcome.config)
+                panel.annotate(text, place, (4, 4), textcoords="offset points", fontsize=7, color=color)
 
 
 def _finish(panel: Any, kind: str, outcomes: Sequence[Outcome], dense_bytes: float, best: Outcome | None) -> None:
@@ -100,6 +110,10 @@ def _finish(panel: Any, kind: str, outcomes: Sequence[Outcome], dense_bytes: flo
         panel.axvline(best.bytes_per_token / 1024, color=GREY, linewidth=6, alpha=0.25, zorder=0, label="chosen")
     panel.set_yscale("symlog", linthresh=2 * tolerance)
     panel.set_xscale("log")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:,.4g}")
+    panel.xaxis.set_minor_formatter("{x:,.4g}")
+    panel.tick_params(axis="x", which="both", labelsize=8, rotation=30)
     panel.set_xlabel(f"cache read per token [KiB], dense {dense_bytes / 1024:,.0f}")
     panel.set_ylabel("nats per token above dense")
     panel.set_title(kind, fontsize=10)

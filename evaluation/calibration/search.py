@@ -2,7 +2,8 @@
 
 Of every digest the budgets are bisected, first with few documents, then with more and more: all that a text has, at
 last. What is decided is not measured again; what is not goes by its mean, until the next look. Several looks give an
-error several chances, so each has a part of the 5 % (Bonferroni): the intervals hold at all looks together.
+error several chances, so each has a part of the 5 % (Bonferroni): the intervals hold at all looks together. They are
+those of one setting: of many that just fail, one may pass.
 """
 
 from __future__ import annotations

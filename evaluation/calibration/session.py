@@ -85,19 +85,12 @@ class Session:
         ]
         first = self._at_once * math.ceil(_FIRST / self._at_once)
         tolerance = Tolerance(args.tolerance, args.recall_tolerance or _RECALL * args.tolerance)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with (
-            sparsekv.patch(self.model, base) as patch,
-            Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress,
-        ):
-            bar = _Bar(progress)
+        with sparsekv.patch(self.model, base) as patch:
             measurer = Measurer(patch, self.pieces, self._at_once)
-            ledger = Ledger(
-                self._record, self._identity, self._circumstances, measurer, base.with_(policy="all"), bar.tell
-            )
+            ledger = Ledger(self._record, self._identity, self._circumstances, measurer, base.with_(policy="all"))
             search = Search(ledger, lines, looks(first, len(self.pieces)), tolerance)
             try:
-                self._search(search, patch, bar)
+                self._search(search, ledger, patch)
             except KeyboardInterrupt:
                 if search.outcomes:
                     self._show(search, ledger)
@@ -105,19 +98,24 @@ class Session:
             self._show(search, ledger)
         return self._conclude(search)
 
-    def _search(self, search: Search, patch: Patch, bar: _Bar) -> None:
+    def _search(self, search: Search, ledger: Ledger, patch: Patch) -> None:
         """Look after look, then layer after layer. A setting that meets the tolerance is on the disk at once."""
         layers = [status.layer_idx for status in patch.layers if status.is_sparse]
         if not layers:
             raise ConfigError(f"--model {self.args.model}: no layer chooses pages, so there is nothing to calibrate.")
-        per_block = sum(math.log2(len(line) + 1) for line in search.lines) + 1  # dense is the one
-        bar.expect(per_block * search.looks[0] / self._at_once)
-        for count in search.by_digest():
-            if search.best is not None:
-                search.best.config.save(self.out)
-            self.console.print(f"{count} documents: {_told(search.best or search.closest)}")
-            bar.expect(per_block / 2 * count / self._at_once)  # fewer and fewer are open
-        search.by_layer(layers)
+        per_look = sum(math.log2(len(line) + 1) for line in search.lines) + 1  # settings, and dense
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress:
+            bar = _Bar(progress)
+            ledger.tell = bar.tell
+            bar.expect(per_look * search.looks[0] / self._at_once)
+            for count in search.by_digest():
+                if search.best is not None:
+                    search.best.config.save(self.out)
+                self.console.print(f"{count} documents: {_told(search.best or search.closest)}")
+                bar.expect(per_look / 2 * count / self._at_once)  # fewer and fewer are open
+            bar.expect(2 * math.log2(len(layers) + 1) * search.looks[0] / self._at_once)
+            search.by_layer(layers)
 
     def _show(self, search: Search, ledger: Ledger) -> None:
         """The table, and the picture beside the settings."""
