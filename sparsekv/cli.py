@@ -1,4 +1,4 @@
-"""The `sparsekv` command: demo, generate, chat, eval, lm-eval, bench, doctor."""
+"""The `sparsekv` command: demo, generate, chat, calibrate, eval, lm-eval, bench, doctor."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def _parser() -> Parser:
     _add_demo(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_calibrate(commands)
     _add_eval(commands)
     _add_lm_eval(commands)
     _add_bench(commands)
@@ -109,6 +110,19 @@ def _add_chat(commands: Any) -> None:
     )
     chat.add_arguments(parser)
     parser.set_defaults(run=chat.run)
+
+
+def _add_calibrate(commands: Any) -> None:
+    from sparsekv.evaluation.calibration import command
+
+    parser = commands.add_parser(
+        "calibrate",
+        help="find the smallest setting that keeps what a model says of a text of yours",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)
 
 
 def _add_eval(commands: Any) -> None:

@@ -21,7 +21,7 @@ from sparsekv.evaluation.testbed import MODEL_DIR
 from sparsekv.policies import POLICIES
 from sparsekv.policies.top_k import TopK
 
-COMMANDS = ("demo", "generate", "chat", "eval", "lm-eval", "bench", "doctor")
+COMMANDS = ("demo", "generate", "chat", "calibrate", "eval", "lm-eval", "bench", "doctor")
 TESTBED = ["--model", str(MODEL_DIR), "--device", "cpu", "--dtype", "float32"]
 
 
@@ -54,7 +54,7 @@ def test_everything_that_is_timed_has_help(what: str, option: str, capsys: pytes
     assert option in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["eval", "run"], ["bench", "attention"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["eval", "run"], ["bench", "attention"], ["calibrate"]], ids=" ".join)
 def test_help_shows_every_example_on_a_line_of_its_own(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
