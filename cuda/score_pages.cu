@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
                 const int* block_table,  // [b, max_pages]
                 const int* seq_lens,     // [b]
                 float* scores,           // [b, hkv, max_pages]; POOL_NONE: [b, hq, max_pages]
-                int num_kv_heads, int heads, int group, int page_shift, int max_pages, int pooling) {
+                int num_kv_heads, int heads, int group, int page_shift, int max_pages, int pooling, float scaling) {
     extern __shared__ uint4 staged[];
     wait_for_previous_kernel();
     let_next_kernel_start();
     using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
     const WarpShare share(staged, Scorer::STAGED, heads, num_kv_heads);
     check_shared_end(staged + heads * Scorer::STAGED);
-    Scorer scorer(digests, num_kv_heads, share.head, page_shift);
+    Scorer scorer(digests, num_kv_heads, share.head, page_shift, scaling);
     const i64 item = share.item();
     const int count = (seq_lens[share.row] + (1 << page_shift) - 1) >> page_shift;
     const auto take = [&](int tile, const float (&by_head)[HEAD_TILES][4]) {

@@ -8,7 +8,7 @@ __global__ void __launch_bounds__(512)
                  const int* limits,    // [b] fewer than k for some; null: k
                  int* slots,           // [b, hkv, k] ascending, then -1
                  u32* priorities,      // [b, hkv, max_pages] scratch
-                 int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens) {
+                 int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens, float min_score) {
     extern __shared__ __align__(16)
         u32 base[];  // tiles' priorities [ceil(max_pages / 16)], candidates [16 k], tiles [k], chosen [k]
     __shared__ SelectScratch scratch;
@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(512)
     buffers.tiles = reinterpret_cast<int*>(buffers.candidates + k * TILE);
     buffers.chosen = buffers.tiles + k;
     check_shared_end(buffers.chosen + k);
+    const int limit = limits ? limits[row] : k;
+    const u32 least = count > min(limit, k) ? priority_of(min_score) : NO_PAGE;
 #pragma unroll 4
     for (int base = warp_id() * WARP * 4; base < count;
          base += blockDim.x * 4) {  // four pages to a lane, a tile to four
@@ -32,7 +34,8 @@ __global__ void __launch_bounds__(512)
 #pragma unroll
         for (int slot = first; slot < first + 4; ++slot) {
             if (slot >= count) continue;
-            const u32 priority = forced.has(slot) ? FORCED : priority_of(scores[item * max_pages + slot]);
+            u32 priority = priority_of(scores[item * max_pages + slot]);
+            priority = forced.has(slot) ? FORCED : priority < least ? NO_PAGE : priority;
             priorities[item * max_pages + slot] = priority;
             best = max(best, priority);
         }
@@ -41,7 +44,6 @@ __global__ void __launch_bounds__(512)
         if (lane_id() % 4 == 0 && first < count) buffers.priorities[first / TILE] = best;
     }
     __syncthreads();
-    const int limit = limits ? limits[row] : k;
     const int found = choose_pages(buffers, priorities + item * max_pages, count, k, limit, scratch);
     for (int i = threadIdx.x; i < k; i += blockDim.x) slots[item * k + i] = i < found ? buffers.chosen[i] : -1;
 }

@@ -13,7 +13,7 @@ from sparsekv import layer_budgets, settings_file
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.layer_budgets import REST, Budget, Budgets
 
-GROUP_POOLINGS = ("max", "sum", "mean_softmax")
+GROUP_POOLINGS = ("max", "sum", "mean_softmax", "share")
 BACKENDS = ("auto", "reference")
 MAX_RECENT = 64  # tokens, where `recent` follows the budget
 _NAMES = ("digest", "policy", "page_format", "residency")  # of classes in registries
@@ -49,7 +49,10 @@ class SparseConfig:
             a model that loses sight of what it was asked answers something else. None: 64, and never more than an
             eighth of a budget in tokens, so that something is left to choose (`recent_tokens` says how many).
         group_pooling: how the scores of the query heads that share a kv head become one: `max`, `sum`, or
-            `mean_softmax` (mean over heads of the softmax over pages).
+            `mean_softmax` (mean over heads of the softmax over pages), or `share` (the largest share of a head's
+            attention that the page is estimated to hold).
+        min_share: with `group_pooling="share"`: where pages are chosen, those that are estimated to hold less than
+            this share of every head's attention are not read even if the budget has room; 0: they are.
         backend: what runs the ops: `auto` (kernels where there are any) or `reference` (plain torch on any device).
         capture: whether `generate` on a GPU replays its decode step as a CUDA graph where it can.
         fuse: whether the norms and rotary embeddings of a captured step run as one kernel each, where that gives
@@ -71,6 +74,7 @@ class SparseConfig:
     sinks: int = 4
     recent: int | None = None
     group_pooling: str = "max"
+    min_share: float = 0.0
     backend: str = "auto"
     capture: bool = True
     fuse: bool = True
@@ -86,6 +90,7 @@ class SparseConfig:
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, self.page_size)
         _check_choice("group_pooling", self.group_pooling, GROUP_POOLINGS)
+        _check_share(self.min_share, self.group_pooling)
         _check_choice("backend", self.backend, BACKENDS)
         _check_bool("capture", self.capture)
         _check_bool("fuse", self.fuse)
@@ -246,6 +251,11 @@ class SparseConfig:
         return self._forced_at(self.plain_budget)
 
     @property
+    def min_score(self) -> float | None:
+        """The least score of a page that is read without being forced; None: any."""
+        return math.log(self.min_share) if self.min_share else None
+
+    @property
     def is_fraction(self) -> bool:
         """Whether the budget is a fraction of the context."""
         return isinstance(self.plain_budget, float)
@@ -302,6 +312,16 @@ class SparseConfig:
                 f"that sinks={self.sinks}, recent={self._recent_at(least)} and the current page can take. Raise "
                 f"budget to at least {least}, or lower sinks, recent or page_size."
             )
+
+
+def _check_share(share: object, group_pooling: str) -> None:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise ConfigError(f"min_share={share!r} must be a share of a head's attention, at least 0 and below 1.")
+    if share and group_pooling != "share":
+        raise ConfigError(
+            f"min_share={share} is a share of a head's attention, and group_pooling={group_pooling!r} tells none: "
+            "set group_pooling='share', or leave min_share out."
+        )
 
 
 def _check_bool(field: str, value: object) -> None:

@@ -33,9 +33,9 @@ from sparsekv.errors import ConfigError, UnknownNameError
         (
             "group_pooling",
             "mean",
-            ["group_pooling='mean'", "Did you mean 'max' or 'mean_softmax'?", "max, mean_softmax, sum"],
+            ["group_pooling='mean'", "Did you mean 'max' or 'mean_softmax'?", "max, mean_softmax, share, sum"],
         ),
-        ("group_pooling", None, ["group_pooling=None", "max, mean_softmax, sum"]),
+        ("group_pooling", None, ["group_pooling=None", "max, mean_softmax, share, sum"]),
         ("backend", "cuda", ["backend='cuda'", "auto, reference"]),
         ("backend", "refrence", ["Did you mean 'reference'?"]),
         ("dense_layers", -1, ["dense_layers=-1", "at least 0"]),

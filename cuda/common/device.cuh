@@ -5,7 +5,6 @@
 // need it, and integer divisions by run-time numbers are avoided.
 #pragma once
 
-using i8 = signed char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;

@@ -7,14 +7,15 @@
 //   `store(page, digests, count, page_size, part, parts)`, part of what `parts` warps store together;
 // - `Scorer<T, D, HEAD_TILES>`, a warp that scores tiles of sixteen pages, one after the other: `stage` and `use` a
 //   query, which takes `STAGED` words of 16 bytes, `aim` at the next tile's pages, `load_first`, and `score`, which
-//   loads the next tile as it goes.
+//   loads the next tile as it goes. Scores are on the scale of logits, products times the `scaling` that it is made
+//   with.
 #pragma once
 #include "common/device.cuh"
 
 constexpr int TILE = 16;      // pages that a warp scores at once
 constexpr int MMA_HEADS = 8;  // query heads of one matrix product
 
-enum GroupPooling { POOL_MAX = 0, POOL_SUM = 1, POOL_NONE = 2 };
+enum GroupPooling { POOL_MAX = 0, POOL_SUM = 1, POOL_NONE = 2, POOL_SHARE = 3 };
 
 // A digest's tensors, contiguous, in the order of its class: its fields [num_pages, hkv, ...], then its fixed state
 // [hkv, ...]. `digests.at<u16>(i)` is the i-th.

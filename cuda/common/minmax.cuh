@@ -65,12 +65,13 @@ struct MinMaxScorer {
 
     const u16* digests;
     int num_kv_heads, head;
+    float scaling;
     const uint4* query;             // staged
     uint4 low[BATCH], high[BATCH];  // 16 bytes of the digests of pages lane / 4 and lane / 4 + 8
     const u16 *low_page, *high_page;
 
-    __device__ MinMaxScorer(const Digests& digests, int num_kv_heads, int head, int)
-        : digests(digests.at<u16>(0)), num_kv_heads(num_kv_heads), head(head) {}
+    __device__ MinMaxScorer(const Digests& digests, int num_kv_heads, int head, int, float scaling)
+        : digests(digests.at<u16>(0)), num_kv_heads(num_kv_heads), head(head), scaling(scaling) {}
 
     // The query head that this lane's scores[tile][i] and scores[tile][2 + i] belong to.
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + lane_id() % 4 * 2 + i; }
@@ -142,6 +143,8 @@ struct MinMaxScorer {
             multiply<CHUNKS - BATCH + chunk.value>(scores);
             load<chunk.value>();
         });
+#pragma unroll
+        for (int i = 0; i < HEAD_TILES * 4; ++i) scores[i / 4][i % 4] *= scaling;
     }
 };
 

@@ -41,9 +41,9 @@ constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;
 
 struct alignas(16) SelectScratch {
     u32 histogram[BINS];
-    u32 counts[32];                                 // a number of each warp
-    u32 largest[32], smallest[32], num_forced[32];  // of each warp's priorities
-    u32 bin, above, inside;                         // the threshold's bin; priorities above it, and in it
+    u32 counts[32];                                                  // a number of each warp
+    u32 largest[32], smallest[32], num_forced[32], num_present[32];  // of each warp's priorities
+    u32 bin, above, inside;  // the threshold's bin; priorities above it, and in it
     u32 num_members;
     int members[WARP];  // indices of the priorities in the last bin
 
@@ -158,26 +158,29 @@ struct ThreadItems {
     }
 };
 
-// Of a CTA's priorities but FORCED and NO_PAGE, and how many are FORCED.
+// Of a CTA's priorities but FORCED and NO_PAGE, how many are FORCED, and how many are not NO_PAGE.
 struct Bounds {
-    u32 smallest, largest, num_forced;
+    u32 smallest, largest, num_forced, num_present;
 };
 
 template <int QUADS>
 __device__ inline Bounds find_bounds(const ThreadItems<QUADS>& items, SelectScratch& scratch) {
-    u32 largest = 0, smallest = FORCED, forced = 0;
+    u32 largest = 0, smallest = FORCED, forced = 0, present = 0;
     items.each([&](u32 priority, int) {
         forced += priority == FORCED;
+        present += priority != NO_PAGE;
         largest = max(largest, priority == FORCED ? 0 : priority);
         smallest = min(smallest, priority == NO_PAGE ? FORCED : priority);
     });
     largest = __reduce_max_sync(ALL_LANES, largest);
     smallest = __reduce_min_sync(ALL_LANES, smallest);
     forced = __reduce_add_sync(ALL_LANES, forced);
+    present = __reduce_add_sync(ALL_LANES, present);
     if (lane_id() == 0) {
         scratch.largest[warp_id()] = largest;
         scratch.smallest[warp_id()] = smallest;
         scratch.num_forced[warp_id()] = forced;
+        scratch.num_present[warp_id()] = present;
     }
     scratch.clear_histogram();
     if (threadIdx.x == 0) scratch.num_members = 0;
@@ -185,15 +188,17 @@ __device__ inline Bounds find_bounds(const ThreadItems<QUADS>& items, SelectScra
     const bool exists = lane_id() < num_warps();
     largest = __reduce_max_sync(ALL_LANES, exists ? scratch.largest[lane_id()] : 0);
     smallest = __reduce_min_sync(ALL_LANES, exists ? scratch.smallest[lane_id()] : FORCED);
-    forced = sum_of_warps(scratch.num_forced);
-    return {smallest, largest, forced};
+    return {smallest, largest, sum_of_warps(scratch.num_forced), sum_of_warps(scratch.num_present)};
 }
 
 // Narrows down where the threshold lies, until all priorities there are chosen, or so few that each can be compared
-// with each, or all equal.
+// with each, or all equal. Where no more than k are present, all are chosen. `found` is how many are.
 template <int QUADS>
-__device__ inline ThresholdRange find_threshold(const ThreadItems<QUADS>& items, int k, SelectScratch& scratch) {
+__device__ inline ThresholdRange find_threshold(const ThreadItems<QUADS>& items, int k, int& found,
+                                                SelectScratch& scratch) {
     const Bounds bounds = find_bounds(items, scratch);
+    found = min(u32(k), bounds.num_present);
+    if (bounds.num_present <= k) return {NO_PAGE + 1, FORCED, bounds.num_present, bounds.num_present};
     if (bounds.num_forced >= k) return {FORCED, FORCED, u32(k), bounds.num_forced};
     ThresholdRange range = {bounds.smallest, bounds.largest, k - bounds.num_forced, 0};
 #pragma unroll 1
@@ -270,9 +275,10 @@ __device__ inline void write_above(const ThreadItems<QUADS>& items, u32 above, i
 }
 
 template <int QUADS>
-__device__ inline void select_from(u32* priorities, int n, int k, int* chosen, SelectScratch& scratch) {
+__device__ inline int select_from(u32* priorities, int n, int k, int* chosen, SelectScratch& scratch) {
     ThreadItems<QUADS> items(priorities, n);
-    const ThresholdRange range = find_threshold(items, k, scratch);
+    int found;
+    const ThresholdRange range = find_threshold(items, k, found, scratch);
     const bool all = range.is_all_wanted();
     const u32 above = all ? range.low - 1 : range.high;
     u32 count = 0;
@@ -296,24 +302,15 @@ __device__ inline void select_from(u32* priorities, int n, int k, int* chosen, S
     }
     write_above(items, above, chosen, scratch);
     __syncthreads();
+    return found;
 }
 
-// The indices of the k largest of priorities[n], ascending, to chosen[k]; all if n <= k. Returns how many. Priorities
-// are lost. By a whole CTA of a power of two of threads, after a barrier that follows the writing of the priorities;
-// ends with one.
+// The indices of the k largest of priorities[n], ascending, to chosen[k]; all that are present, that is not NO_PAGE,
+// if no more are. Returns how many. Priorities are lost. By a whole CTA of a power of two of threads, after a barrier
+// that follows the writing of the priorities; ends with one.
 __device__ inline int select_largest(u32* priorities, int n, int k, int* chosen, SelectScratch& scratch) {
     if (k <= 0) return 0;
-    if (n <= k) {
-#pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += blockDim.x) chosen[i] = i;
-        __syncthreads();
-        return n;
-    }
-    if (n <= 4 * blockDim.x)
-        select_from<1>(priorities, n, k, chosen, scratch);
-    else if (n <= 16 * blockDim.x)
-        select_from<4>(priorities, n, k, chosen, scratch);
-    else
-        select_from<0>(priorities, n, k, chosen, scratch);
-    return k;
+    if (n <= 4 * blockDim.x) return select_from<1>(priorities, n, k, chosen, scratch);
+    if (n <= 16 * blockDim.x) return select_from<4>(priorities, n, k, chosen, scratch);
+    return select_from<0>(priorities, n, k, chosen, scratch);
 }

@@ -1,24 +1,27 @@
 // Sketches (sparsekv/digests/sign_sketch.py and sketch2.py, which have the sources): one bit or two per channel of
-// every key, of what is left of it, rotated, after its page's mean, a factor, and the mean in whole numbers. Here is
-// how they are made and where they lie; sketch_query.cuh stages a query for them, sketch_score.cuh scores them.
+// every key, of what is left of it, rotated, after its page's mean, and a factor; and the mean, in two bits and a
+// factor. Here is how they are made and where they lie; sketch_query.cuh stages a query for them, sketch_score.cuh
+// scores them.
 //
-// A bit stands for +1 or -1. The first plane of bits has a rotated token's signs s. A second one has u: s of the
-// channels that are larger than the token's root mean square, -s of the others. So 2 s + u is -3, -1, 1 or 3.
+// A bit stands for +1 or -1. The first plane of bits has a vector's signs s. A second one has u: s of the channels
+// that are larger than the vector's root mean square, -s of the others. So the code c = 2 s + u is -3, -1, 1 or 3.
 #pragma once
 #include "common/digest.cuh"
+
+constexpr int MEAN_PLANES = 2;
 
 // The tensors of SignSketch, in its order. Kernels rotate by the flips alone, without the matrix.
 struct SketchTensors {
     char* signs;         // [num_pages, hkv, page_size * planes * d / 8]
     u16* factors;        // [num_pages, hkv, page_size]
-    i8* means;           // [num_pages, hkv, d]
-    float* units;        // [num_pages, hkv], what 1 of a mean is worth
+    char* means;         // [num_pages, hkv, MEAN_PLANES * d / 8]
+    float* units;        // [num_pages, hkv], the factors of the means
     const float* flips;  // [hkv, 2, d]; before it lies the rotation, [hkv, d, d]
 
     __device__ SketchTensors(const Digests& digests)
         : signs(digests.at<char>(0)),
           factors(digests.at<u16>(1)),
-          means(digests.at<i8>(2)),
+          means(digests.at<char>(2)),
           units(digests.at<float>(3)),
           flips(digests.at<float>(5)) {}
 };
@@ -84,11 +87,11 @@ struct Rotation {
     }
 };
 
-template <int D, int PLANES>
+// `SHARE`: bytes that lie side by side for one of the four lanes of a page.
+template <int D, int PLANES, int SHARE = D == 96 ? 48 : 32>
 struct SketchLayout {
     static constexpr int BYTES = D / 32;                     // of a plane of a token that one lane scores, a quarter
-    static constexpr int SHARE = D == 96 ? 48 : 32;          // of a lane, side by side
-    static constexpr int TOKENS = SHARE / (PLANES * BYTES);  // whose quarters, all planes of them, these are
+    static constexpr int TOKENS = SHARE / (PLANES * BYTES);  // whose quarters, all planes of them, are a share
 
     // Where byte `i` of a token's plane lies in its page.
     __device__ static int place(int token, int plane, int i) {
@@ -99,87 +102,100 @@ struct SketchLayout {
     __device__ static int lane_offset(int lane) { return lane % 4 * SHARE; }
 };
 
-constexpr int MEAN_LIMIT = 127;  // the largest whole number of a mean
+// As that of a page of one token.
+template <int D>
+using MeanLayout = SketchLayout<D, MEAN_PLANES, D / 16>;
+
+// The code of a vector x. Lane l has channels l, l + 32, ...
+template <int D, int PLANES>
+struct SketchCode {
+    static_assert(PLANES <= 2);
+    static constexpr int N = D / WARP;
+
+    float numbers[N];        // c
+    float squares, along;    // |x|^2, <c, x>
+    u32 bytes[PLANES] = {};  // of lanes below D / 8, the byte of their number
+
+    __device__ explicit SketchCode(const float (&x)[N]) : squares(dot(x, x)) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const bool positive = x[i] > 0.f, large = PLANES == 2 && x[i] * x[i] * D > squares;
+            numbers[i] = (positive ? 1.f : -1.f) * (large ? 3.f : 1.f);
+#pragma unroll
+            for (int plane = 0; plane < PLANES; ++plane) {
+                const u32 word = __ballot_sync(ALL_LANES, plane ? positive == large : positive);
+                if (lane_id() / 4 == i) bytes[plane] = word >> lane_id() % 4 * 8;
+            }
+        }
+        along = dot(numbers, x);
+    }
+    __device__ static float dot(const float (&a)[N], const float (&b)[N]) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum += a[i] * b[i];
+        return sum_of_warp(sum);
+    }
+    template <typename Layout>
+    __device__ void store(char* page, int token) const {
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane)
+            if (lane_id() < D / 8) page[Layout::place(token, plane, lane_id())] = bytes[plane];
+    }
+};
 
 template <typename T, int D, int PLANES>
 struct SketchSummary : KeySums<T, D> {
-    static_assert(PLANES <= 2);
     static constexpr bool WHOLE = true, SHARED = true;
     static constexpr int N = D / WARP;
-    using Layout = SketchLayout<D, PLANES>;
 
     // Every warp makes the mean, and the bits of every `parts`-th token. Lane l has channels l, l + 32, ...
     template <typename StoredPage>
     __device__ void store(const StoredPage& page, const Digests& digests, int count, int page_size, int part,
                           int parts) {
         const SketchTensors tensors(digests);
+        const Rotation<D> rotate(tensors.flips + page.head * 2 * D);
         float mean[N];
-        const float unit = round_mean(count, mean);
+        take_mean(count, mean);
+        rotate(mean);
+        const SketchCode<D, MEAN_PLANES> code(mean);
+        const float unit = code.along / code.dot(code.numbers, code.numbers);  // of the nearest multiple of the code
+#pragma unroll
+        for (int i = 0; i < N; ++i) mean[i] = unit * code.numbers[i];
         u16* const factors = tensors.factors + page.item * page_size;
         if (part == 0) {
-            i8* const means = tensors.means + page.item * D;
-#pragma unroll
-            for (int i = 0; i < N; ++i) means[i * WARP + lane_id()] = __float2int_rn(mean[i]);
+            code.template store<MeanLayout<D>>(tensors.means + page.item * (MEAN_PLANES * D / 8), 0);
             if (lane_id() == 0) tensors.units[page.item] = unit;
             for (int token = count + lane_id(); token < page_size; token += WARP)
                 factors[token] = 0x7FFF;  // NaN: none
         }
-#pragma unroll
-        for (int i = 0; i < N; ++i) mean[i] = __fmul_rn(mean[i], unit);
         char* const signs = tensors.signs + page.item * page_size * (PLANES * D / 8);
-        const Rotation<D> rotate(tensors.flips + page.head * 2 * D);
 #pragma unroll 1
         for (int token = part; token < count; token += parts) {
-            float x[N], squares = 0.f, along = 0.f;
+            float x[N];
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-                x[i] = T::to_float(page.key(token, i * WARP + lane_id())) - mean[i];
-                squares += x[i] * x[i];
-            }
-            squares = sum_of_warp(squares);
+            for (int i = 0; i < N; ++i) x[i] = T::to_float(page.key(token, i * WARP + lane_id()));
             rotate(x);
-            u32 bytes[PLANES] = {};
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-                const bool large = PLANES == 2 && x[i] * x[i] * D > squares;
-                along += large ? 3.f * fabsf(x[i]) : fabsf(x[i]);
-#pragma unroll
-                for (int plane = 0; plane < PLANES; ++plane) {
-                    const u32 word = __ballot_sync(ALL_LANES, plane ? x[i] > 0.f == large : x[i] > 0.f);
-                    if (lane_id() / 4 == i) bytes[plane] = word >> lane_id() % 4 * 8;
-                }
-            }
-            const float factor = squares / fmaxf(sum_of_warp(along), 1e-20f);
-#pragma unroll
-            for (int plane = 0; plane < PLANES; ++plane)
-                if (lane_id() < D / 8) signs[Layout::place(token, plane, lane_id())] = bytes[plane];
+            for (int i = 0; i < N; ++i) x[i] -= mean[i];
+            const SketchCode<D, PLANES> code(x);
+            code.template store<SketchLayout<D, PLANES>>(signs, token);
+            const float factor = code.squares / fmaxf(code.along, 1e-20f);
             if (lane_id() == 0) factors[token] = fp16::pack(factor, 0.f);
         }
     }
 
   private:
-    // `mean` becomes the mean in whole numbers; returns what 1 of them is worth.
-    __device__ float round_mean(int count, float (&mean)[N]) const {
-        float largest = 0.f;
+    __device__ void take_mean(int count, float (&mean)[N]) const {
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = 0.f;
 #pragma unroll
         for (int channel = 0; channel < 8; ++channel) {
-            const float sum = this->total(this->sums[channel]);
+            const float sum = this->total(this->sums[channel]) / count;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                const float channel_sum = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
-                if (lane_id() % 8 == channel) mean[i] = channel_sum;
+                const float channel_mean = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
+                if (lane_id() % 8 == channel) mean[i] = channel_mean;
             }
         }
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            mean[i] /= count;
-            largest = fmaxf(largest, fabsf(mean[i]));
-        }
-        const float unit = largest_of_warp(largest) / MEAN_LIMIT;
-#pragma unroll
-        for (int i = 0; i < N; ++i) mean[i] = rintf(mean[i] / fmaxf(unit, SMALLEST));
-        return unit;
     }
 };

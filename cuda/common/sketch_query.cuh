@@ -1,43 +1,36 @@
 // A query as sketches are scored by it (sketch_score.cuh), staged in shared memory in the order in which lanes hold
-// the tensor core's operands: rotated, for the signs, and as it is, for the means.
-//
-// For the signs it is rounded to whole numbers from -40 to 40. Such a number has four balanced digits at base 3,
-// n = t0 + 3 t1 + 9 t2 + 27 t3, each -1, 0 or 1, and a digit becomes two bits: whether it is 1, and whether it is -1.
-// The product of signs and digits has eight columns, a pair of digits of four heads, so there are two products.
-//
-// For the means it is rounded to whole numbers of up to 127 * 128 with two digits at base 128, from -127 to 127 and
-// from -64 to 64, the columns of one product.
+// the tensor core's operands: rotated, and rounded to whole numbers from -40 to 40. Such a number has four balanced
+// digits at base 3, n = t0 + 3 t1 + 9 t2 + 27 t3, each -1, 0 or 1, and a digit becomes two bits: whether it is 1, and
+// whether it is -1. The product of signs and digits has eight columns, a pair of digits of four heads, so there are
+// two products.
 #pragma once
 #include "common/sketch.cuh"
 
 constexpr int QUERY_LIMIT = 40;  // the largest number: four digits of 1
 constexpr int DIGIT_PAIRS = 2;   // a product each
 constexpr int TILE_HEADS = 4;    // of a product
-constexpr int MEAN_BASE = 128;   // of the digits that meet a mean
-constexpr int MEAN_QUERY_LIMIT = 127 * MEAN_BASE;
 
-// What is counted for the signs is read as a float (sketch_score.cuh), and a count of 1 is then worth this.
+// What is counted is read as a float (sketch_score.cuh), and a count of 1 is then worth this.
 constexpr float COUNT_UNIT = 0x1p-37f;
 
 // A tile, four heads, of a staged query. It consists of words of 32 bits:
 //
-//   digits       [DIGIT_PAIRS][WORDS][WARP]    bits, by lane
-//   offsets      [DIGIT_PAIRS][TILE_HEADS]     half the sum of 3^i over the digits that are not 0, in COUNT_UNIT
-//   units        [TILE_HEADS]                  what a number of 1 is worth, divided by COUNT_UNIT / 2
-//   mean units   [TILE_HEADS]                  what a number of 1 is worth that meets a mean
-//   mean digits  [MEAN_WORDS][WARP]            four numbers to a word, by lane
+//   digits   [DIGIT_PAIRS][WORDS][WARP]  bits, by lane
+//   offsets  [DIGIT_PAIRS][TILE_HEADS]   half the sum of 3^i over the digits that are not 0, in COUNT_UNIT
+//   units    [TILE_HEADS]                what a number of 1 adds to a logit in base 2, divided by COUNT_UNIT / 2
 template <int D>
 struct SketchQuery {
     static constexpr int N = D / WARP;
     static constexpr int WORDS = D == 256 ? 4 : 2;  // half of them say where the digit is 1, half where it is -1
-    static constexpr int MEAN_WORDS = D / 16;       // two to a product
     static constexpr int OFFSETS = DIGIT_PAIRS * WORDS * WARP;
-    static constexpr int MEAN_UNITS = OFFSETS + TILE_HEADS * (DIGIT_PAIRS + 1), MEAN_DIGITS = MEAN_UNITS + TILE_HEADS;
-    static constexpr int TILE_WORDS = (MEAN_DIGITS + MEAN_WORDS * WARP) / 4;  // of 16 bytes
+    static constexpr int TILE_WORDS = (OFFSETS + TILE_HEADS * (DIGIT_PAIRS + 1)) / 4;  // of 16 bytes
 
     // A pair of digits of head `i`, rotated, with their offset. Lane l of the warp has channels l, l + 32, ...
-    __device__ static void stage_digits(u32* tile, int i, int pair, const float (&x)[N]) {
-        const float largest = largest_of(x);
+    __device__ static void stage_digits(u32* tile, int i, int pair, const float (&x)[N], float scaling) {
+        float largest = 0.f;
+#pragma unroll
+        for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
+        largest = largest_of_warp(largest);
         const float inverse = largest > 0.f ? QUERY_LIMIT / largest : 0.f;
         int nonzero[2] = {0, 0};
 #pragma unroll
@@ -59,34 +52,10 @@ struct SketchQuery {
         if (lane_id() > 0) return;
         float* const constants = reinterpret_cast<float*>(tile + OFFSETS) + i;
         constants[TILE_HEADS * pair] = 0.5f * COUNT_UNIT * (pair ? 9 : 1) * (nonzero[0] + 3 * nonzero[1]);
-        constants[TILE_HEADS * DIGIT_PAIRS] = largest / QUERY_LIMIT * (2.f / COUNT_UNIT);
-    }
-
-    // Head `i`, not rotated, in two digits: columns 2 i and 2 i + 1.
-    __device__ static void stage_for_means(u32* tile, int i, const float (&x)[N]) {
-        const float largest = largest_of(x);
-        const float inverse = largest > 0.f ? MEAN_QUERY_LIMIT / largest : 0.f;
-        i8* const numbers = reinterpret_cast<i8*>(tile + MEAN_DIGITS);
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const int number = __float2int_rn(x[j] * inverse), high = (number + MEAN_BASE / 2) >> 7;
-            const int channel = j * WARP + lane_id(), word = channel % (D / 4) / 4;
-            const int lane = channel / (D / 4);  // of the four that share a page
-            i8* const place = numbers + 4 * (word * WARP + 8 * i + lane) + channel % 4;
-            place[0] = high;
-            place[16] = number - high * MEAN_BASE;  // the next column's, which the next four lanes hold
-        }
-        if (lane_id() == 0) reinterpret_cast<float*>(tile)[MEAN_UNITS + i] = largest / MEAN_QUERY_LIMIT;
+        constants[TILE_HEADS * DIGIT_PAIRS] = largest / QUERY_LIMIT * scaling * (LOG2_E * 2.f / COUNT_UNIT);
     }
 
   private:
-    __device__ static float largest_of(const float (&x)[N]) {
-        float largest = 0.f;
-#pragma unroll
-        for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
-        return largest_of_warp(largest);
-    }
-
     // A bit of every channel as the operands of the four lanes that share a column.
     __device__ static void store_bits(u32* operands, const u32 (&bits)[N]) {
         unrolled<4>([&](auto part) {

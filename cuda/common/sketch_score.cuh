@@ -1,18 +1,20 @@
-// Scores sketches. The estimate of a token's dot product with a query q is
+// Scores sketches. Of a page's mean and of each of its tokens there are a code c and a factor f, and
 //
-//     q . mean of its page + f * sum over channels of c * q'
+//     f * sum over channels of c * q'
 //
-// where c is the token's code, its signs s (+1 or -1) or of two planes 2 s + u, f is its factor and q' is q rotated.
-// A page scores its best token.
+// where q' is a query q, rotated and scaled as attention scales it, estimates a part of the token's logit: that of
+// the mean, and that of what is left of the token. c is -1 or 1 by a channel's sign s, or of two planes of bits 2 s +
+// u. A page scores the log-sum-exp of its tokens' logits. It is summed in base 2 and without a running maximum: what
+// is left after the mean is small, and where it is not, infinity is as good a score.
 //
 // The bits stay bits. q' is in whole numbers with digits t of -1, 0 or 1 (sketch_query.cuh). Of a digit, let M be the
 // number of channels in which a sign is equal to a digit that is not 0, and Z the number of digits that are not 0:
 // then M meetings add 1 each, Z - M subtract 1, and the sum over channels of s * t is 2 M - Z. The tensor core counts
 // M for eight columns at a time, two digits of four heads: it is the ones of (bits, ~bits) AND (where the digit is 1,
 // where it is -1), 256 bits to a product. What a lane loads is the operand: sixteen pages to a product, token after
-// token, so that the best of a page stays in a register. Of the four lanes of a page, each holds its part of a
-// token's channels. Of two planes the first is counted twice, into the same registers: then M is up to three times
-// the channels, and so is Z.
+// token, so that the sum of a page stays in a register. Of the four lanes of a page, each holds its part of a token's
+// channels. Of two planes the first is counted twice, into the same registers: then M is up to three times the
+// channels, and so is Z.
 //
 // Counts become floats at no cost. The sum over channels of s * q' is 2 (sum of 3^i M_i - sum of 3^i Z_i / 2), where
 // M_i is an integer in a register. The bits of an integer M below 2^23, read as a float32 (__int_as_float), have the
@@ -23,9 +25,6 @@
 // is 2^112, not 2^149, as 27 * 2^149 is no float; the query's unit takes back the 2^-37 that is left (COUNT_UNIT) and
 // the 2. All of it rests on multiply-adds that do not flush denormal operands to zero: sparsekv/ops/compiler.py
 // compiles with ftz=False.
-//
-// Means are whole numbers of eight bits, and so are a query's two digits at base 128: their products are the tensor
-// core's, too, two columns for a head as above.
 #pragma once
 #include "common/sketch_query.cuh"
 
@@ -40,63 +39,52 @@ __device__ inline void count_ones(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c[16 x 8] += a[16 x 32] b[32 x 8] of 8-bit numbers. Of lane l, r = l / 4 and q = l % 4: a0, a2 hold row r, a1, a3
-// row r + 8, b0, b1 column r; a0, a1, b0 the numbers from 4 q on, the others those 16 later. c as in device.cuh.
-__device__ inline void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // `MAX_HEADS`: query heads of a kv head for which there is room; four to a tile.
 template <typename T, int D, int HEAD_TILES, int MAX_HEADS, int PLANES>
 struct SketchScorer {
     using Layout = SketchLayout<D, PLANES>;
     using Query = SketchQuery<D>;
-    static constexpr int N = Query::N, WORDS = Query::WORDS, MEAN_WORDS = Query::MEAN_WORDS;
+    static constexpr int N = Query::N, WORDS = Query::WORDS, MEAN_WORDS = (D + 63) / 64;
     static constexpr int TILES = MAX_HEADS / TILE_HEADS;
     // Words of 16 bytes of a staged query, and more: with as little shared memory as is used, score_pages takes 200
     // us at 16 x 128k, with so much 198 (H100).
     static constexpr int STAGED = HEAD_TILES * (2 * D + 8);
     static_assert(TILES * Query::TILE_WORDS <= STAGED, "a query has room");
     static constexpr int VECTORS = D / 32, GROUP = 16 / PLANES;  // 16 bytes each; tokens that are loaded at once
-    static constexpr int TOKEN_BYTES = PLANES * D / 8;
+    static constexpr int TOKEN_BYTES = PLANES * D / 8, MEAN_BYTES = MEAN_PLANES * D / 8;
     static constexpr float COUNT_SCALE = 0x1p112f;  // makes 2^-149 a COUNT_UNIT
 
     u32 low[4 * VECTORS], high[4 * VECTORS];  // signs of pages lane / 4 and lane / 4 + 8, this lane's part
     u32 low_factors[GROUP / 2], high_factors[GROUP / 2];
     u32 digits[TILES][DIGIT_PAIRS][WORDS];
     float offset[TILES], unit[TILES];  // of this lane's head
-    const uint4* staged;
-    const char *low_page, *high_page, *signs;
+    const char *low_page, *high_page, *signs, *means;
     const u16 *low_factor, *high_factor, *factors;
-    const i8* means;
     const float *units, *flips;
     int num_kv_heads, head, page_shift;
+    float scaling;
 
-    __device__ SketchScorer(const SketchTensors& tensors, int num_kv_heads, int head, int page_shift)
+    __device__ SketchScorer(const SketchTensors& tensors, int num_kv_heads, int head, int page_shift, float scaling)
         : signs(tensors.signs + Layout::lane_offset(lane_id())),
-          factors(tensors.factors),
           means(tensors.means),
+          factors(tensors.factors),
           units(tensors.units),
           flips(tensors.flips + head * 2 * D),
           num_kv_heads(num_kv_heads),
           head(head),
-          page_shift(page_shift) {}
+          page_shift(page_shift),
+          scaling(scaling) {}
 
     // The query head that this lane's scores[tile][i] and scores[tile][2 + i] belong to.
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + i * 4 + lane_id() % 4; }
 
     // Warps first, first + stride, ... of those that share the work call it; each takes two digits of a head at a
-    // time, first those that meet a mean.
+    // time.
     template <typename Begin>
     __device__ void stage(uint4* staged /* [STAGED] */, const u16* query /* [group, d] */, int group, int first,
                           int stride, Begin begin) {
-        constexpr int PIECES = DIGIT_PAIRS + 1;
         float x[N];
-        int loaded = first / PIECES;
+        int loaded = first / DIGIT_PAIRS;
         bool rotated = false;
         const auto load_head = [&](int i) {
 #pragma unroll
@@ -106,22 +94,17 @@ struct SketchScorer {
         load_head(loaded);
         begin();
 #pragma unroll 1
-        for (int item = first; item < MAX_HEADS * PIECES; item += stride) {
-            const int i = item / PIECES, piece = item % PIECES;
+        for (int item = first; item < MAX_HEADS * DIGIT_PAIRS; item += stride) {
+            const int i = item / DIGIT_PAIRS;
             u32* const tile = reinterpret_cast<u32*>(staged + i / TILE_HEADS * Query::TILE_WORDS);
             if (i != loaded) load_head(loaded = i), rotated = false;
-            if (piece == 0) {
-                Query::stage_for_means(tile, i % TILE_HEADS, x);
-                continue;
-            }
             if (!rotated) rotate(x);
             rotated = true;
-            Query::stage_digits(tile, i % TILE_HEADS, piece - 1, x);
+            Query::stage_digits(tile, i % TILE_HEADS, item % DIGIT_PAIRS, x, scaling);
         }
     }
 
-    __device__ void use(const uint4* words) {
-        staged = words;
+    __device__ void use(const uint4* staged) {
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             const u32* const words = reinterpret_cast<const u32*>(staged + tile * Query::TILE_WORDS);
@@ -154,9 +137,9 @@ struct SketchScorer {
         high_page = signs + high_item * TOKEN_BYTES;
         low_factor = factors + low_item;
         high_factor = factors + high_item;
-        if (lane_id() % 4 * 64 >= D) return;
-        prefetch(means + (low_item >> page_shift) * D + lane_id() % 4 * 64);
-        prefetch(means + (high_item >> page_shift) * D + lane_id() % 4 * 64);
+        if (lane_id() % 4) return;
+        prefetch(means + (low_item >> page_shift) * MEAN_BYTES);
+        prefetch(means + (high_item >> page_shift) * MEAN_BYTES);
     }
 
     __device__ void load_first() {
@@ -168,11 +151,8 @@ struct SketchScorer {
     // Scores the tile whose first tokens are under way; `next()` aims at the one after.
     template <typename Next>
     __device__ void score(float (&scores)[HEAD_TILES][4], Next next) {
-        float best[TILES][2];
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) best[tile][0] = best[tile][1] = -infinity();
-        float2 mean_products[TILES];
-        multiply_means(mean_products);
+        float sums[TILES][2] = {}, means[TILES][2];
+        score_means(means);
         const int groups = (1u << page_shift) / GROUP;
 #pragma unroll 1
         for (int group = 1; group <= groups; ++group) {
@@ -187,7 +167,7 @@ struct SketchScorer {
             unrolled<GROUP>([&](auto token) {  // the next token's are counted meanwhile
                 constexpr int TOKEN = token.value;
                 if constexpr (TOKEN + 1 < GROUP) count_token<TOKEN + 1>(counts[(TOKEN + 1) % 2]);
-                add_token<TOKEN>(best, counts[TOKEN % 2]);
+                add_token<TOKEN>(sums, counts[TOKEN % 2]);
             });
         }
 #pragma unroll
@@ -195,52 +175,50 @@ struct SketchScorer {
             float &low_score = scores[tile / 2][tile % 2], &high_score = scores[tile / 2][2 + tile % 2];
             low_score = high_score = 0.f;
             if (tile >= TILES) continue;
-            low_score = fmaf(best[tile % TILES][0], unit[tile % TILES], mean_products[tile % TILES].x);
-            high_score = fmaf(best[tile % TILES][1], unit[tile % TILES], mean_products[tile % TILES].y);
+            low_score = LN_2 * (means[tile % TILES][0] + __log2f(sums[tile % TILES][0]));
+            high_score = LN_2 * (means[tile % TILES][1] + __log2f(sums[tile % TILES][1]));
         }
     }
 
   private:
     using Counts = int[TILES][DIGIT_PAIRS][4];
 
-    // Products of the means of the pages aimed at with this lane's heads: .x of its first page. Before anything of
-    // the next tile is loaded: what waits for these loads would wait for those, as the hardware has few counters of
+    // What the means of the pages aimed at add to the logits of this lane's heads, in base 2. Before anything of the
+    // next tile is loaded: what waits for these loads would wait for those, as the hardware has few counters of
     // loads.
-    __device__ void multiply_means(float2 (&products)[TILES]) const {
-        const i64 low_item = item_of(low_factor), high_item = item_of(high_factor);
-        const float low_unit = units[low_item], high_unit = units[high_item];
+    __device__ void score_means(float (&logits)[TILES][2]) const {
+        constexpr float MORE =
+            ((1 << MEAN_PLANES) - 1) / ((1 << PLANES) - 1) - 1;  // offsets than a token of its planes
+        const i64 items[2] = {item_of(low_factor), item_of(high_factor)};
+        const float factors[2] = {units[items[0]], units[items[1]]};
         u32 low_mean[MEAN_WORDS], high_mean[MEAN_WORDS];
-        load_mean(low_mean, means + low_item * D);
-        load_mean(high_mean, means + high_item * D);
+        load_mean(low_mean, means + items[0] * MEAN_BYTES);
+        load_mean(high_mean, means + items[1] * MEAN_BYTES);
+        Counts counts;
+        count_code<0, MEAN_PLANES>(counts, low_mean, high_mean);
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            const u32* const words = reinterpret_cast<const u32*>(staged + tile * Query::TILE_WORDS);
-            const u32* const query = words + Query::MEAN_DIGITS + lane_id();
-            int c[4] = {0, 0, 0, 0};
-#pragma unroll
-            for (int i = 0; i < MEAN_WORDS; i += 2)
-                multiply_bytes(c, low_mean[i], high_mean[i], low_mean[i + 1], high_mean[i + 1], query[i * WARP],
-                               query[(i + 1) * WARP]);
-            const float unit = __uint_as_float(words[Query::MEAN_UNITS + lane_id() % 4]);
-            products[tile] = {(c[0] * MEAN_BASE + c[1]) * (unit * low_unit),
-                              (c[2] * MEAN_BASE + c[3]) * (unit * high_unit)};
+        for (int i = 0; i < TILES * 2; ++i) {
+            const float sum = product(counts[i / 2], i % 2, offset[i / 2]) - MORE * offset[i / 2];
+            logits[i / 2][i % 2] = factors[i % 2] * unit[i / 2] * sum;
         }
     }
 
-    // This lane's part of a mean, a quarter of the channels.
-    __device__ static void load_mean(u32 (&words)[MEAN_WORDS], const i8* mean /* [d] */) {
-        const i8* const part = mean + lane_id() % 4 * (D / 4);
-        if constexpr (D == 96) {
-            unrolled<3>([&](auto i) {
-                const uint2 v = load8<8 * i.value>(part);
-                words[2 * i.value] = v.x, words[2 * i.value + 1] = v.y;
-            });
-        } else {
-            unrolled<D / 64>([&](auto i) {
-                const uint4 v = load16_of_line<16 * i.value>(part);
-                u32* const four = words + 4 * i.value;
-                four[0] = v.x, four[1] = v.y, four[2] = v.z, four[3] = v.w;
-            });
+    // This lane's part of a mean.
+    __device__ static void load_mean(u32 (&words)[MEAN_WORDS], const char* mean) {
+        const char* const part = mean + MeanLayout<D>::lane_offset(lane_id());
+        if constexpr (D == 64) {
+            words[0] = load4(part);
+        } else if constexpr (D == 256) {
+            const uint4 v = load16_of_line<0>(part);
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+        } else if constexpr (D == 128) {
+            const uint2 v = load8(part);
+            words[0] = v.x, words[1] = v.y;
+        } else {  // 6 bytes, which begin in the middle of a word where the lane is odd
+            const int begun = lane_id() % 2 * 2;
+            const u32 first = load4(part - begun), next = load4<4>(part - begun);
+            words[0] = __funnelshift_r(first, next, begun * 8);
+            words[1] = next >> begun * 8;
         }
     }
     // Where the page lies, counted in digests, whose first factor this is.
@@ -262,12 +240,12 @@ struct SketchScorer {
     }
 
     // This lane's bits of a plane of a token, word `I`; where it has fewer than 32, others follow that meet no digit.
-    template <int PIECE, int I>
-    __device__ static u32 bits_of(const u32 (&bits)[4 * VECTORS]) {
+    template <int PIECE, int I, int SIZE>
+    __device__ static u32 bits_of(const u32 (&bits)[SIZE]) {
         if constexpr (D == 64) {
             return PIECE % 2 ? bits[PIECE / 2] >> 16 : bits[PIECE / 2];
         } else if constexpr (D == 96) {
-            constexpr int FIRST = PIECE * 24 / 32, NEXT = FIRST + 1 < 4 * VECTORS ? FIRST + 1 : FIRST;
+            constexpr int FIRST = PIECE * 24 / 32, NEXT = FIRST + 1 < SIZE ? FIRST + 1 : FIRST;
             return __funnelshift_r(bits[FIRST], bits[NEXT], PIECE * 24 % 32);
         } else {
             return bits[PIECE * (D / 128) + I];
@@ -281,37 +259,43 @@ struct SketchScorer {
     // Counts of one token of every page; then the next bits are loaded into the registers that are free by now.
     template <int TOKEN>
     __device__ void count_token(Counts& counts) {
+        count_code<TOKEN * PLANES, PLANES>(counts, low, high);
+        constexpr int FROM = TOKEN * TOKEN_BYTES / 64, TO = (TOKEN + 1) * TOKEN_BYTES / 64;
+        unrolled<TO - FROM>([&](auto i) { load<FROM + i.value>(); });
+    }
+
+    // Counts of a code of every page, whose planes are the pieces from FIRST on.
+    template <int FIRST, int CODE_PLANES, int SIZE>
+    __device__ void count_code(Counts& counts, const u32 (&low)[SIZE], const u32 (&high)[SIZE]) const {
 #pragma unroll
         for (int i = 0; i < TILES * DIGIT_PAIRS * 4; ++i)
             counts[i / (DIGIT_PAIRS * 4)][i / 4 % DIGIT_PAIRS][i % 4] = 0;
-        unrolled<PLANES>([&](auto plane) {
-            constexpr int PIECE = TOKEN * PLANES + plane.value, WEIGHT = 1 << (PLANES - 1 - plane.value);
-            const Bits<PIECE> bits(low, high);
+        unrolled<CODE_PLANES>([&](auto plane) {
+            constexpr int WEIGHT = 1 << (CODE_PLANES - 1 - plane.value);
+            const Bits<FIRST + plane.value> bits(low, high);
 #pragma unroll
             for (int i = 0; i < TILES * DIGIT_PAIRS * WEIGHT; ++i) {
                 const int tile = i / WEIGHT / DIGIT_PAIRS, pair = i / WEIGHT % DIGIT_PAIRS;
                 bits.count(counts[tile][pair], digits[tile][pair]);
             }
-            constexpr int FROM = PIECE * D / 512, TO = (PIECE + 1) * D / 512;
-            unrolled<TO - FROM>([&](auto i) { load<FROM + i.value>(); });
         });
     }
 
-    // What a token's counts amount to: they are read as floats.
+    // What counts amount to, half of the sum over channels of c * q' in COUNT_UNIT: they are read as floats.
+    __device__ static float product(const int (&counts)[DIGIT_PAIRS][4], int row, float offset) {
+        float sum = fmaf(__int_as_float(counts[0][2 * row]), COUNT_SCALE, -offset);
+        sum = fmaf(__int_as_float(counts[0][2 * row + 1]), 3 * COUNT_SCALE, sum);
+        sum = fmaf(__int_as_float(counts[1][2 * row]), 9 * COUNT_SCALE, sum);
+        return fmaf(__int_as_float(counts[1][2 * row + 1]), 27 * COUNT_SCALE, sum);
+    }
+
     template <int TOKEN>
-    __device__ void add_token(float (&best)[TILES][2], const Counts& counts) {
+    __device__ void add_token(float (&sums)[TILES][2], const Counts& counts) {
         const float factors[2] = {factor_of<TOKEN>(low_factors), factor_of<TOKEN>(high_factors)};
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-                const int (&a)[4] = counts[tile][0], (&b)[4] = counts[tile][1];
-                float sum = fmaf(__int_as_float(a[2 * row]), COUNT_SCALE, -offset[tile]);
-                sum = fmaf(__int_as_float(a[2 * row + 1]), 3 * COUNT_SCALE, sum);
-                sum = fmaf(__int_as_float(b[2 * row]), 9 * COUNT_SCALE, sum);
-                sum = fmaf(__int_as_float(b[2 * row + 1]), 27 * COUNT_SCALE, sum);
-                best[tile][row] = fmaxf(best[tile][row], factors[row] * sum);  // a NaN is never the largest
-            }
+        for (int i = 0; i < TILES * 2; ++i) {
+            const float logit = factors[i % 2] * unit[i / 2] * product(counts[i / 2], i % 2, offset[i / 2]);
+            sums[i / 2][i % 2] += exp2_fast(fmaxf(logit, LOWEST));  // 0 if there is no token, whose factor is NaN
         }
         if constexpr (TOKEN % 8 == 7) load_factors<TOKEN / 8>();
     }
@@ -321,7 +305,8 @@ struct SketchScorer {
     struct Bits {
         u32 a[WORDS / 2][4];
 
-        __device__ Bits(const u32 (&low)[4 * VECTORS], const u32 (&high)[4 * VECTORS]) {
+        template <int SIZE>
+        __device__ Bits(const u32 (&low)[SIZE], const u32 (&high)[SIZE]) {
             if constexpr (D == 256) {
                 a[0][0] = bits_of<PIECE, 0>(low), a[0][1] = bits_of<PIECE, 0>(high);
                 a[0][2] = bits_of<PIECE, 1>(low), a[0][3] = bits_of<PIECE, 1>(high);

@@ -214,6 +214,8 @@ def _setting(run: Run, name: str, budget: int | None) -> Setting | None:
     method, (pooling, dense_layers) = known(name), run.settings_of(name)
     if budget is None or method is None or method.digest is None or pooling is None or dense_layers is None:
         return None
+    if method.min_share:  # what it reads is not known from its budget
+        return None
     page_size = run.manifest["settings"].get("page_size", 16)
     return Setting(method.digest, method.policy, pooling, dense_layers, budget, page_size)
 

@@ -28,7 +28,7 @@ class Method:
 
     Attributes:
         digest: None if the policy reads none, or only true keys.
-        group_pooling, dense_layers: None: the run's.
+        group_pooling, dense_layers, min_share: None: the run's.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Method:
     digest: str | None = None
     group_pooling: str | None = None
     dense_layers: int | None = None
+    min_share: float | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -82,7 +83,7 @@ def _source(made: type) -> str:
         return "".join(f"{f.__name__} {f.__code__.co_code.hex()} {f.__code__.co_consts}" for f in functions)
 
 
-_OWN = ("policy", "digest", "group_pooling", "dense_layers")
+_OWN = ("policy", "digest", "group_pooling", "dense_layers", "min_share")
 METHODS = {
     method.name: method
     for method in (
@@ -98,7 +99,8 @@ METHODS = {
 
 def method(name: str) -> Method:
     """The method called so; `DIGEST/POLICY` names any pair of the registries, as `sign_sketch/top_k`. What follows on
-    a `+` is a setting of its own: a pooling, or `dense0` for `dense_layers=0`.
+    a `+` is a setting of its own: a pooling, `share.001` for that pooling and `min_share=0.001`, or `dense0` for
+    `dense_layers=0`.
 
     Raises:
         UnknownNameError: there is none.
@@ -128,8 +130,10 @@ def _pair(name: str) -> Method:
 def _setting(text: str) -> dict[str, Any]:
     if dense := re.fullmatch(r"dense(\d+)", text):
         return {"dense_layers": int(dense[1])}
+    if share := re.fullmatch(r"share(0?\.\d+)", text):
+        return {"group_pooling": "share", "min_share": float(share[1])}
     if text not in GROUP_POOLINGS:
-        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "dense0"])
+        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "share.001", "dense0"])
     return {"group_pooling": text}
 
 

@@ -185,10 +185,15 @@ class PagedLayer(ReadableLayer):
             memory=memory,
         )
 
+    @property
+    def fills_budget(self) -> bool:
+        """Whether a step lists as many pages as the budget allows."""
+        return self.policy.fills_budget and not self.config.min_share
+
     def _record(self, slots: Tensor | None, new: bool) -> None:
         """Counts what a step read: the listed pages, or all, and what it took to choose them."""
         read_all = slots is None
-        if slots is not None and not self.policy.fills_budget:
+        if slots is not None and not self.fills_budget:
             self.stats.count_listed(self.layer_idx, slots, self.store.layers[self.layer_idx].page_nbytes)
         if self.store.step.stage is Stage.CAPTURED:
             self.store.step.reads.append((self.layer_idx, read_all))
@@ -206,5 +211,5 @@ class PagedLayer(ReadableLayer):
         pages = self.store.layers[self.layer_idx]
         num_kv_heads = pages.kv.shape[2]
         cost = 0 if read_all else pages.nbytes_to_choose(self.policy.reads) * num_pages * num_kv_heads
-        listed = None if read_all else to_read * num_kv_heads if self.policy.fills_budget else 0
+        listed = None if read_all else to_read * num_kv_heads if self.fills_budget else 0
         self.stats.record_step(self.layer_idx, listed, num_pages * num_kv_heads, pages.page_nbytes, cost, new)

@@ -1,14 +1,16 @@
 """One bit per channel of every key: an estimate of each token's dot product, not a bound of the page's.
 
 Source: the estimator of Gao and Long, "RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound
-for Approximate Nearest Neighbor Search" (SIGMOD 2024), section 3, applied to keys. The keys k of a page are centred
-about their own mean, which is kept in whole numbers of eight bits, and rotated at random; a key is then kept as the
-signs s of R(k - mean) and one factor f, and q.k is estimated by q.mean + f <Rq, s>. As there (section 3.3), Rq is
-rounded to whole numbers, so that a kernel can count bits; up to 40, which adds 0.1 % to the error's variance. For
-q.mean, too, a query is of whole numbers, up to 16,256.
+for Approximate Nearest Neighbor Search" (SIGMOD 2024), section 3, applied to keys. The keys of a page are rotated at
+random and centred about their own mean m; of what is left of a key the signs s and one factor f are kept, and q.k is
+estimated by <Rq, m> + f <Rq, s>. As there (section 3.3), Rq is rounded to whole numbers, so that a kernel can count
+bits; up to 40, which adds 0.1 % to the error's variance. A page scores the log-sum-exp of its tokens' logits, the
+mass that attention has for it: several good tokens are worth more than one.
 
 The mean is the page's, not the prompt's or the head's: what is kept of a page depends on nothing but its keys, and
-rotary embeddings turn what the keys of a head have in common with their place, so that a page's own know it best.
+rotary embeddings turn what the keys of a head have in common with their place, so that a page's own know it best. It
+is kept in two bits a channel, as `sketch2` keeps a key, and need not be exact: keys are centred about what is kept of
+it, so that what it has lost is a part of every key.
 
 The rotation is made of random sign flips and Hadamard transforms, which a kernel does without a matrix in d log d
 operations: Ailon and Chazelle, "The Fast Johnson-Lindenstrauss Transform" (SIAM J. Comput. 2009), section 2. There
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +34,7 @@ from sparsekv.errors import ConfigError
 ROTATION_SEED = 0
 ROUNDS = 2  # of flips and a transform
 QUERY_LIMIT = 40  # the largest whole number of a rotated query: four balanced digits at base 3
-MEAN_LIMIT = 127  # and of a page's mean: eight bits
-QUERY_OF_MEAN = 127 * 128  # and of the query that meets it: two digits of eight bits
+MEAN_PLANES = 2  # bits per channel of a page's mean
 LANES = 4  # threads of a kernel that share a token: each reads its part of the channels of several tokens at once
 LANE_BYTES = 32  # what a lane reads of a page in one go: a sector of the GPU's memory
 
@@ -47,7 +48,7 @@ def sketch_kernel(planes: int) -> DigestKernel:
     return DigestKernel(
         "common/sketch_score.cuh",
         f"Sketch<{{heads}}, {planes}>",
-        (torch.uint8, torch.float16, torch.int8, *[torch.float32] * 3),
+        (torch.uint8, torch.float16, torch.uint8, *[torch.float32] * 3),
         staged=lambda head_dim, heads: (2 * head_dim + 8) * -(-heads // 8),
         tolerance=2e-2,
     )
@@ -55,32 +56,33 @@ def sketch_kernel(planes: int) -> DigestKernel:
 
 @register("sign_sketch")
 class SignSketch(Digest):
-    """Per token the packed signs (d / 8 bytes) and a half-precision factor, per page its mean in whole numbers (d
-    bytes) and what one of them is worth (float32); a page scores its best token.
+    """Per token the packed signs (d / 8 bytes) and a half-precision factor, per page two planes of bits of its mean
+    (d / 4 bytes) and their factor (float32): at pages of 16, d / 8 + 2 and d / 64 + 1/4 bytes per token.
 
     Fixed, all float32: the rotation `[hkv, d, d]`, and the flips that it is made of `[hkv, rounds, d]`, from which
     kernels rotate without the matrix.
 
     A token's bytes lie in up to four parts, and the parts of several tokens side by side, as kernels read them:
-    signs `[p / tokens, parts, tokens, bytes of a part]`.
+    signs `[p / tokens, parts, tokens, bytes of a part]`. The mean's lie as those of a page of one token.
 
     Attributes:
-        planes: bits per channel. More than one are the digits of a whole number, each +1 or -1, the highest first:
-            the signs are its first plane, and a part of a token has all planes of its channels, one after the other.
+        planes: bits per channel. Two are the digits of a whole number, each +1 or -1, the higher first: the signs are
+            its first plane, and a part of a token has both planes of its channels, one after the other.
     """
 
     planes = 1
 
     # 1 had a rotation by QR decomposition and did not round the query; 2 centred all keys on the mean of the first
-    # prompt's, and left q.mean out.
-    revision = 3
+    # prompt's, and left q.mean out; 3 had means in bytes, and a page scored its best token.
+    revision = 4
     kernel = sketch_kernel(planes)
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         if head_dim % 8:
             raise ConfigError(f"The sketches of keys pack 8 channels a byte: head_dim={head_dim} must divide by 8.")
         signs = Field(_layout(page_size, head_dim, self.planes), torch.uint8)
-        return [signs, Field((page_size,), torch.float16), Field((head_dim,), torch.int8), Field((), torch.float32)]
+        mean = Field(_layout(1, head_dim, MEAN_PLANES), torch.uint8)
+        return [signs, Field((page_size,), torch.float16), mean, Field((), torch.float32)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
         num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
@@ -94,47 +96,35 @@ class SignSketch(Digest):
 
     def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
         exists = valid[:, None, :, None]
-        keys = torch.where(exists, keys.float(), 0.0)  # [m, hkv, p, d]
-        mean, unit = _whole(keys.sum(2) / exists.sum(2), MEAN_LIMIT)
-        centred = torch.where(exists, keys - (mean * unit)[:, :, None], 0.0)
-        rotated = centred @ state[0].transpose(-1, -2)
-        bits = self.bits(rotated)
-        along = _number(torch.where(bits, rotated, -rotated).sum(-1))  # <c, x> of a token's code c
-        factor = centred.square().sum(-1) / along.clamp_min(1e-20)
-        factor = factor.masked_fill(~valid[:, None], float("nan"))  # no token: never the best of its page
-        _, parts, tokens, _ = _layout(keys.shape[2], keys.shape[3], self.planes)
-        order = "plane m h (block token) (part byte) -> m h block part token (plane byte)"
-        signs = rearrange(_pack(bits), order, part=parts, token=tokens)
-        return [signs, factor, mean.to(torch.int8), unit.squeeze(-1)]
-
-    def bits(self, rotated: Tensor) -> Tensor:
-        """What is kept of rotated keys `[..., d]`: bool `[planes, ..., d]`, True for +1."""
-        return (rotated > 0)[None]
+        rotated = torch.where(exists, keys.float(), 0.0) @ state[0].transpose(-1, -2)  # [m, hkv, p, d]
+        mean = rotated.sum(2, keepdim=True) / exists.sum(2, keepdim=True)
+        mean_bits, code = _code(mean, MEAN_PLANES)
+        unit = (code * mean).sum(-1) / code.square().sum(-1)  # the nearest multiple of the code
+        centred = torch.where(exists, rotated - code * unit[..., None], 0.0)
+        bits, code = _code(centred, self.planes)
+        factor = centred.square().sum(-1) / (code * centred).sum(-1).clamp_min(1e-20)
+        factor = factor.masked_fill(~valid[:, None], float("nan"))  # no token
+        return [_packed(bits), factor, _packed(mean_bits), unit.squeeze(-1)]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        # [b, pages, hkv, block, part, token, byte], [b, pages, hkv, p], [b, pages, hkv, d], [b, pages, hkv]
+        # [b, pages, hkv, block, part, token, byte], [b, pages, hkv, p], [b, pages, hkv, 1, part, 1, byte],
+        # [b, pages, hkv]
         signs, factor, mean, unit = summary
-        rotated, of_query = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), QUERY_LIMIT)
-        order = "b pages h block part token (plane byte) -> b h (pages block token) (plane part byte)"
-        weighted = torch.cat([rotated * (1 << i) for i in reversed(range(self.planes))], dim=-1)
-        products = _sign_products(weighted, rearrange(signs, order, plane=self.planes))
-        factor = rearrange(factor.float(), "b pages h p -> b h 1 (pages p)")
-        beyond = (products * of_query * factor).nan_to_num(nan=float("-inf"))
-        best = rearrange(beyond, "b h g (pages p) -> b h g pages p", p=summary[1].shape[3]).amax(-1)
-        query, of_query = _whole(query, QUERY_OF_MEAN)
-        of_mean = torch.einsum("bhgd,bnhd->bhgn", query, mean.float()) * rearrange(unit, "b pages h -> b h 1 pages")
-        return best + of_mean * of_query
+        rotated, worth = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), QUERY_LIMIT)
+        of_mean = _products(rotated, mean, MEAN_PLANES).squeeze(-1) * rearrange(unit, "b pages h -> b h 1 pages")
+        beyond = _products(rotated, signs, self.planes) * rearrange(factor.float(), "b pages h p -> b h 1 pages p")
+        beyond = beyond * worth[..., None]
+        return of_mean * worth + beyond.masked_fill(beyond.isnan(), float("-inf")).logsumexp(-1)
 
     def why_unlike(self, summary: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
-        """Up to the order of sums: it decides about means half-way between two whole numbers, bits of channels near a
-        threshold, and the last bits of factors."""
+        """Up to the order of sums: it decides about bits of channels near a threshold, and last bits of factors."""
         signs, factors, means, units = summary
         expected_signs, expected_factors, expected_means, expected_units = expected
-        if not torch.allclose(units, expected_units, rtol=1e-5, equal_nan=True):
-            return "other units of means"
-        same = (means == expected_means).all(-1)  # where a channel is half-way, all else may differ
+        same = (means == expected_means).flatten(2).all(-1)  # where a bit of a mean differs, all else may
         if int((~same).sum()) > 2 + 1e-2 * same.numel():
             return f"{int((~same).sum())} of {same.numel()} means are others"
+        if not torch.allclose(units[same], expected_units[same], rtol=1e-5, equal_nan=True):
+            return "other units of means"
         by_token = rearrange(signs ^ expected_signs, "m h block part token byte -> m h (block token) (part byte)")
         differ = by_token[same].masked_fill(expected_factors[same].isnan()[..., None], 0)
         bits = (differ[..., None] >> torch.arange(8, device=differ.device, dtype=torch.uint8)) & 1
@@ -168,11 +158,6 @@ def _mixing(head_dim: int) -> Tensor:
     return mixing
 
 
-def _number(digits: Iterable[Tensor]) -> Tensor:
-    """The number of these digits at base 2, the highest first."""
-    return functools.reduce(lambda high, low: 2 * high + low, digits)
-
-
 def _identity(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float32, device="cpu")
 
@@ -183,10 +168,30 @@ def _whole(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return (x / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round(), unit
 
 
-def _pack(positive: Tensor) -> Tensor:
-    """Eight signs to a byte, the first channel in the lowest bit: `[..., d]` bool -> `[..., d / 8]` uint8."""
-    weights = 2 ** torch.arange(8, dtype=torch.int64, device=positive.device)
-    return (rearrange(positive, "... (c eight) -> ... c eight", eight=8) * weights).sum(-1).to(torch.uint8)
+def _code(x: Tensor, planes: int) -> tuple[Tensor, Tensor]:
+    """Vectors `[..., d]` in so many bits a channel: bool `[planes, ..., d]`, True for +1, and the whole numbers that
+    these are, `[..., d]`: -1 and 1, or -3, -1, 1 and 3."""
+    positive, squares = x > 0, x.square()
+    bits = torch.stack([positive, positive == (squares > squares.mean(-1, keepdim=True))][:planes])
+    return bits, functools.reduce(lambda high, low: 2 * high + low, 2.0 * bits - 1)
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """Bits `[planes, m, h, p, d]` -> bytes `[m, h, block, part, token, byte]`, the first channel in a lowest bit."""
+    planes, _, _, page_size, head_dim = bits.shape
+    _, parts, tokens, _ = _layout(page_size, head_dim, planes)
+    eights = rearrange(bits, "plane m h p (c eight) -> plane m h p c eight", eight=8)
+    weights = 2 ** torch.arange(8, dtype=torch.int64, device=bits.device)
+    order = "plane m h (block token) (part byte) -> m h block part token (plane byte)"
+    return rearrange((eights * weights).sum(-1).to(torch.uint8), order, part=parts, token=tokens)
+
+
+def _products(query: Tensor, codes: Tensor, planes: int) -> Tensor:
+    """Query, rotated, `[b, h, g, d]`, codes `[b, pages, h, block, part, token, byte]` -> `[b, h, g, pages, p]`."""
+    order = "b pages h block part token (plane byte) -> b h (pages block token) (plane part byte)"
+    weighted = torch.cat([query * (1 << i) for i in reversed(range(planes))], dim=-1)
+    products = _sign_products(weighted, rearrange(codes, order, plane=planes))
+    return rearrange(products, "b h g (pages p) -> b h g pages p", p=codes.shape[3] * codes.shape[5])
 
 
 def _sign_products(query: Tensor, signs: Tensor) -> Tensor:

@@ -1,20 +1,18 @@
 """Two bits per channel of every key: the sketch of `sign_sketch` with half of its error.
 
-A channel of a rotated key x is kept as one of the whole numbers -3, -1, 1 and 3, its code c, and q.k is estimated as
-by signs: q.mean + f <Rq, c> with f = |x|^2 / <c, x>. Source: Gao et al., "Practical and Asymptotically Optimal
-Quantization of High-Dimensional Vectors in Euclidean Space for Approximate Nearest Neighbor Search" (SIGMOD 2025).
-They search for the code that is nearest to x in direction. Here a channel is large, 3 and not 1, above the token's
-root mean square; the best threshold of equal steps for normal numbers is .996 of it: Max, "Quantizing for Minimum
-Distortion" (IRE Trans. Inf. Theory 1960). On the keys of SmolLM2 and Gemma 3 a search found no better pages.
+Let x be what is left of a rotated key after its page's mean m. A channel of it is kept as one of the whole numbers
+-3, -1, 1 and 3, its code c, and q.k is estimated as by signs: <Rq, m> + f <Rq, c> with f = |x|^2 / <c, x>. Source:
+Gao et al., "Practical and Asymptotically Optimal Quantization of High-Dimensional Vectors in Euclidean Space for
+Approximate Nearest Neighbor Search" (SIGMOD 2025). They search for the code that is nearest to x in direction. Here a
+channel is large, 3 and not 1, above the token's root mean square; the best threshold of equal steps for normal
+numbers is .996 of it: Max, "Quantizing for Minimum Distortion" (IRE Trans. Inf. Theory 1960). On the keys of SmolLM2
+and Gemma 3 a search found no better pages.
 
 With the signs s, and u which is s where a channel is large and -s elsewhere, c = 2 s + u, so <Rq, c> is 2 <Rq, s> +
 <Rq, u>: the two planes of bits are kept and counted as the one of the signs is.
 """
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from sparsekv.digests.base import register
 from sparsekv.digests.sign_sketch import SignSketch, sketch_kernel
@@ -27,7 +25,3 @@ class Sketch2(SignSketch):
     planes = 2
     revision = 1
     kernel = sketch_kernel(planes)
-
-    def bits(self, rotated: Tensor) -> Tensor:
-        positive, squares = rotated > 0, rotated.square()
-        return torch.stack([positive, positive == (squares > squares.mean(-1, keepdim=True))])

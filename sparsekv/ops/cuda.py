@@ -6,6 +6,7 @@ Nothing here waits for the device or depends on a length, so every call can be c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparsekv.ops.step import Result, StepArguments, step_by_step
 
 POOLINGS = {"max": 0, "sum": 1}
 PER_HEAD = 2  # in place of a pooling: a score for every query head
+STEP_POOLINGS = POOLINGS | {"share": 3}  # of the whole step
 
 
 def why_reference(
@@ -123,13 +125,13 @@ def score_pages(
     scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
     plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, kernel, max_pages)
     args: list[Any] = [query.contiguous(), *_digests(summary, state), _int32s(block_table), _int32s(seq_lens), scores]
-    args += [num_kv_heads, plan.heads, group, _log2(page_size), max_pages, pooling]
+    args += [num_kv_heads, plan.heads, group, _log2(page_size), max_pages, pooling, float(scaling)]
     grid = (num_kv_heads // plan.heads, plan.chunks, b)
     launch(plan.spec, query, grid, plan.warps, args, plan.shared)
     if pooling != PER_HEAD:
         return scores
     by_head = scores.unflatten(1, (num_kv_heads, group))
-    return reference.pool_group(by_head, seq_lens, page_size, group_pooling, scaling)
+    return reference.pool_group(by_head, seq_lens, page_size, group_pooling)
 
 
 def _kernel(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like: Tensor) -> DigestKernel | None:
@@ -152,15 +154,16 @@ def select_pages(
     sink_tokens: int,
     recent_tokens: int,
     limits: Tensor | None = None,
+    min_score: float | None = None,
 ) -> Tensor:
     """See `reference.select_pages`."""
     b, num_kv_heads, max_pages = scores.shape
     served = page_size in instances.PAGE_SIZES and selectable(max_pages, k) and scores.dtype == torch.float32
     if not served or not usable(scores.device.index):
-        return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits)
+        return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits, min_score)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
     args: list[Any] = [scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots]
-    args += [torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens]
+    args += [torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens, _least(min_score)]
     launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, rooms.select_bytes(max_pages, k))
     return slots
 
@@ -208,22 +211,29 @@ def sparse_decode(*args: Any) -> Result:
     group, plan = num_q_heads // num_kv_heads, None
     kernel = _kernel(step.digest, step.summary, step.state, query)
     kind = None if kernel is None else _served(query, kv_pool, step.format)
-    if kernel is not None and kind is not None and step.group_pooling in POOLINGS:
+    shares = step.group_pooling == "share"
+    is_fused = shares or (step.group_pooling in POOLINGS and step.min_score is None)
+    if kernel is not None and kind is not None and is_fused:
         shape = (b * num_kv_heads, head_dim, group)
-        plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k, kind)
+        plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k, kind, shares)
     if plan is None:
         return step_by_step(torch.ops.sparsekv, step)
     out, lse = _outputs(query)
     slots = torch.empty(b, num_kv_heads, step.k, dtype=torch.int32, device=query.device)
-    keys = None
+    keys = kept = None
     if not plan.direct:
         keys = torch.empty(b, num_kv_heads, max_pages, dtype=torch.int32, device=query.device)
-    params, split = _step_params(step, keys, slots, out, lse), plan.split
+    if plan.spills:
+        size = rooms.kept_bytes(group, b * num_kv_heads * -(-max_pages // UNIT)) // 4
+        kept = torch.empty(size, dtype=torch.float32, device=query.device)
+    params, split = _step_params(step, keys, kept, slots, out, lse), plan.split
     launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, params, plan.shared, split.ctas)
     return out, lse, slots
 
 
-def _step_params(step: StepArguments, keys: Tensor | None, slots: Tensor, out: Tensor, lse: Tensor) -> list[Any]:
+def _step_params(
+    step: StepArguments, keys: Tensor | None, kept: Tensor | None, slots: Tensor, out: Tensor, lse: Tensor
+) -> list[Any]:
     """`StepParams` of cuda/sparse_decode.cu."""
     (_, num_q_heads, _), (_, _, num_kv_heads, page_size, _) = step.query.shape, step.kv_pool.shape
     key, value = (None if x is None else readable(x.to(step.query.dtype)) for x in (step.key, step.value))
@@ -233,11 +243,11 @@ def _step_params(step: StepArguments, keys: Tensor | None, slots: Tensor, out: T
     return [
         *(step.query.contiguous(), key, value, _int32s(step.block_table), _int32s(step.seq_lens), step.kv_pool),
         *_digests(step.summary, step.state),
-        *(limits, sinks, keys, slots, out, lse),
+        *(limits, sinks, keys, kept, slots, out, lse),
         *strides,
         *(num_q_heads // num_kv_heads, _log2(page_size), step.block_table.shape[1], step.k),
-        *(step.sink_tokens, step.recent_tokens, POOLINGS[step.group_pooling], wide),
-        *(float(step.scaling), float(step.softcap)),
+        *(step.sink_tokens, step.recent_tokens, STEP_POOLINGS[step.group_pooling], wide),
+        *(float(step.scaling), float(step.softcap), _least(step.min_score)),
     ]
 
 
@@ -259,6 +269,10 @@ def _sink_logits(sinks: Tensor | None, query: Tensor) -> tuple[Tensor | None, in
         return None, 0
     readable = sinks if sinks.dtype == query.dtype else sinks.float()
     return readable.contiguous(), int(readable.dtype == torch.float32)
+
+
+def _least(min_score: float | None) -> float:
+    return -math.inf if min_score is None else float(min_score)
 
 
 def _log2(page_size: int) -> int:

@@ -82,13 +82,13 @@ class Formula(ABC):
 
     @abstractmethod
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        """A score per query head and page, on the scale of `q . k`.
+        """A score per query head and page, on the scale of logits.
 
         The heads of a group are pooled, so their scores must be comparable: what is added to all pages of one head
         moves that head against the others.
 
         Args:
-            query: `[b, hkv, g, d]` float32.
+            query: `[b, hkv, g, d]` float32, times the attention's scaling: its product with a key is a logit.
             summary: a tensor `[b, pages, hkv, *shape]` for every field, in its dtype.
             state: the digest's fixed tensors, `[hkv, ...]`.
 

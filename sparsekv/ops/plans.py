@@ -95,12 +95,19 @@ def _power_of_two(number: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch that splits rows; `direct`: whether the fused kernel keeps all pages' keys in shared memory."""
+    """A launch that splits rows.
+
+    Attributes:
+        shared: bytes.
+        direct: whether the fused kernel has all pages' keys in shared memory.
+        spills: whether it has scores that are to become shares elsewhere.
+    """
 
     spec: KernelSpec
     split: Split
-    shared: int  # bytes
+    shared: int
     direct: bool = False
+    spills: bool = False
 
 
 def planned_attention(
@@ -138,11 +145,14 @@ def planned_step(
     k: int,
     direct: bool,
     format: type[PageFormat] = Plain,
+    kept: bool = False,
 ) -> Plan:
-    """sparse_decode over a given split."""
+    """sparse_decode over a given split; `kept`: with scores by head in shared memory."""
     spec = instances.sparse_decode(dtype, head_dim, group, kernel, format)
     staged = instances.staged_words(kernel, head_dim, group)
-    shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, staged, max_pages, k, direct)
+    tiles = rooms.kept_tiles(max_pages, split.ctas, split.warps) if kept else 0
+    scores = rooms.kept_bytes(group, tiles)
+    shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, staged, max_pages, k, direct, scores)
     return Plan(spec, split, shared, direct)
 
 
@@ -156,10 +166,15 @@ def step_plan(
     max_pages: int,
     k: int,
     format: type[PageFormat] = Plain,
+    shares: bool = False,
 ) -> Plan | None:
-    """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better."""
+    """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better.
+
+    Args:
+        shares: pages are chosen by their shares of a head's attention.
+    """
     width = -(-max_pages // WIDTHS) * WIDTHS
-    return _step_plan(device, dtype, rows, head_dim, group, kernel, width, k, k >= max_pages, format)
+    return _step_plan(device, dtype, rows, head_dim, group, kernel, width, k, k >= max_pages, format, shares)
 
 
 @functools.lru_cache(1024)
@@ -174,6 +189,7 @@ def _step_plan(
     k: int,
     fits: bool,
     format: type[PageFormat],
+    shares: bool,
 ) -> Plan | None:
     facts = gpu(device)
     if facts.max_cluster == 1 or not selectable(width, k):
@@ -181,7 +197,12 @@ def _step_plan(
     direct = width <= DIRECT_PAGES
 
     def plan(ctas: int, warps: int) -> Plan:
-        return planned_step(Split(ctas, True, warps), dtype, head_dim, group, kernel, width, k, direct, format)
+        """With scores that are kept where there is room."""
+        made = functools.partial(
+            planned_step, Split(ctas, True, warps), dtype, head_dim, group, kernel, width, k, direct, format
+        )
+        roomy = made(kept=shares)
+        return roomy if roomy.shared <= facts.shared else replace(made(), spills=shares)
 
     def room(ctas: int, warps: int) -> int:
         made = plan(ctas, warps)

@@ -20,7 +20,9 @@ from sparsekv.ops.formats import KEYS, VALUES, PageFormat, page_format
 from sparsekv.ops.formulas import formula
 
 NEG_INF = float("-inf")
+MAX_SCORE = 1e30  # of what counts towards shares
 NO_RANK = torch.iinfo(torch.int64).min
+FORCED_ORDER = 1 << 31  # above that of every score
 LOWEST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 
 # Pages are attended to in chunks of about this many key elements, which stay in a CPU's cache: the whole context is
@@ -145,16 +147,16 @@ def score_pages(
     Args:
         query: `[b, hq, d]`.
         summary: fields `[num_pages, hkv, ...]` of the digest; `state`: its fixed per-head tensors.
-        group_pooling: `max`, `sum` or `mean_softmax` over the query heads that share a kv head; only the last
-            uses `scaling`, the attention's factor on dot products.
+        group_pooling: `max`, `sum`, `mean_softmax` or `share` over the query heads that share a kv head.
+        scaling: the attention's factor on dot products; scores are on the scale of logits.
 
     Raises:
         ConfigError: `summary` is empty. UnknownNameError: there is no such digest.
     """
     num_kv_heads = kv_heads_of(summary)
-    grouped = rearrange(query.float(), "b (h g) d -> b h g d", h=num_kv_heads)
+    grouped = rearrange(query.float() * scaling, "b (h g) d -> b h g d", h=num_kv_heads)
     scores = formula(digest).score(grouped, [_take_rows(field, block_table) for field in summary], state)
-    return pool_group(scores, seq_lens, page_size, group_pooling, scaling)
+    return pool_group(scores, seq_lens, page_size, group_pooling)
 
 
 def kv_heads_of(summary: Sequence[Tensor]) -> int:
@@ -166,15 +168,26 @@ def kv_heads_of(summary: Sequence[Tensor]) -> int:
     return summary[0].shape[1]
 
 
-def pool_group(scores: Tensor, seq_lens: Tensor, page_size: int, group_pooling: str, scaling: float) -> Tensor:
-    """One score per kv head: `[b, hkv, g, pages]` -> `[b, hkv, pages]` float32, -inf past a sequence's end."""
-    past_end = torch.arange(scores.shape[-1], device=scores.device) * page_size >= seq_lens[:, None]  # [b, pages]
+def pool_group(scores: Tensor, seq_lens: Tensor, page_size: int, group_pooling: str) -> Tensor:
+    """One score per kv head: `[b, hkv, g, pages]` -> `[b, hkv, pages]` float32, -inf past a sequence's end.
+
+    By `share` it is the logarithm of the page's share of a head's attention, as far as scores tell, where that is
+    largest. The page of the newest token is read in any case and may not be summed up yet: it does not count, the
+    others share what is left, and its own is 0. A NaN is no share.
+    """
+    slot = torch.arange(scores.shape[-1], device=scores.device)
+    past_end = slot * page_size >= seq_lens[:, None]  # [b, pages]
     scores = scores.masked_fill(past_end[:, None, None], NEG_INF)
     if group_pooling == "max":
         return scores.amax(2)
     if group_pooling == "sum":
         return scores.sum(2)
-    pooled = (scores * scaling).softmax(-1).mean(2)
+    if group_pooling == "share":
+        newest = (slot == (seq_lens[:, None] - 1) // page_size)[:, None]  # [b, 1, pages]
+        counted = scores.nan_to_num(nan=-MAX_SCORE).masked_fill(newest[:, None], -MAX_SCORE)
+        pooled = counted.clamp(-MAX_SCORE, MAX_SCORE).log_softmax(-1).amax(2).masked_fill(newest, 0.0)
+    else:
+        pooled = scores.softmax(-1).mean(2)
     return pooled.masked_fill(past_end[:, None], NEG_INF)
 
 
@@ -186,6 +199,7 @@ def select_pages(
     sink_tokens: int,
     recent_tokens: int,
     limits: Tensor | None = None,
+    min_score: float | None = None,
 ) -> Tensor:
     """The pages to read: the forced ones, then the best scores; of equal scores the earlier page.
 
@@ -195,12 +209,19 @@ def select_pages(
         sink_tokens, recent_tokens: the pages of the first and of the last so many tokens are always taken, and so
             is the current page.
         limits: `[b]` int32, fewer than k pages for some sequences; None: k for all.
+        min_score: pages that score less are left out of sequences of more than k pages, or their limit, unless they
+            are always taken; None: none are.
 
     Returns:
         `[b, hkv, k]` int32 slots, ascending, padded at the end with -1 where there are fewer pages than k.
     """
     num_slots = scores.shape[-1]
     rank = _selection_rank(scores, seq_lens, page_size, sink_tokens, recent_tokens)
+    if min_score is not None:
+        is_chosen_from = seq_lens > page_size * (k if limits is None else limits.clamp_max(k))
+        too_low = scores.nan_to_num(nan=NEG_INF) < min_score
+        is_free = rank <= (FORCED_ORDER - 1) << 31
+        rank = rank.masked_fill(too_low & is_free & is_chosen_from[:, None, None], NO_RANK)
     best = rank.topk(min(k, num_slots), dim=-1)
     keep = best.values > NO_RANK
     if limits is not None:
@@ -222,7 +243,7 @@ def _selection_rank(scores: Tensor, seq_lens: Tensor, page_size: int, sink_token
     first_recent = (seq_lens.long() - max(recent_tokens, 1)).clamp_min(0) // page_size  # [b]
     forced = (slot * page_size < sink_tokens) | (slot >= first_recent[:, None])  # [b, pages]
     past_end = slot * page_size >= seq_lens[:, None]
-    order = order.masked_fill(forced[:, None], 1 << 31)
+    order = order.masked_fill(forced[:, None], FORCED_ORDER)
     rank = (order << 31) - slot  # 31 bits hold any slot; the shifted order stays within int64
     return rank.masked_fill(past_end[:, None], NO_RANK)
 

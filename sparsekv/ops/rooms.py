@@ -35,17 +35,28 @@ def select_bytes(max_pages: int, k: int) -> int:
     return UNIT * -(-max_pages // (4 * UNIT)) + 4 * k * (UNIT + 2)
 
 
+def kept_bytes(group: int, tiles: int) -> int:
+    """Scores by head of so many tiles of pages, `KeptScores` of cuda/common/share.cuh."""
+    return 4 * UNIT * tiles * max(4, 1 << (group - 1).bit_length())
+
+
+def kept_tiles(max_pages: int, ctas: int, warps: int) -> int:
+    """The most tiles of sixteen pages that the warps of one CTA score."""
+    return -(-max_pages // (UNIT * ctas * warps)) * warps
+
+
 def step_bytes(
-    head_dim: int, group: int, ctas: int, warps: int, staged: int, max_pages: int, k: int, direct: bool
+    head_dim: int, group: int, ctas: int, warps: int, staged: int, max_pages: int, k: int, direct: bool, kept: int = 0
 ) -> int:
     """`StepShared` of cuda/sparse_decode.cu.
 
     Args:
         staged: words of a query that is staged to be scored.
         direct: whether the keys and ids of all pages lie there.
+        kept: bytes of scores that lie there until they can become shares.
     """
     own, sums = merge_bytes(head_dim, group, ctas, warps)
     selected = UNIT * -(-k // 4)
     keys = UNIT * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
-    select = selected + keys + (keys if direct else selected + 4 * UNIT * k)
+    select = selected + keys + (keys if direct else selected + 4 * UNIT * k) + kept
     return query_bytes(head_dim, group) + UNIT * staged + max(select, sums) + own

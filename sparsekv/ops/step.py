@@ -26,13 +26,14 @@ class StepArguments:
         summary, state: the digest's tensors, `[num_pages, hkv, ...]` and `[hkv, ...]`.
         limits: `[b]` int32, fewer than k pages for some; None: k for all.
         digest: its name.
-        group_pooling: "max", "sum" or "mean_softmax".
+        group_pooling: "max", "sum", "mean_softmax" or "share".
         k: pages to list of every sequence and kv head.
         sink_tokens, recent_tokens: first and last tokens whose pages are listed whatever their scores.
         scaling: factor on the dot products.
         softcap: `softcap * tanh(x / softcap)` of the logits; 0: none.
         sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
         format: name of the pages' format.
+        min_score: pages that score less are not listed; None: any may be.
     """
 
     query: Tensor
@@ -53,6 +54,7 @@ class StepArguments:
     softcap: float = 0.0
     sinks: Tensor | None = None
     format: str = "plain"
+    min_score: float | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter(vars(self).values())
@@ -83,7 +85,7 @@ def step_by_step(ops: Any, step: StepArguments) -> Result:
         return out, lse, every_slot(*where, step.kv_pool, step.k)
     scores = ops.score_pages(step.query, *digests, *where, page_size, step.digest, step.group_pooling, step.scaling)
     slots = ops.select_pages(
-        scores, step.seq_lens, page_size, step.k, step.sink_tokens, step.recent_tokens, step.limits
+        scores, step.seq_lens, page_size, step.k, step.sink_tokens, step.recent_tokens, step.limits, step.min_score
     )
     out, lse = ops.attend_pages(step.query, step.kv_pool, *where, slots, *last)
     return out, lse, slots

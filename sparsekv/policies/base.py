@@ -149,8 +149,9 @@ class DecodeStep:
         """
         config = self.config
         slots: Tensor = self.ops.select_pages(
-            scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent_tokens, self._limits()
-        )
+            scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent_tokens, self._limits(),
+            config.min_score,
+        )  # fmt: skip
         return slots
 
     def attend(self, slots: Tensor | None, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
@@ -197,6 +198,7 @@ class DecodeStep:
             softcap=softcap,
             sinks=sinks,
             format=config.page_format,
+            min_score=None if self.fits else config.min_score,
         )
         out, _, slots = self.ops.sparse_decode(*step)
         return out, slots

@@ -11,15 +11,15 @@ from sparsekv.policies.base import DecodeStep, Policy, Reads, register
 
 
 def exact_scores(step: DecodeStep) -> Tensor:
-    """The best true dot product in every page, `[b, hkv, max_pages]` float32, pooled like a digest's scores."""
+    """The best true logit in every page, `[b, hkv, max_pages]` float32, pooled like a digest's scores."""
     config, page_size = step.config, step.config.page_size
     keys = rearrange(step.keys().float(), "b pages h p d -> b h (pages p) d")
-    grouped = rearrange(step.query.float(), "b (h g) d -> b h g d", h=keys.shape[1])
-    products = grouped @ keys.transpose(-1, -2)  # [b, hkv, g, pages * p]
+    grouped = rearrange(step.query.float() * step.scaling, "b (h g) d -> b h g d", h=keys.shape[1])
+    logits = grouped @ keys.transpose(-1, -2)  # [b, hkv, g, pages * p]
     missing = torch.arange(keys.shape[2], device=keys.device) >= step.seq_lens[:, None]  # [b, pages * p]
-    products = products.masked_fill(missing[:, None, None], float("-inf"))
-    best = rearrange(products, "b h g (pages p) -> b h g pages p", p=page_size).amax(-1)
-    return pool_group(best, step.seq_lens, page_size, config.group_pooling, step.scaling)
+    logits = logits.masked_fill(missing[:, None, None], float("-inf"))
+    best = rearrange(logits, "b h g (pages p) -> b h g pages p", p=page_size).amax(-1)
+    return pool_group(best, step.seq_lens, page_size, config.group_pooling)
 
 
 @register("oracle")

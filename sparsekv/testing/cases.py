@@ -27,6 +27,7 @@ class Case:
     sink_tokens: int
     recent_tokens: int
     pooling: str
+    min_score: float | None
     softcap: float
     with_sinks: bool
     with_limits: bool
@@ -52,7 +53,8 @@ class Case:
             k=k,
             sink_tokens=rng.choice([0, 1, 4, page_size + 1]),
             recent_tokens=rng.choice([0, 1, 64, 3 * page_size]),
-            pooling=rng.choice(["max", "max", "sum", "mean_softmax"]),
+            pooling=(pooling := rng.choice(["max", "sum", "mean_softmax", "share", "share"])),
+            min_score=rng.choice([None, -2.0, -4.0, -6.0, -8.0]) if pooling == "share" else None,
             softcap=rng.choice([0.0, 0.0, 5.0, 50.0]),
             with_sinks=rng.random() < 0.3,
             with_limits=rng.random() < 0.2,

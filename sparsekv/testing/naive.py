@@ -51,7 +51,7 @@ def best_products(query: Tensor, pages: Pages) -> Tensor:
     return best
 
 
-def pool_group(scores: Tensor, num_kv_heads: int, group_pooling: str, scaling: float) -> Tensor:
+def pool_group(scores: Tensor, num_kv_heads: int, group_pooling: str) -> Tensor:
     """Scores per query head `[b, hq, pages]` -> per kv head `[b, hkv, pages]`; -inf where the page does not exist."""
     b, hq, num_slots = scores.shape
     group = hq // num_kv_heads
@@ -59,20 +59,34 @@ def pool_group(scores: Tensor, num_kv_heads: int, group_pooling: str, scaling: f
     for row in range(b):
         for head in range(num_kv_heads):
             heads = scores[row, head * group : (head + 1) * group].double()
+            if group_pooling == "share":
+                pooled[row, head] = _shares(heads)
+                continue
             for slot in range(num_slots):
                 if heads[0, slot] > -math.inf:
-                    pooled[row, head, slot] = _pooled(heads, slot, group_pooling, scaling)
+                    pooled[row, head, slot] = _pooled(heads, slot, group_pooling)
     return pooled
 
 
-def _pooled(heads: Tensor, slot: int, group_pooling: str, scaling: float) -> float:
+def _pooled(heads: Tensor, slot: int, group_pooling: str) -> float:
     column = [float(x) for x in heads[:, slot]]
     if group_pooling == "max":
         return max(column)
     if group_pooling == "sum":
         return sum(column)
-    shares = [math.exp(scaling * x - float((heads[i] * scaling).logsumexp(0))) for i, x in enumerate(column)]
+    shares = [math.exp(x - float(heads[i].logsumexp(0))) for i, x in enumerate(column)]
     return sum(shares) / len(shares)
+
+
+def _shares(heads: Tensor) -> Tensor:
+    """Logarithms of pages' largest shares of a head's attention, of scores `[heads, pages]`: `[pages]`. The last page
+    has what the others do not share."""
+    exist = [slot for slot in range(heads.shape[1]) if heads[0, slot] > -math.inf]
+    largest = torch.full(heads.shape[1:], -math.inf, dtype=torch.float64, device="cpu")
+    for slot in exist[:-1]:
+        largest[slot] = max(float(head[slot] - head[exist[:-1]].logsumexp(0)) for head in heads)
+    largest[exist[-1:]] = 0.0
+    return largest
 
 
 def select_pages(
@@ -83,6 +97,7 @@ def select_pages(
     sink_tokens: int,
     recent_tokens: int,
     limits: Tensor | None = None,
+    min_score: float | None = None,
 ) -> Tensor:
     """The forced pages and then the best, by sorting tuples: `[b, hkv, k]` int32, ascending, padded with -1."""
     b, num_kv_heads, num_slots = scores.shape
@@ -95,8 +110,9 @@ def select_pages(
         for head in range(num_kv_heads):
             value = [-math.inf if math.isnan(x) else x for x in scores[row, head].tolist()]
             rank = {i: (0, 0.0, i) if i in needed else (1, -value[i], i) for i in exists}
-            best_first = sorted(exists, key=rank.__getitem__)
             most = k if limits is None else min(k, int(limits[row]))
+            least = -math.inf if min_score is None or len(exists) <= most else min_score
+            best_first = sorted((i for i in exists if i in needed or value[i] >= least), key=rank.__getitem__)
             chosen = sorted(best_first[:most])
             slots[row, head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32, device="cpu")
     return slots

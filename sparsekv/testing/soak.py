@@ -136,7 +136,8 @@ def check_parts(inputs: Inputs, tally: Tally) -> tuple[Tensor, Tensor]:
     scores: Tensor = OPS.score_pages(*score)
     allowed = tolerance_of(case.digest)
     tally.add(f"score_pages, {case.digest}", scores, reference.score_pages(*score), allowed, case)
-    select = (inputs.pages.seq_lens, case.page_size, case.k, case.sink_tokens, case.recent_tokens, inputs.limits)
+    most = (case.k, case.sink_tokens, case.recent_tokens, inputs.limits, case.min_score)
+    select = (inputs.pages.seq_lens, case.page_size, *most)
     slots: Tensor = OPS.select_pages(scores, *select)
     _same("select_pages", slots, reference.select_pages(scores, *select), case)
     for name, listed in (("attend_pages", slots), ("attend_pages, dense", None)):
@@ -171,6 +172,7 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
         scaling=inputs.scaling,
         softcap=case.softcap,
         sinks=inputs.sinks,
+        min_score=case.min_score,
     )
     out, lse, chosen = OPS.sparse_decode(*step)
     _same("sparse_decode: pool", pool, pages.kv_pool, case)
@@ -180,7 +182,7 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
         one[unfinished] = other[unfinished]
     same_summary(case.digest, summary, inputs.summary, "sparse_decode: digests", case)
     _check_attention("sparse_decode", (out, lse), inputs, chosen, tally)
-    same_slots("sparse_decode: slots", chosen, slots, scores, case, case.digest)
+    same_slots("sparse_decode: slots", chosen, slots, scores, case, case.digest, case.min_score)
 
 
 def _check_attention(
@@ -213,8 +215,16 @@ def tolerance_of(digest: str) -> float:
     return kernel.tolerance if kernel is not None else 0.0
 
 
-def same_slots(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case: object, digest: str) -> None:
-    """Slots are the same, or those that differ have nearly the same scores.
+def same_slots(
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    scores: Tensor,
+    case: object,
+    digest: str,
+    min_score: float | None = None,
+) -> None:
+    """Slots are the same, or those that differ have nearly the same scores, or one that nearly leaves them out.
 
     Raises:
         SparseKVError: they are not.
@@ -222,10 +232,14 @@ def same_slots(name: str, actual: Tensor, expected: Tensor, scores: Tensor, case
     if torch.equal(actual, expected):
         return
 
-    def listed(slots: Tensor) -> Tensor:
-        return scores.gather(2, slots.clamp_min(0).long()).masked_fill(slots < 0, 0.0).sort(-1).values
-
     tie = tolerance_of(digest)
+
+    def listed(slots: Tensor) -> Tensor:
+        of_slots = scores.gather(2, slots.clamp_min(0).long()).masked_fill(slots < 0, 0.0)
+        if min_score is not None:
+            of_slots = of_slots.masked_fill((of_slots - min_score).abs() <= tie * (1 + abs(min_score)), 0.0)
+        return of_slots.sort(-1).values
+
     if not torch.allclose(listed(actual), listed(expected), rtol=tie, atol=tie):
         raise SparseKVError(f"{name} differ from the reference: {case}")
 

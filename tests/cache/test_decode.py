@@ -60,7 +60,7 @@ def test_top_k_selects_by_the_bound(budget: int | float) -> None:
     for i, step in recorder.steps.items():
         pages = Pages(step.kv_pool, step.block_table, step.seq_lens)
         assert step.k == step.config.budget_pages(max(pages.lengths))
-        scores = naive.pool_group(naive.page_bounds(pair.queries[i][:, :, 0], pages), 2, "max", step.scaling)
+        scores = naive.pool_group(naive.page_bounds(pair.queries[i][:, :, 0], pages), 2, "max")
         limits = torch.tensor([step.config.budget_pages(n) for n in pages.lengths])
         expected = naive.select_pages(scores, step.seq_lens, 4, step.k, 1, 4, limits)
         assert torch.equal(recorder.slots[i], expected)
@@ -169,7 +169,7 @@ def test_sign_sketch_bytes() -> None:
     pair = CachePair(digest="sign_sketch", **SMALL)
     pair.forward(40)
     pair.forward(1)
-    scored = 2 * 2 * 11 * (4 * (8 // 8) + 4 * 2 + 8 + 4)  # layers, heads, pages, bytes of signs, factors, mean, unit
+    scored = 2 * 2 * 11 * (4 * (8 // 8) + 4 * 2 + 2 + 4)  # layers, heads, pages, bytes of signs, factors, mean, unit
     read = 2 * 2 * 4 * (2 * 4 * 8 * 4)
     assert pair.paged.stats.bytes_read == read + scored
 

@@ -1,11 +1,14 @@
-"""The sketches: per-token summaries and a fixed state, which the interface must carry through the cache."""
+"""The sketches: per-token summaries and a fixed state, which the interface must carry through the cache.
+
+Queries are handed over as the attention scales them, so that a product with a key is a logit.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparsekv.digests import sign_sketch
-from sparsekv.digests.sign_sketch import MEAN_LIMIT, QUERY_LIMIT, QUERY_OF_MEAN, SignSketch
+from sparsekv.digests.sign_sketch import QUERY_LIMIT, SignSketch
 from sparsekv.digests.sketch2 import Sketch2
 from sparsekv.errors import ConfigError
 from sparsekv.testing import naive
@@ -25,7 +28,7 @@ def shipped_rotation(d: int) -> Tensor:
 
 
 def estimates(query: Tensor, keys: Tensor, turn: Tensor, sketch: SignSketch) -> Tensor:
-    """Of every token of full pages: query `[d]`, keys `[pages, p, d]` -> `[pages, p]`."""
+    """Of every token of full pages, the others left out: query `[d]`, keys `[pages, p, d]` -> `[pages, p]`."""
     valid, state = torch.ones(keys.shape[:2], dtype=torch.bool), [turn[None]]
     signs, factor, mean, unit = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
     found = []
@@ -46,27 +49,43 @@ def code(x: list[float], planes: int) -> list[float]:
     return [(1.0 if y > 0 else -1.0) * (3.0 if planes == 2 and abs(y) > rms else 1.0) for y in x]
 
 
+def dot(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def kept_mean(keys: Tensor, turn: Tensor) -> list[float]:
+    """What is kept of a page's mean, rotated: the nearest multiple of its code in two bits."""
+    mean = (turn.double() @ keys.double().mean(0)).tolist()
+    c = code(mean, 2)
+    return [dot(c, mean) / dot(c, c) * x for x in c]
+
+
 def naive_estimates(query: Tensor, keys: Tensor, turn: Tensor, planes: int) -> Tensor:
-    """q.m + f <Rq, c> with m the mean in whole numbers, c the code of R(k - m) and f = |k - m|^2 / <c, R(k - m)>, in
-    float64; q and Rq in whole units."""
-    query, keys, turn = query.double(), keys.double(), turn.double()
-    mean, of_mean = in_whole_units(keys.mean(0), MEAN_LIMIT), in_whole_units(query, QUERY_OF_MEAN)
+    """<Rq, m> + f <Rq, c> with m the mean that is kept, c the code of x = Rk - m and f = |x|^2 / <c, x>, in float64;
+    Rq in whole units."""
+    query, turn, mean = query.double(), turn.double(), kept_mean(keys, turn)
     rotated = in_whole_units(turn @ query, QUERY_LIMIT).tolist()
     found = []
-    for key in keys:
-        centred = (turn @ (key - mean)).tolist()
+    for key in keys.double():
+        centred = (turn @ key - torch.tensor(mean, dtype=torch.float64)).tolist()
         c = code(centred, planes)
-        factor = sum(x * x for x in centred) / sum(a * x for a, x in zip(c, centred, strict=True))
-        beyond = factor * sum(a * x for a, x in zip(c, rotated, strict=True))
-        found.append(float(of_mean @ mean) + beyond)
+        found.append(dot(rotated, mean) + dot(centred, centred) / dot(c, centred) * dot(c, rotated))
     return torch.tensor(found)
 
 
-def test_fields_are_a_bit_per_channel_a_half_per_token_and_a_mean_in_bytes() -> None:
+def page_scores(query: Tensor, keys: Tensor, sketch: SignSketch, valid: Tensor | None = None) -> Tensor:
+    """Query `[d]`, keys `[pages, p, d]`, valid `[pages, p]` -> `[pages]`."""
+    state = sketch.fit(keys[:, None], None)
+    valid = torch.ones(keys.shape[:2], dtype=torch.bool) if valid is None else valid
+    summary = sketch.summarize(keys[:, None], valid, state)
+    return sketch.score(query[None, None, None], [x[None] for x in summary], state)[0, 0, 0]
+
+
+def test_fields_are_a_bit_per_channel_a_half_per_token_and_a_mean_in_two_bits() -> None:
     signs, factor, mean, unit = SignSketch().fields(page_size=16, head_dim=128)
     assert (signs.shape, signs.dtype) == ((2, 4, 8, 4), torch.uint8)
     assert (factor.shape, factor.dtype) == ((16,), torch.float16)
-    assert (mean.shape, mean.dtype) == ((128,), torch.int8)
+    assert (mean.shape, mean.dtype) == ((1, 4, 1, 8), torch.uint8)
     assert (unit.shape, unit.dtype) == ((), torch.float32)
     assert Sketch2().fields(page_size=16, head_dim=128)[0].shape == (4, 4, 4, 8)
     with pytest.raises(ConfigError, match="head_dim=20 must divide by 8"):
@@ -80,15 +99,40 @@ def test_the_formula(sketch: SignSketch) -> None:
     torch.testing.assert_close(estimates(query, keys[None], turn, sketch)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_page_scores_its_best_token() -> None:
+def test_a_page_scores_the_log_sum_exp_of_its_tokens() -> None:
     pages = random_pages([37], 1, D, P)
     state = fitted_state(SignSketch(), pages)
     query = torch.randn(1, 1, 1, D)
     summary = [x[pages.block_table[:, :5]] for x in fresh_summary("sign_sketch", pages, state)]
     scores = SignSketch().score(query, summary, state)[0, 0, 0]
     keys, _ = pages.tokens(0)
-    best = [naive_estimates(query[0, 0, 0], page, state[0][0], 1).max() for page in keys[:, 0].split(P)]
-    torch.testing.assert_close(scores, torch.stack(best), rtol=1e-2, atol=1e-2)  # factors are kept in half precision
+    logits = [naive_estimates(query[0, 0, 0], page, state[0][0], 1) for page in keys[:, 0].split(P)]
+    expected = torch.stack([x.exp().sum().log() for x in logits])
+    torch.testing.assert_close(scores, expected, rtol=1e-2, atol=1e-2)  # factors are kept in half precision
+
+
+@each_sketch
+def test_a_score_depends_neither_on_the_order_of_tokens_nor_on_those_far_off(sketch: SignSketch) -> None:
+    keys, query = torch.randn(6, P, D), torch.randn(D)
+    expected = page_scores(query, keys, sketch)
+    torch.testing.assert_close(page_scores(query, keys[:, torch.randperm(P)], sketch), expected)
+    state, valid = sketch.fit(keys[:, None], None), torch.ones(6, P, dtype=torch.bool)
+    signs, factor, *mean = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
+    last = torch.arange(P) == P - 1
+    without, either, other = (
+        sketch.score(query[None, None, None], [signs, factor.masked_fill(last, x), *mean], state)
+        for x in (NAN, 6e4, -6e4)  # one of the two is far below all others, the other one far above
+    )
+    assert torch.equal(torch.minimum(either, other), without)
+    assert bool((torch.maximum(either, other) > 1e3).all())
+
+
+@each_sketch
+def test_as_many_times_the_same_token_are_worth_their_logarithm_more(sketch: SignSketch) -> None:
+    keys, count = torch.randn(4, 1, D).expand(4, P, D), torch.tensor([1, 2, 5, P])
+    scores = page_scores(query := torch.randn(D), keys, sketch, torch.arange(P) < count[:, None])
+    once = page_scores(query, keys[:, :1], sketch)
+    torch.testing.assert_close(scores, once + count.log(), rtol=1e-4, atol=1e-4)
 
 
 @each_sketch
@@ -96,7 +140,7 @@ def test_along_what_is_left_of_a_key_the_estimate_is_exact_but_for_rounding(sket
     """All d channels add up, each rounded to a fortieth of the largest."""
     keys, turn = torch.randn(10, D), rotation(2)
     for i, key in enumerate(keys):
-        query = key - keys.mean(0)
+        query = key - turn.T @ torch.tensor(kept_mean(keys, turn))
         torch.testing.assert_close(
             estimates(query, keys[None], turn, sketch)[0, i], query @ key, rtol=0.02, atol=0.02
         )
@@ -127,10 +171,9 @@ def test_the_state_is_an_orthogonal_matrix_whatever_the_keys() -> None:
 
 def test_what_the_keys_of_a_page_have_in_common_counts_in_full() -> None:
     """So the heads of a group may be pooled: no part of a head's products is left out."""
-    common, query, turn = 100 * torch.randn(D), torch.randn(D), rotation(0)
-    keys = common + torch.randn(16, D)
-    error = (estimates(query, keys[None], turn, SignSketch()) - keys @ query).abs().max()
-    assert error < 3 * query.norm() < 0.1 * (common @ query).abs()
+    keys, query = 100 * torch.randn(400, 1, D) + torch.randn(400, 4, D), torch.randn(D)
+    estimated, exact = estimates(query, keys, rotation(0), SignSketch()), keys @ query
+    assert float((estimated * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(("sketch", "best"), [(SignSketch(), 0.798), (Sketch2(), 0.939)], ids=["one", "two"])

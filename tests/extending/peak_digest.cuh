@@ -35,9 +35,10 @@ struct PeakScorer {
     const u16 *peaks, *low_page, *high_page;
     const float* query;  // magnitudes, [HEAD_TILES * 8, d]
     int num_kv_heads, head;
+    float scaling;
 
-    __device__ PeakScorer(const Digests& digests, int num_kv_heads, int head, int)
-        : peaks(digests.at<u16>(0)), num_kv_heads(num_kv_heads), head(head) {}
+    __device__ PeakScorer(const Digests& digests, int num_kv_heads, int head, int, float scaling)
+        : peaks(digests.at<u16>(0)), num_kv_heads(num_kv_heads), head(head), scaling(scaling) {}
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + lane_id() % 4 * 2 + i; }
 
     template <typename Begin>
@@ -63,7 +64,7 @@ struct PeakScorer {
                 const u16* const peak = i < 2 ? low_page : high_page;
                 float sum = 0.f;
                 for (int channel = 0; channel < D; ++channel) sum += q[channel] * T::to_float(peak[channel]);
-                scores[tile][i] = sum;
+                scores[tile][i] = sum * scaling;
             }
         next();
     }

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,9 +42,10 @@ def lengths(page_size: int) -> list[int]:
 def test_grid(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
     """All ops; every feature meets every shape, as the features take turns."""
     rng = random.Random(f"{dtype} {head_dim} {group} {page_size}")
-    for digest, pooling in itertools.product(with_kernels(), ["max", rng.choice(["sum", "mean_softmax"])]):
+    for digest, pooling in itertools.product(with_kernels(), ["max", "share", rng.choice(["sum", "mean_softmax"])]):
         drawn = Case.draw(rng)
         geometry = {"dtype": dtype, "head_dim": head_dim, "group": group, "page_size": page_size}
+        geometry["min_score"] = rng.choice([None, -4.0]) if pooling == "share" else None
         case = Case(**vars(drawn) | geometry | {"lengths": lengths(page_size), "pooling": pooling, "digest": digest})
         check(case, CUDA, Tally())
 
@@ -97,9 +99,13 @@ def test_any_split_gives_the_same_attention(split: Split, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("ctas", [1, 2, 3, 8, 16])
 @pytest.mark.parametrize("direct", [True, False])
 def test_any_cluster_gives_the_same_step(ctas: int, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that become shares lie in shared memory beside the priorities of all pages, else both elsewhere."""
+
     def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, *rest: Any) -> plans.Plan:
-        group, kernel, width, k, _ = rest
-        return plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, kernel, width, k, direct)
+        group, kernel, width, k, kind, shares = rest
+        kept = direct and shares
+        made = plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, kernel, width, k, direct, kind, kept)
+        return replace(made, spills=shares and not kept)
 
     monkeypatch.setattr(cuda, "step_plan", plan)
     rng = random.Random(ctas)
@@ -120,8 +126,9 @@ def test_selection_is_exact_for_any_scores(num_pages: int, k: int, kind: str) ->
     elif kind == "equal":
         scores.fill_(2.0)
     seq_lens = torch.tensor([num_pages * 16 - 3, max(1, num_pages * 5)], dtype=torch.int32, device=CUDA)
-    for limits in (None, torch.tensor([k, max(1, k // 3)], dtype=torch.int32, device=CUDA)):
-        arguments = (scores, seq_lens, 16, k, 4, 64, limits)
+    few = torch.tensor([k, max(1, k // 3)], dtype=torch.int32, device=CUDA)
+    for limits, min_score in itertools.product((None, few), (None, -5.0, 20.0)):
+        arguments = (scores, seq_lens, 16, k, 4, 64, limits, min_score)
         assert torch.equal(OPS.select_pages(*arguments), reference.select_pages(*arguments))
 
 

@@ -10,12 +10,17 @@ from sparsekv.testing import naive
 from sparsekv.testing.pages import Pages, edge_lengths, fitted_state, fresh_summary, random_pages
 from sparsekv.testing.tolerance import assert_as_good_as
 
-POOLINGS = ["max", "sum", "mean_softmax"]
+POOLINGS = ["max", "sum", "mean_softmax", "share"]
 SCALING = 0.25
 
 
 def scores_of(
-    query: Tensor, pages: Pages, digest: str = "minmax", pooling: str = "max", state: list[Tensor] | None = None
+    query: Tensor,
+    pages: Pages,
+    digest: str = "minmax",
+    pooling: str = "max",
+    state: list[Tensor] | None = None,
+    scaling: float = SCALING,
 ) -> Tensor:
     state = fitted_state(DIGESTS.get(digest)(), pages) if state is None else state
     return torch.ops.sparsekv.score_pages(
@@ -27,22 +32,26 @@ def scores_of(
         pages.page_size,
         digest,
         pooling,
-        SCALING,
+        scaling,
     )
 
 
 def plain_minmax(query: Tensor, pages: Pages, pooling: str) -> Tensor:
-    """The formula of the paper in plain torch, one page and head at a time, in the query's dtype."""
+    """The formula of the paper, as logits, in plain torch, one page and head at a time, in the query's dtype."""
     b, hq, _ = query.shape
     hkv = pages.kv_pool.shape[2]
     bounds = query.new_full((b, hq, pages.block_table.shape[1]), float("-inf"))
     for row, slot, count in pages.used():
         keys = pages.kv_pool[int(pages.block_table[row, slot]), 0, :, :count].repeat_interleave(hq // hkv, 0)
         bounds[row, :, slot] = torch.maximum(query[row] * keys.amin(1), query[row] * keys.amax(1)).sum(-1)
-    grouped = bounds.view(b, hkv, hq // hkv, -1)
+    grouped = SCALING * bounds.view(b, hkv, hq // hkv, -1)
     if pooling == "mean_softmax":
-        pooled = (grouped * SCALING).softmax(-1).mean(2)
+        pooled = grouped.softmax(-1).mean(2)
         return pooled.masked_fill(bounds[:, :: (hq // hkv)] == float("-inf"), float("-inf"))
+    if pooling == "share":
+        newest = (torch.arange(grouped.shape[-1]) == (pages.seq_lens[:, None] - 1) // pages.page_size)[:, None]
+        others = grouped.masked_fill(newest[:, None], float("-inf"))
+        return others.log_softmax(-1).amax(2).masked_fill(newest, 0.0)
     return grouped.amax(2) if pooling == "max" else grouped.sum(2)
 
 
@@ -55,7 +64,7 @@ def test_minmax_is_the_bound_of_the_paper(
     pages = random_pages(edge_lengths(page_size), hkv, d, page_size, dtype)
     query = torch.randn(len(pages.lengths), hkv * group, d).to(dtype)
     scores = scores_of(query, pages, pooling=pooling)
-    exact = naive.pool_group(naive.page_bounds(query, pages), hkv, pooling, SCALING)
+    exact = naive.pool_group(naive.page_bounds(query.double() * SCALING, pages), hkv, pooling)
     assert scores.dtype == torch.float32
     assert_as_good_as(scores, plain_minmax(query, pages, pooling), exact)
 
@@ -90,13 +99,17 @@ def test_pooling_over_the_group(pooling: str) -> None:
     seq_lens = torch.tensor([0, 9, 24], dtype=torch.int32)
     exists = (torch.arange(6) * 4 < seq_lens[:, None])[:, None, None].expand_as(scores)
     per_head = scores.double().masked_fill(~exists, float("-inf")).flatten(1, 2)
-    exact = naive.pool_group(per_head, 2, pooling, SCALING)
-    pooled = pool_group(scores, seq_lens, 4, pooling, SCALING)
+    exact = naive.pool_group(per_head, 2, pooling)
+    pooled = pool_group(scores, seq_lens, 4, pooling)
     torch.testing.assert_close(pooled.double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_only_mean_softmax_depends_on_the_scaling() -> None:
-    scores, seq_lens = torch.randn(1, 1, 2, 5), torch.tensor([80], dtype=torch.int32)
-    for pooling in POOLINGS:
-        cold, hot = (pool_group(scores, seq_lens, 16, pooling, s) for s in (0.1, 10.0))
-        assert torch.equal(cold, hot) == (pooling != "mean_softmax")
+@pytest.mark.parametrize("digest", list(DIGESTS))
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_scores_are_of_logits(digest: str, pooling: str) -> None:
+    """The attention's factor might as well be in the query."""
+    pages = random_pages([70, 33], page_size=8)
+    query, state = torch.randn(2, 4, 16), fitted_state(DIGESTS.get(digest)(), pages)
+    scores = scores_of(query, pages, digest, pooling, state, scaling=0.125)
+    assert torch.equal(scores, scores_of(query / 8, pages, digest, pooling, state, scaling=1.0))
+    assert not torch.equal(scores, scores_of(query, pages, digest, pooling, state, scaling=1.0))

@@ -34,6 +34,7 @@ def selections(draw: st.DrawFn) -> dict[str, object]:
         "sink_tokens": draw(st.integers(0, 2 * page_size)),
         "recent_tokens": draw(st.integers(0, 3 * page_size)),
         "limits": None if limits is None else torch.tensor(limits, dtype=torch.int32),
+        "min_score": draw(st.none() | st.sampled_from([-1.0, 0.0, 1.0, -INF, INF])),
     }
 
 
@@ -46,7 +47,8 @@ def test_equals_a_sort(arguments: dict[str, object]) -> None:
 
 @given(selections())
 def test_shape_of_the_answer(arguments: dict[str, object]) -> None:
-    """Ascending, without repeats, existing pages only, then -1; as many as k, the limit and the pages allow."""
+    """Ascending, without repeats, existing pages only, then -1; as many as k, the limit and the pages allow, or fewer
+    where some score too little."""
     scores, lens, k, limits = (arguments[name] for name in ("scores", "seq_lens", "k", "limits"))
     assert isinstance(scores, Tensor)
     slots = SELECT(**arguments)
@@ -55,6 +57,8 @@ def test_shape_of_the_answer(arguments: dict[str, object]) -> None:
         pages = -(-int(lens[row]) // arguments["page_size"])
         most = min(k, pages, pages if limits is None else int(limits[row]))
         for listed in heads:
+            if arguments["min_score"] is not None:
+                most = min(most, sum(slot >= 0 for slot in listed))
             assert listed[most:] == [-1] * (k - most)
             assert listed[:most] == sorted(set(listed[:most]))
             assert all(0 <= slot < pages for slot in listed[:most])

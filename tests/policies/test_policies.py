@@ -62,22 +62,32 @@ def test_all_reads_everything() -> None:
     assert POLICIES.get("all")().select(decode_step(torch.randn(1, 4, 16), pages, config)) is None
 
 
-@pytest.mark.parametrize("pooling", ["max", "sum", "mean_softmax"])
+@pytest.mark.parametrize("pooling", ["max", "sum", "mean_softmax", "share"])
 def test_top_k_takes_the_pages_with_the_best_bounds(pooling: str) -> None:
     pages = random_pages([*edge_lengths(P), 100], page_size=P)
     slots, step = select("top_k", pages, group_pooling=pooling)
-    scores = naive.pool_group(naive.page_bounds(step.query, pages), 2, pooling, step.scaling)
+    scores = naive.pool_group(naive.page_bounds(step.query.double() * step.scaling, pages), 2, pooling)
     assert torch.equal(slots, naive.select_pages(scores, pages.seq_lens, P, step.k, 2, 1))
 
 
-@pytest.mark.parametrize("pooling", ["max", "sum", "mean_softmax"])
+@pytest.mark.parametrize("pooling", ["max", "sum", "mean_softmax", "share"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_oracle_takes_the_pages_with_the_best_keys(pooling: str, dtype: torch.dtype) -> None:
     pages = random_pages([*edge_lengths(P), 100], page_size=P, dtype=dtype)
     slots, step = select("oracle", pages, group_pooling=pooling)
-    exact = naive.pool_group(naive.best_products(step.query, pages), 2, pooling, step.scaling)
+    exact = naive.pool_group(naive.best_products(step.query.double() * step.scaling, pages), 2, pooling)
     torch.testing.assert_close(exact_scores(step).double(), exact, rtol=1e-5, atol=1e-5)
     assert torch.equal(slots, naive.select_pages(exact, pages.seq_lens, P, step.k, 2, 1))
+
+
+def test_pages_of_too_small_shares_are_left_out_where_something_is_chosen() -> None:
+    pages = random_pages([100, 5 * P], page_size=P)  # 13 pages, and as many as the budget
+    slots, step = select("oracle", pages, hq=2, group_pooling="share", min_share=0.3)
+    shares = exact_scores(step).exp()
+    for head in range(2):
+        needed = {0, 12} | {slot for slot in range(13) if shares[0, head, slot] >= 0.3}
+        assert chosen(slots, 0, head) == sorted(needed)
+        assert chosen(slots, 1, head) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -105,7 +115,7 @@ def test_a_fraction_is_of_each_sequence_s_own_length(policy: str, budget: float)
 def test_a_fraction_takes_the_best_pages_within_each_row_s_limit() -> None:
     pages = random_pages([200, 100, 64], page_size=P)
     slots, step = select("top_k", pages, budget=0.25)
-    scores = naive.pool_group(naive.page_bounds(step.query, pages), 2, "max", step.scaling)
+    scores = naive.pool_group(naive.page_bounds(step.query, pages), 2, "max")
     limits = torch.tensor([step.config.budget_pages(n) for n in pages.lengths])
     assert torch.equal(slots, naive.select_pages(scores, pages.seq_lens, P, step.k, 2, 1, limits))
 

@@ -347,7 +347,7 @@ def test_a_run_is_not_gone_on_with_in_other_words(loaded: Any, tmp_path: Path) -
 
 def test_one_run_measures_every_pooling_and_number_of_dense_layers(loaded: Any, tmp_path: Path) -> None:
     """With those methods to which they make a difference. The first of each are the run's own."""
-    settings = {"methods": ("dense", "recent", "sketch", "oracle+sum"), "probe": False}
+    settings = {"methods": ("dense", "recent", "sketch", "oracle+sum", "oracle+share.2"), "probe": False}
     settings |= {"group_pooling": ("mean_softmax", "max"), "dense_layers": (1, 0)}
     options = RunOptions(**SMALL | settings)
     configs = {m.name: m.config(options.base, budget) for m, budget in options.cells}
@@ -360,11 +360,14 @@ def test_one_run_measures_every_pooling_and_number_of_dense_layers(loaded: Any, 
         "sketch+max+dense0": ("max", 0),
         "oracle+sum": ("sum", 1),
         "oracle+sum+dense0": ("sum", 0),
+        "oracle+share.2": ("share", 1),
+        "oracle+share.2+dense0": ("share", 0),
     }
     lines = {line["method"]: line for line in run(loaded, tmp_path, **settings)}
     assert list(lines) == list(configs)
     assert not any(line["error"] for line in lines.values())
     assert lines["sketch+dense0"]["bytes_per_token"] < lines["sketch"]["bytes_per_token"]
+    assert lines["oracle+share.2"]["pages_per_token"] < lines["oracle+sum"]["pages_per_token"]
     told = json.loads((tmp_path / "manifest.json").read_text())["settings"]
     assert (told["group_pooling"], told["dense_layers"], told["methods"]) == ("mean_softmax", 1, list(configs))
     assert len(run(loaded, tmp_path, **settings | {"group_pooling": ("mean_softmax",)})) == len(lines)
