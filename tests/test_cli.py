@@ -75,7 +75,7 @@ def test_bench_without_a_word_times_attention() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["genrate"], "command='genrate' is not known. Did you mean 'generate'?"),
+        (["genrate"], "command='genrate' is not known. Did you mean 'generate'"),
         (["bench", "genrate"], "what='genrate' is not known. Did you mean 'generate'?"),
         (["bench", "--budgt", "3"], "sparsekv bench attention: There is no option --budgt. Did you mean '--budget'"),
         (
@@ -316,7 +316,7 @@ def test_bench_and_eval_print_json_alone(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["eval", *run, "--examples", "2", "--device", "cpu", "--no-probe", "--out", str(tmp_path)]) == 0
     report = json_of(["eval", "report", str(tmp_path), "--json"], capsys)
     assert [(cell["method"], cell["budget"]) for cell in report["cells"]] == [("dense", None), ("quest", 128)]
-    assert report["cells"][0]["score"].keys() == {"value", "low", "high"}
+    assert report["cells"][0]["score"].keys() == {"value", "low", "high", "error"}
     assert report["manifest"]["settings"]["tasks"] == ["needle"]
 
 

@@ -228,7 +228,7 @@ def test_settings_that_are_not_allowed(settings, tiny, state_of) -> None:
     [
         ({"dense_layers": (0, 40)}, "the model has layers 0 to 3"),
         ({"budget": {40: 512, "rest": 64}}, "names 40, and of the model's layers 0 to 3 only 0-3 can be sparse"),
-        ({"digest": "sign_sketch", "dense_layers": 0}, "sign_sketch"),
+        ({"digest": "sign_sketch", "dense_layers": 0}, "head_dim=12 must divide by 8"),
     ],
 )
 def test_settings_that_are_not_allowed_for_this_model(settings, message, tiny, state_of) -> None:

@@ -50,7 +50,11 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
         ({}, None),
         ({"attention_mask": torch.ones(1, 1, 1, 21)}, "a mask of its own"),
         ({"output_hidden_states": True}, "inner states"),
-        ({"policy": "every"}, r"what the policy reads is counted at every step \(Policy.fills_budget\)"),
+        (
+            {"policy": "every"},
+            r"what the policy reads is counted at every step \(min_share, or Policy.fills_budget\)",
+        ),
+        ({"group_pooling": "share", "min_share": 0.1}, "what the policy reads is counted at every step"),
         ({"policy": "asking"}, r"the policy's steps cannot be captured \(Policy.capturable\)"),
         ({"observed": True}, "the cache is observed"),
         ({"empty": True}, "not every layer lives in pages"),
@@ -58,15 +62,17 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
 )
 def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, prompt, monkeypatch) -> None:
     """As it would be said there: the tokens claim to be on one."""
+    change = dict(change)
     monkeypatch.setitem(POLICIES._classes, "every", Every)
     monkeypatch.setitem(POLICIES._classes, "asking", Asking)
-    rest = {name: x for name, x in change.items() if name not in ("policy", "observed", "empty")}
+    settings = {name: change.pop(name) for name in ("policy", "group_pooling", "min_share") if name in change}
+    rest = {name: x for name, x in change.items() if name not in ("observed", "empty")}
 
     class OnGpu(torch.Tensor):
         device = torch.device("cuda", 0)
 
     model = tiny("llama")
-    with sparsekv.patch(model, budget=64, page_size=4, recent=8, policy=change.get("policy", "top_k")) as patch:
+    with sparsekv.patch(model, budget=64, page_size=4, recent=8, **settings) as patch:
         cache = patch.new_cache()
         if not change.get("empty"):
             model(**prompt(20), **{CACHE: cache})
