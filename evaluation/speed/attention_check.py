@@ -39,9 +39,9 @@ class WatchedStep(DecodeStep):
         self.noted["digests"] = super().digest_scores()
         return self.noted["digests"]
 
-    def select(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor, min_score: float | None = None) -> Tensor:
         self.noted["chosen by"] = scores
-        return super().select(scores)
+        return super().select(scores, min_score)
 
 
 @dataclass(frozen=True)

@@ -138,11 +138,13 @@ class DecodeStep:
         )
         return scores
 
-    def select(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor, min_score: float | None = None) -> Tensor:
         """The forced pages and the best of the others within the budget.
 
         Args:
             scores: `[b, hkv, max_pages]` float32, on the query's device; NaN counts as -inf.
+            min_score: pages that score less are left out, unless they are forced; of scores that are pooled as the
+                settings say, `config.min_score`. None: none are.
 
         Returns:
             slots `[b, hkv, k]` int32, ascending, -1 at the end where a sequence reads fewer.
@@ -150,7 +152,7 @@ class DecodeStep:
         config = self.config
         slots: Tensor = self.ops.select_pages(
             scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent_tokens, self._limits(),
-            config.min_score,
+            min_score,
         )  # fmt: skip
         return slots
 
@@ -175,7 +177,7 @@ class DecodeStep:
         """
         config = self.config
         if self.view is not None:
-            slots = None if self.fits else self.select(self.digest_scores())
+            slots = None if self.fits else self.select(self.digest_scores(), config.min_score)
             return self.attend(slots, softcap, sinks), slots
         if not self.fits:
             self._check_digests()

@@ -30,4 +30,4 @@ class Oracle(Policy):
     fills_budget = True
 
     def select(self, step: DecodeStep) -> Tensor:
-        return step.select(exact_scores(step))
+        return step.select(exact_scores(step), step.config.min_score)

@@ -18,7 +18,7 @@ class TopK(Policy):
     fills_budget = True
 
     def select(self, step: DecodeStep) -> Tensor:
-        return step.select(step.digest_scores())
+        return step.select(step.digest_scores(), step.config.min_score)
 
     def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return step.attend_best(softcap, sinks)

@@ -90,6 +90,11 @@ def test_pages_of_too_small_shares_are_left_out_where_something_is_chosen() -> N
         assert chosen(slots, 1, head) == [0, 1, 2, 3, 4]
 
 
+def test_scores_that_are_no_shares_have_no_least() -> None:
+    slots, _ = select("random", random_pages([100], page_size=P), group_pooling="share", min_share=0.9)
+    assert len(chosen(slots, 0)) == 5
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_oracle_reads_the_page_of_the_best_key(group: int) -> None:
     """With `max` pooling, the page with the largest dot product of any query head of the group is always read."""
