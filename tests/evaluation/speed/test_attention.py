@@ -164,6 +164,9 @@ def test_pages_may_differ_only_where_their_scores_nearly_tie() -> None:
     assert not same_pages(torch.tensor([[[1, 2]]]), best, scores)  # a page that had to be there is not
     assert not same_pages(torch.tensor([[[0, -1]]]), best, scores)
     assert not same_pages(torch.tensor([[[0, 0]]]), best, scores)
+    one = torch.tensor([[[0, -1]]])
+    assert same_pages(one, best, scores, same_number=False)
+    assert not same_pages(one, torch.tensor([[[0, 2, 3]]]), scores, same_number=False)
 
 
 class FakeDecode:
