@@ -226,7 +226,7 @@ def run(points: Sequence[LayerPoint], options: Options, device: torch.device, co
         def save(rows: Sequence[Row]) -> Path | None:
             if options.out is None or options.check_only:
                 return None
-            return save_json(options.out, _name(points[0].config, device), result(command, settings, rows))
+            return save_json(options.out, _name(points, device), result(command, settings, rows))
 
         console.print(f"Memory: {machine.measured_tb_per_s:.3g} TB/s measured, {machine.tb_per_s:.3g} for the floors")
         rows = sweep(points, machine, options, save, console)
@@ -238,9 +238,10 @@ def run(points: Sequence[LayerPoint], options: Options, device: torch.device, co
     return result(command, settings, rows)
 
 
-def _name(config: SparseConfig, device: torch.device) -> str:
-    name = file_name("attention", device.type, config.digest)
-    return name if config.policy == SparseConfig().policy else f"{name}_{config.policy}"
+def _name(points: Sequence[LayerPoint], device: torch.device) -> str:
+    digests, policy = dict.fromkeys(point.config.digest for point in points), points[0].config.policy
+    name = file_name("attention", device.type, "_".join(digests))
+    return name if policy == SparseConfig().policy else f"{name}_{policy}"
 
 
 def sweep(

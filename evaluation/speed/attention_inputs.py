@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sparsekv import ops
+from sparsekv.ops.formats import KEYS
 from sparsekv.policies import DecodeStep
 
 from .attention_points import LayerPoint
+from .planted_keys import plant
 
 # Pools are filled in pieces of so many elements: what is needed beside them stays small.
 CHUNK_ELEMENTS = 1 << 28
@@ -35,7 +37,7 @@ class Inputs:
         self.block_table = order.int().view(point.batch, point.num_pages)
         self.seq_lens = torch.full((point.batch,), point.context, dtype=torch.int32, device=device)
         self.sinks = self._random(point.geometry.num_q_heads) if point.geometry.sinks else None
-        self.layers = [self._step(i, *self._pages(num_pages)) for i in range(num_layers)]
+        self.layers = [self._step(i) for i in range(num_layers)]
 
     def contiguous(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values as SDPA reads them, each `[b, hkv, n, d]`."""
@@ -55,37 +57,42 @@ class Inputs:
             ops=ops.for_backend("reference"), key=None, value=None,
         )  # fmt: skip
 
-    def _pages(self, num_pages: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _pages(self, query: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Keys and values, their digests, and what is fixed of these."""
         geometry, page_size, digest = self.point.geometry, self.point.config.page_size, self.point.digest
-        heads, d = geometry.num_kv_heads, geometry.head_dim
+        num_pages, heads, d = self.block_table.numel(), geometry.num_kv_heads, geometry.head_dim
         pool = torch.empty(num_pages, 2, heads, page_size, d, dtype=geometry.dtype, device=self.device)
-        fields = [] if digest is None else digest.fields(page_size, d)
-        summary = [pool.new_empty(num_pages, heads, *f.shape, dtype=f.dtype or pool.dtype) for f in fields]
-        state = [] if digest is None else digest.fit(self._random(1, heads, FITTED_TOKENS, d), None)
         chunk = max(1, CHUNK_ELEMENTS // pool[0].numel())
-        for first in range(0, num_pages, chunk):
-            pages = pool[first : first + chunk].normal_(generator=self.generator)
-            if digest is None:
-                continue
+        for pages in pool.split(chunk):
+            pages.normal_(generator=self.generator)
+        if self.point.is_planted:
+            plant(self.point, query, pool, self.block_table, self.generator)
+        if digest is None:
+            return pool, [], []
+        fields = digest.fields(page_size, d)
+        summary = [pool.new_empty(num_pages, heads, *f.shape, dtype=f.dtype or pool.dtype) for f in fields]
+        state = digest.fit(self._random(1, heads, FITTED_TOKENS, d), None)
+        for pages, *kept in zip(*(x.split(chunk) for x in (pool, *summary)), strict=True):
             # A last page that is partly filled is summarised anew by every append.
             every = torch.ones(len(pages), page_size, dtype=torch.bool, device=self.device)
-            for field, computed in zip(summary, digest.summarize(pages[:, 0], every, state), strict=True):
-                field[first : first + chunk] = computed
+            for field, computed in zip(kept, digest.summarize(pages[:, KEYS], every, state), strict=True):
+                field.copy_(computed)
         return pool, summary, state
 
-    def _step(self, layer_idx: int, kv_pool: Tensor, summary: list[Tensor], state: list[Tensor]) -> DecodeStep:
+    def _step(self, layer_idx: int) -> DecodeStep:
         point, geometry = self.point, self.point.geometry
         key, value = (self._random(point.batch, geometry.num_kv_heads, 1, geometry.head_dim) for _ in range(2))
+        query = self._random(point.batch, geometry.num_q_heads, geometry.head_dim)
+        kv_pool, summary, state = self._pages(query)
         return DecodeStep(
             layer_idx=layer_idx,
-            query=self._random(point.batch, geometry.num_q_heads, geometry.head_dim),
+            query=query,
             kv_pool=kv_pool,
             summary=summary,
             state=state,
             block_table=self.block_table,
             seq_lens=self.seq_lens,
-            k=point.k,
+            k=point.config.selection_width(point.num_pages),
             scaling=point.scaling,
             config=point.config,
             ops=ops.for_backend(point.config.backend),

@@ -33,13 +33,16 @@ class LayerPoint:
     """One measurement: a geometry, `batch` sequences of `context` tokens (the new one counted), and the settings.
 
     Attributes:
-        listed: pages of a sequence and kv head that the policy was seen to list; None: as many as the budget allows.
+        read: tokens that keys are planted for, as `min_share` leaves out pages that hold too little; None: none are.
+        listed: pages that the policy was seen to list, on average over sequences and kv heads; None: as many as keys
+            are planted for, or as the budget allows.
     """
 
     geometry: Geometry
     batch: int
     context: int
     config: SparseConfig
+    read: int | None = None
     listed: int | None = None
 
     @property
@@ -65,8 +68,20 @@ class LayerPoint:
     @property
     def k(self) -> int:
         """Pages that the step reads of each sequence and kv head."""
+        if self.listed is not None:
+            return self.listed
         allowed = min(self.config.budget_pages(self.context), self.num_pages)
-        return allowed if self.listed is None else self.listed
+        return min(self.config.pages_for(self.read), allowed) if self.is_planted and self.read else allowed
+
+    @property
+    def is_planted(self) -> bool:
+        """Whether keys say what the step reads: not where it reads everything."""
+        return self.read is not None and not self.config.covers(self.num_pages)
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens in these pages."""
+        return min(self.k * self.config.page_size, self.context)
 
     @property
     def fits(self) -> bool:
@@ -95,7 +110,7 @@ class LayerPoint:
     @property
     def attend_bytes(self) -> int:
         """Keys and values of the pages read."""
-        return self._row_bytes * min(self.k * self.config.page_size, self.context)
+        return self._row_bytes * self.tokens_read
 
     @property
     def sparse_bytes(self) -> int:
@@ -128,32 +143,24 @@ class LayerPoint:
             "digest": self.config.digest,
             "budget": self.config.budget,
             "page_size": self.config.page_size,
+            "group_pooling": self.config.group_pooling,
+            "min_share": self.config.min_share,
+            "planted": self.read if self.is_planted else None,  # tokens
             "pages_read": self.k,
+            "tokens_read": self.tokens_read,
             "fits": self.fits,
             "share": self.sparse_bytes / self.dense_bytes,  # of the cache's bytes that the sparse step reads
         }
 
 
 def grid(
-    layers: Sequence[Geometry],
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    budgets: Sequence[int | float],
-    **settings: Any,
+    layers: Sequence[Geometry], batches: Sequence[int], contexts: Sequence[int], configs: Sequence[SparseConfig]
 ) -> list[LayerPoint]:
-    """Every combination, with these settings of `SparseConfig`.
-
-    Raises:
-        ConfigError: a setting is not allowed. UnknownNameError: there is no such digest or policy.
-    """
-    configs = [SparseConfig(budget=budget, **settings) for budget in budgets]
-    for config in configs:
-        POLICIES.get(config.policy), DIGESTS.get(config.digest)
-    shapes = product(layers, configs, batches, contexts)
-    return [LayerPoint(layer, batch, context, config) for layer, config, batch, context in shapes]
+    """Every combination; those that differ in settings alone stand together."""
+    return [LayerPoint(*point) for point in product(layers, batches, contexts, configs)]
 
 
-# (geometries, pairs of batch and context, budgets)
+# (geometries, pairs of batch and context, budgets: none for those of the settings)
 _LLAMA = ["llama-3.1-8b"]
 _MANY = [*((1, n) for n in (K, 2 * K, 8 * K, 32 * K, 128 * K, M)), *((4, n) for n in (32 * K, 128 * K)),
          (16, 32 * K), (16, 128 * K), (64, 32 * K)]  # fmt: skip
@@ -164,14 +171,22 @@ PRESETS: dict[str, list[tuple[list[str], list[tuple[int, int]], list[int]]]] = {
         (_LLAMA, [(1, 32 * K), (1, 128 * K), (16, 32 * K)], [512, K, 4 * K]),
         (["qwen3-32b", "gpt-oss", "gemma", "mha"], [(1, 32 * K), (1, 128 * K), (4, 32 * K)], [2 * K]),
     ],
+    # At which settings are compared, with 4 and with 8 query heads to a kv head.
+    "bars": [
+        (
+            ["llama-3.1-8b", "qwen3-32b"],
+            [*((1, n) for n in (K, 2 * K, 8 * K, 32 * K, 128 * K, M)), (4, 128 * K), (16, 32 * K), (16, 128 * K)],
+            [],
+        )
+    ],
 }
 
 
-def preset_points(name: str, **settings: Any) -> list[LayerPoint]:
-    """The points of a preset, with these settings of `SparseConfig`. Raises as `grid`."""
+def preset_points(name: str, configs: Sequence[SparseConfig] = (SparseConfig(),)) -> list[LayerPoint]:
+    """The points of a preset with these settings, but for its budgets if it has any."""
     return [
-        point
+        LayerPoint(GEOMETRIES[geometry], batch, context, config)
         for names, pairs, budgets in PRESETS[name]
-        for geometry, budget, (batch, context) in product(names, budgets, pairs)
-        for point in grid([GEOMETRIES[geometry]], [batch], [context], [budget], **settings)
+        for geometry, (batch, context) in product(names, pairs)
+        for config in ([configs[0].with_(budget=budget) for budget in budgets] or configs)
     ]

@@ -3,6 +3,7 @@
     sparsekv bench attention --device cpu --contexts 64k 256k --budget 1024
     sparsekv bench attention --device cuda --preset full --out results
     sparsekv bench attention --policy recent --contexts 32k
+    sparsekv bench attention --device cuda --preset bars --settings one.json other.json
     sparsekv bench generate --device cuda --preset bars   # a token of a whole model
 
 The policy's own step is timed beside PyTorch's scaled_dot_product_attention (SDPA) and the memory's speed; on a GPU
@@ -15,31 +16,35 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sparsekv import SparseConfig
+from sparsekv import POLICIES, SparseConfig
 from sparsekv.command_line import (
     Parser,
     add_json_option,
-    add_settings_option,
     choose_device,
     positive,
     settings_of,
     tokens,
     with_json,
 )
+from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
+from sparsekv.evaluation.report import short
 
 from . import attention_bench, generate_bench, generate_points
 from .attention_points import PRESETS, K, LayerPoint, grid, preset_points
 from .competitors import COMPETITORS
+from .generate_points import add_share_options
 from .geometry import GEOMETRIES, Geometry, named
+from .planted_keys import check_read
 
 _HEADS = ("q_heads", "kv_heads", "head_dim")
-_SET_BY_PRESET = ("geometry", "model", *_HEADS, "contexts", "batches", "budgets", "settings")
+_SET_BY_PRESET = ("geometry", "model", *_HEADS, "contexts", "batches")
+_READ = 2 * K  # tokens, where the settings have a least share
 _QUICK_REPEATS, _REPEATS = 5, 20
 
 
@@ -55,10 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv bench attention`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     _add_shapes(parser)
-    add_settings_option(parser)
+    parser.add_argument(
+        "--settings", nargs="+", metavar="FILE",
+        help="JSON files of SparseConfig.save, side by side at every point; other options given here override them",
+    )  # fmt: skip
     parser.add_argument("--page-size", type=positive, help=f"tokens per page (default {SparseConfig.page_size})")
     parser.add_argument("--policy", help=f"which pages a step reads (default {SparseConfig.policy})")
     parser.add_argument("--digest", help=f"page digest (default {SparseConfig.digest})")
+    add_share_options(parser)
+    parser.add_argument(
+        "--read", type=tokens, metavar="TOKENS",
+        help="with --min-share, which no page of random keys reaches: keys are planted so that pages of so many "
+        "tokens, those always read among them, do, and others are far below; what the step then lists is told "
+        f"(default {short(_READ)}, or the budget if that is less)",
+    )  # fmt: skip
     parser.add_argument(
         "--repeats", type=positive, help=f"timed calls, of which the median counts (default {_REPEATS})"
     )
@@ -83,7 +98,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", "--batches", dest="batches", type=positive, nargs="+", metavar="N", help="sequences (default 1)"
     )
-    parser.add_argument("--preset", choices=PRESETS, help="a fixed set of shapes for a GPU instead of these options")
+    parser.add_argument("--preset", choices=PRESETS, help="a fixed set of shapes for a GPU; bars: of any settings")
     parser.add_argument(
         "--quick", dest="preset", action="store_const", const="quick", help="the same as --preset quick"
     )
@@ -113,20 +128,43 @@ def _defaults(device: torch.device) -> dict[str, Any]:
 
 def points_of(args: argparse.Namespace, device: torch.device) -> list[LayerPoint]:
     """What the options ask to be measured, checked before anything is. On a CPU all is in float32."""
-    config = settings_of(args, budget=max(args.budgets or [], default=None))
-    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "budget"}
     default, on_gpu = _defaults(device), device.type == "cuda"
     if args.preset:
-        _refuse(args, _SET_BY_PRESET, f"is set by --preset {args.preset}: leave one of them out")
+        set_by_preset = _SET_BY_PRESET + (() if args.preset == "bars" else ("budgets", "settings"))
+        _refuse(args, set_by_preset, f"is set by --preset {args.preset}: leave one of them out")
         if not on_gpu:
             raise ConfigError(f"--preset={args.preset} is for --device cuda; name smaller --contexts here.")
-        return preset_points(args.preset, **settings)
+    configs = [config for file in args.settings or [None] for config in _configs(args, file, default["budgets"])]
+    if args.preset:
+        return _planted(preset_points(args.preset, configs), args.read)
     layers = _layers(args, default["heads"], on_gpu)
     layers = layers if on_gpu else [replace(layer, dtype=torch.float32) for layer in layers]
-    budgets = args.budgets or default["budgets"]
-    if args.settings and not args.budgets:
-        budgets = list(dict.fromkeys(each.plain_budget for each in config.each))
-    return grid(layers, args.batches or [1], args.contexts or default["contexts"], budgets, **settings)
+    points = grid(layers, args.batches or [1], args.contexts or default["contexts"], configs)
+    return _planted(points, args.read)
+
+
+def _configs(args: argparse.Namespace, file: str | None, usual: Sequence[int]) -> list[SparseConfig]:
+    """The settings of a file, or the defaults, under the options: with each budget that they have, or are given."""
+    one_file = argparse.Namespace(**vars(args) | {"settings": file})
+    config = settings_of(one_file, budget=max(args.budgets or [], default=None))
+    POLICIES.get(config.policy), DIGESTS.get(config.digest)
+    of_file = dict.fromkeys(each.plain_budget for each in config.each) if file else usual
+    return [config.with_(budget=budget) for budget in args.budgets or of_file]
+
+
+def _planted(points: Sequence[LayerPoint], read: int | None) -> list[LayerPoint]:
+    """The points, each with the tokens that keys are planted for, where the settings have a least share."""
+    if read is not None and not any(point.config.min_share for point in points):
+        raise ConfigError(f"--read={read} is for --min-share: without one a step reads its budget, so set --budget.")
+    found = []
+    for point in points:
+        if point.config.min_share:
+            budget = point.config.budget_pages(point.context) * point.config.page_size
+            point = replace(point, read=read or min(_READ, budget))
+            if point.is_planted:
+                check_read(point)
+        found.append(point)
+    return found
 
 
 def _layers(args: argparse.Namespace, heads: tuple[int, int, int], on_gpu: bool) -> list[Geometry]:

@@ -178,9 +178,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the first so many read everything (default {SparseConfig.dense_layers})",
     )  # fmt: skip
     parser.add_argument("--digest", help=f"page digest (default {SparseConfig.digest})")
+    add_share_options(parser)
     parser.add_argument("--out", metavar="DIR", help="write DIR/generate_DEVICE.json and .png")
     parser.add_argument("--add", action="store_true", help="keep the other points of the files that are there")
     add_json_option(parser)
+
+
+def add_share_options(parser: argparse.ArgumentParser) -> None:
+    """How pages are pooled over a group of heads, and which are left out, for both benchmarks."""
+    parser.add_argument("--group-pooling", help=f"over the heads of a kv head (default {SparseConfig.group_pooling})")
+    parser.add_argument(
+        "--min-share", type=float, metavar="SHARE",
+        help="with --group-pooling share: pages with less of every head's attention are not read "
+        f"(default {SparseConfig.min_share:g})",
+    )  # fmt: skip
 
 
 def _add_points(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ _STEP_LINES = (
     ("dense_floor", "memory's speed, all keys and values", {"linestyle": "--", "color": GREY}),
     ("floor", "memory's speed, digests and budget", {"linestyle": "--", "color": BLUE}),
 )
+_ALIKE = ("geometry", "budget", "digest", "policy", "group_pooling", "min_share")
 _PARTS = {"append": GREY, "score": BLUE, "select": ORANGE, "attend": GREEN}
 _SPLIT = {"attention": ("attention", BLUE), "gemm": ("matrix products", GREY), "rest": ("norms, rotary ...", ORANGE)}
 
@@ -45,7 +46,7 @@ def step_figure(rows: Sequence[Row], title: str | None = None) -> Any:
     """Time of a step against the context, and how much faster than dense it is at every batch and context.
 
     Args:
-        rows: of `attention_DEVICE.json`. Shown are the first row's geometry and budget; on the left, its batch.
+        rows: of `attention_DEVICE.json`. Shown are the first row's geometry and settings; on the left, its batch.
         title: of the figure (default: geometry and budget).
     """
     same = _like_the_first(rows)
@@ -65,9 +66,9 @@ def _title(what: str, row: Row) -> str:
 
 
 def _like_the_first(rows: Sequence[Row]) -> list[Row]:
-    """Those measured, of the first one's geometry and budget, by batch and context."""
+    """Those measured, of the first one's geometry and settings, by batch and context."""
     timed = [row for row in rows if row.get("sparse_us")]
-    same = [row for row in timed if all(row[key] == timed[0][key] for key in ("geometry", "budget"))]
+    same = [row for row in timed if all(row.get(key) == timed[0].get(key) for key in _ALIKE)]
     return sorted(same, key=lambda row: (row["batch"], row["context"]))
 
 

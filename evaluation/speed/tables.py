@@ -15,6 +15,7 @@ from sparsekv.evaluation.report import short
 Row = dict[str, Any]
 
 _COMPARED = {"sparse": "sparse", "flashinfer": "FlashInfer", "sdpa": "SDPA", "shelf": "shelf", "dense": "dense"}
+_OF_STEP = ("b x n", "digest", "tokens")
 _PARTS = ("sparse", "composed", "append", "score", "select", "attend")
 _SPLIT = {"attention": "attention", "gemm": "matrix products", "rest": "rest", "idle": "gaps"}
 _OF_TOKEN = ("ms/token", "faster", "tokens/s", "first token s", "first steps s", "cache read", "TB/s", "peak GB",
@@ -26,11 +27,13 @@ _OF_TOKEN = ("ms/token", "faster", "tokens/s", "first token s", "first steps s",
 
 def step_line(row: Row) -> str:
     """A point as soon as it is known."""
-    where = f"{row['geometry']} batch {row['batch']} context {short(row['context'])} budget {row['budget']}"
+    where = f"{row['geometry']} batch {row['batch']} context {short(row['context'])} {row['digest']}"
+    where += f" budget {row['budget']}"
     if "sparse_us" not in row:
         return f"{where}: {row.get('error', 'checked')}"
     faster = f", {row['speedup']:.1f}x the faster dense" if row["speedup"] else ""
-    return f"{where}: {row['sparse_us']:.1f} us{faster}, {row['of_floor']:.0%} of the memory's speed"
+    read = f", {short(row['tokens_read'])} tokens read"
+    return f"{where}: {row['sparse_us']:.1f} us{read}{faster}, {row['of_floor']:.0%} of the memory's speed"
 
 
 def print_steps(console: Console, rows: Sequence[Row], tb_per_s: float, check_only: bool) -> None:
@@ -43,6 +46,7 @@ def print_steps(console: Console, rows: Sequence[Row], tb_per_s: float, check_on
         for name, label in _COMPARED.items()
         if row.get(f"{name}_note")
     ]
+    found += [(row["error"], _layer(row)) for row in rows if "error" in row]
     separately = "Quest's own kernels, measured separately (speed/attention_points.py)"
     found += [(f"{separately}: {row['quest_us']} us", _layer(row)) for row in rows if row.get("quest_us")]
     for note, places in _by_note(found).items():
@@ -55,19 +59,20 @@ def _steps(rows: Sequence[Row], tb_per_s: float) -> Table:
     table = _table(
         "One layer's decode step, microseconds (medians)",
         "faster: than the faster of FlashInfer and SDPA. floor: what the step has to read at "
-        f"{tb_per_s:.3g} TB/s; read: as a share of the cache. dense: our own attention to all pages.",
+        f"{tb_per_s:.3g} TB/s; read: as a share of the cache. dense: our own attention to all pages. tokens: in the "
+        "pages that the step was seen to list, of a sequence and kv head (mean).",
         ["geometry"],
-        ["b x context", "budget", *compared.values(), "faster", "floor", "of floor", "read"],
+        [*_OF_STEP, *compared.values(), "faster", "floor", "of\nfloor", "read"],
     )
     for row in rows:
-        times = [_number(row.get(f"{name}_us"), ".1f") for name in compared]
+        times = [_microseconds(row.get(f"{name}_us")) for name in compared]
         ratios = [
             _number(row.get("speedup"), ".1f", "x"),
             _number(row.get("floor_us"), ".1f"),
             _number(row.get("of_floor"), ".0%"),
             _number(row.get("share"), ".0%"),
         ]
-        table.add_row(*_where_of_step(row), *([row["error"]] if "error" in row else [*times, *ratios]))
+        table.add_row(*_where_of_step(row), *times, *ratios)
     return table
 
 
@@ -77,17 +82,21 @@ def _parts(rows: Sequence[Row]) -> Table:
         "Its parts, microseconds",
         "composed: the four operators one after the other. TB/s: -, where a part alone would read from L2.",
         ["geometry"],
-        ["b x context", "budget", *_PARTS, "score TB/s", "attend TB/s"],
+        [*_OF_STEP, *_PARTS, "score\nTB/s", "attend\nTB/s"],
     )
     for row in rows:
         if "error" not in row:
             speeds = [_number(row.get(f"{name}_tb_per_s"), ".3g") for name in ("score", "attend")]
-            table.add_row(*_where_of_step(row), *(_number(row.get(f"{name}_us"), ".1f") for name in _PARTS), *speeds)
+            table.add_row(*_where_of_step(row), *(_microseconds(row.get(f"{name}_us")) for name in _PARTS), *speeds)
     return table
 
 
+def _microseconds(value: float | None) -> str:
+    return _number(value, ".1f" if value is None or value < 1e3 else ".0f")
+
+
 def _where_of_step(row: Row) -> list[str]:
-    return [row["geometry"], _where(row), short(row["budget"])]
+    return [row["geometry"], _where(row), row["digest"], short(row["tokens_read"])]
 
 
 def _layer(row: Row) -> str:

@@ -1,8 +1,10 @@
 """How a layer's step is timed, run on the CPU with tiny layers: what is checked, counted, timed and written."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from sparsekv.evaluation.speed.attention_points import K, LayerPoint, M, grid, p
 from sparsekv.evaluation.speed.competitors import COMPETITORS, Unavailable
 from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry
 from sparsekv.evaluation.speed.graph_timer import Spread, Timer, read_tb_per_s
+from sparsekv.evaluation.speed.planted_keys import check_read
 from sparsekv.ops import reference
 from sparsekv.policies import POLICIES, Policy, register
 from sparsekv.policies.top_k import TopK
@@ -34,9 +37,11 @@ Decoded = tuple[Tensor, Tensor]
 
 
 def point(context: int = 160, batch: int = 3, budget: int = 64, **changes: Any) -> LayerPoint:
-    settings = {name: changes.pop(name) for name in ("digest", "policy") if name in changes}
+    names = ("digest", "policy", "group_pooling", "min_share")
+    settings = {name: changes.pop(name) for name in names if name in changes}
+    read = changes.pop("read", None)
     geometry = Geometry("tiny", **{"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, **changes})
-    return LayerPoint(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16, **settings))
+    return LayerPoint(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16, **settings), read)
 
 
 def check_of(where: LayerPoint) -> Check:
@@ -54,7 +59,7 @@ def check_of(where: LayerPoint) -> Check:
     ],
 )
 def test_floors_are_those_worked_out_for_an_h200(batch: int, context: int, sparse_us: float, dense_us: float) -> None:
-    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [batch], [context], [2 * K])
+    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [batch], [context], [SparseConfig(budget=2 * K)])
     h200 = Machine(CPU, 60 << 20, 4.39, 4.39)
     assert h200.floor_us(where.sparse_bytes) == pytest.approx(sparse_us, rel=0.02)
     assert h200.floor_us(where.dense_bytes) == pytest.approx(dense_us, rel=0.02)
@@ -69,7 +74,7 @@ def test_a_context_within_the_budget_is_read_in_full() -> None:
 
 
 def test_layers_reach_past_the_l2_cache_and_stay_within_memory() -> None:
-    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [1], [128 * K], [2 * K])
+    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [1], [128 * K], [SparseConfig(budget=2 * K)])
     l2, much = 60 << 20, 140 << 30
     assert where.num_layers(l2, much) * where.sparse_bytes >= 4 * l2
     assert where.num_layers(l2, 3 << 30) < where.num_layers(l2, much)
@@ -84,6 +89,8 @@ def test_presets_name_known_shapes_and_quests_own_times_belong_to_one_of_them() 
     quest = {p.context: p.quest_us for p in full if p.quest_us}
     assert quest == {32 * K: 64.9, 128 * K: 183.7}
     assert len(preset_points("quick")) == 3
+    pair = [SparseConfig(budget=512), SparseConfig(budget=4096)]
+    assert [p.config for p in preset_points("bars", pair)[:4]] == 2 * pair
 
 
 @pytest.mark.parametrize("context", [160, 157])
@@ -117,6 +124,26 @@ def test_the_check_accepts_every_policy(policy: str, listed: int) -> None:
         assert check_of(point(policy=policy)).all() == listed
 
 
+@pytest.mark.parametrize(("context", "read", "budget"), [(1600, 80, 256), (1595, 160, 160), (2400, 500, 1024)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_lists_the_pages_that_keys_are_planted_in(context: int, read: int, budget: int, batch: int) -> None:
+    """And beside them those that it always reads: of every sequence and head as many, wherever the query looks."""
+    where = point(context, batch, budget, digest="sketch2", group_pooling="share", min_share=0.003, read=read)
+    where = replace(where, geometry=replace(where.geometry, head_dim=64))
+    check_read(where)
+    check = check_of(where)
+    with torch.inference_mode():
+        assert check.all() == where.k == -(-read // 8)
+        slots = check.policy.select(check.step)
+    assert slots is not None
+    assert bool(((slots >= 0).sum(-1) == where.k).all())
+    assert where.attend_bytes <= replace(where, read=None).attend_bytes
+
+
+def test_nothing_is_planted_where_everything_is_read() -> None:
+    assert point(60, group_pooling="share", min_share=0.003, read=40).k == 8
+
+
 def wrong_output(step: DecodeStep) -> Decoded:
     out, slots = step.attend_best()
     return 1.05 * out, slots
@@ -143,7 +170,7 @@ def stale_digest(step: DecodeStep) -> Decoded:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (wrong_output, "output of sparse is 5.0e-02 off"),
+        (wrong_output, r"output of sparse is 5.\de-02 off"),
         (other_pages, "sparse step reads other pages"),
         (no_append, "sparse step did not store the new token"),
         (stale_digest, "Digests after the sparse step"),
@@ -328,6 +355,9 @@ def test_a_spread_is_the_median_and_the_quartiles() -> None:
     assert read_tb_per_s(CPU, Timer(CPU, 3), 1 << 20) > 0
 
 
+SHARE = ["--device", "cpu", "--group-pooling", "share", "--min-share", "0.001"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -341,6 +371,10 @@ def test_a_spread_is_the_median_and_the_quartiles() -> None:
         (["--digest", "sign_sketsh"], "Did you mean 'sign_sketch'"),
         (["--policy", "topk"], "Did you mean 'top_k'"),
         (["--bandwidth", "0"], "more than 0 TB/s"),
+        (["--read", "1k"], "--read=1024 is for --min-share: without one a step reads its budget"),
+        ([*SHARE, "--read", "2k"], "--read=2048 is not possible at a context of 4,096: at least 144 tokens"),
+        ([*SHARE, "--read", "128"], "at most 1024 (the budget"),
+        (["--min-share", "0.1"], "set group_pooling='share'"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(
@@ -386,6 +420,26 @@ def test_a_file_of_settings_has_a_layer_for_each_of_its_budgets(tmp_path: Path) 
     ]
     (row,) = speed.measure(f"attention --settings {path} --budget 128 --policy top_k {sizes}")["rows"]
     assert (row["budget"], row["page_size"], row["policy"]) == (128, 32, "top_k")
+
+
+@pytest.mark.usefixtures("machine")
+def test_files_of_settings_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those with a least share over keys of which pages hold it; the others over random ones."""
+    names = [str(tmp_path / name) for name in ("one.json", "other.json")]
+    SparseConfig(budget=256).save(names[0])
+    SparseConfig(budget=512, digest="sketch2", group_pooling="share", min_share=0.001).save(names[1])
+    command = f"attention --settings {shlex.join(names)} --device cpu --contexts 4k 256 --repeats 1 --read 320"
+    rows = speed.measure(f"{command} --out {tmp_path}")["rows"]
+    told = [[row[name] for name in ("context", "digest", "planted", "tokens_read", "fits")] for row in rows]
+    assert told == [
+        [4096, "minmax", None, 256, False],
+        [4096, "sketch2", 320, 320, False],
+        [256, "minmax", None, 256, True],
+        [256, "sketch2", None, 256, True],
+    ]
+    assert rows[1]["floor_us"] < rows[1]["dense_floor_us"] / 4
+    assert json.loads((tmp_path / "attention_cpu_minmax_sketch2.json").read_text())["rows"] == rows
+    assert "sketch2     320" in capsys.readouterr().out
 
 
 def test_an_option_that_is_not_allowed_is_an_error_in_python_too() -> None:

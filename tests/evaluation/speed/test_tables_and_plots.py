@@ -32,6 +32,7 @@ def row(batch: int, context: int, **changes: Any) -> dict[str, Any]:
     times = {"sparse": 10.0, "composed": 14.0, "append": 1.5, "score": 5.0, "select": 3.0, "attend": 4.5}
     times |= {"dense": 40.0, "flashinfer": 42.0, "sdpa": 38.0, "shelf": 50.0}
     where = {"geometry": "llama-3.1-8b", "batch": batch, "context": context, "budget": 2048, "share": 0.125}
+    where |= {"digest": "sign_sketch", "tokens_read": 2048}
     floors = {"floor_us": 3.8, "dense_floor_us": 30.5, "of_floor": 0.38, "speedup": 3.8, "best_dense_us": 38.0}
     speeds = {"score_tb_per_s": 2.5, "attend_tb_per_s": None, "quest_us": None}
     return where | {f"{name}_us": us for name, us in times.items()} | floors | speeds | changes
@@ -40,8 +41,9 @@ def row(batch: int, context: int, **changes: Any) -> dict[str, Any]:
 ROWS = [
     row(1, 32768),
     row(1, 131072, flashinfer_us=None, flashinfer_note="flashinfer is not installed", shelf_us=None),
-    row(16, 32768, geometry="mha", quest_us=64.9),
-    {"geometry": "llama-3.1-8b", "batch": 64, "context": 1 << 20, "budget": 2048, "error": "out of memory"},
+    row(16, 32768, geometry="mha", quest_us=64.9, dense_us=1955.1, sdpa_us=1955.1, flashinfer_us=1955.1),
+    {key: row(64, 1 << 20)[key] for key in ("geometry", "batch", "context", "digest", "tokens_read")}
+    | {"error": "out of memory"},
 ]
 
 
@@ -54,12 +56,12 @@ def printed(rows: list[dict[str, Any]], check_only: bool = False) -> str:
 def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
     text = printed(ROWS)
     assert "…" not in text  # nothing is cut off at 118 characters
-    assert "out of memory" in text
+    assert "out of memory (llama-3.1-8b 64 x 1M)" in text
     assert "4.39 TB/s" in text
     assert "FlashInfer: flashinfer is not installed (llama-3.1-8b 1 x 128k)" in text
     assert "64.9 us (mha 16 x 32k)" in text
     (line,) = [line for line in text.splitlines() if "1 x 32k" in line and "3.8x" in line]
-    assert line.split()[5:] == ["10.0", "42.0", "38.0", "50.0", "40.0", "3.8x", "3.8", "38%", "12%"]
+    assert line.split()[4:] == "sign_sketch 2k 10.0 42.0 38.0 50.0 40.0 3.8x 3.8 38% 12%".split()
 
 
 def test_after_checks_alone_there_is_no_table() -> None:
