@@ -150,12 +150,22 @@ class GenerateBench:
         promised = ["sparse_steps"] if chooses else []
         promised += ["replays"] if config.capture and self.device.type == "cuda" else []
         counted = {key: clock.counted[key] for key in promised}
-        row: Row = {"note": check_counts(counted, self.options.timed_tokens, _why_eager(patch))}
+        notes = [check_counts(counted, self.options.timed_tokens, _why_eager(patch)), self._why_little(chooses)]
+        row: Row = {"note": "; ".join(filter(None, notes)) or None}
         row |= {"captures": decoder.captures, "replays": decoder.replays, "refusal": decoder.refusal}
         row |= {"stats": patch.stats.as_dict()}
         if self.options.split and name in CAPTURED:
             row["split_ms"] = split_ms(decoder, ms, self.device)
         return row
+
+    def _why_little(self, chooses: bool) -> str | None:
+        """What a reader should know of how much was read where pages may be left out: attention is nowhere peaked."""
+        if not chooses or not self.options.config.min_share or self.subject.source is not None:
+            return None
+        return (
+            "random weights attend to all pages alike: where there are many, none holds min_share, and only those "
+            "always read are read (--min-share 1e-30: the budget is)"
+        )
 
 
 def _count(patch: Patch | None) -> Counts:

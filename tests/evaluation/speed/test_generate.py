@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,15 @@ def test_every_mode_leaves_the_model_as_it_was(tiny: Subject) -> None:
     assert not bench.is_warm  # the static mode's leavings were forgotten, and with them what else was compiled
     assert not hasattr(tiny.model, "_sparsekv_patch")
     assert not hasattr(tiny.model, "_previous_max_cache_length")  # else the next static cache would be as long
+
+
+def test_random_weights_say_that_a_least_share_leaves_out_nearly_all(tiny: Subject) -> None:
+    for share, says in ((0.5, True), (0.0, False)):
+        config = SparseConfig(budget=128, group_pooling="share", min_share=share)
+        bench = GenerateBench(tiny, replace(options(modes=["sparse", "all"]), config=config), CPU)
+        sparse, all_pages = rows_of(bench)
+        assert ("random weights" in (sparse["note"] or "")) == says
+        assert all_pages["note"] is None
 
 
 def test_a_file_of_settings_is_followed_and_recorded(tmp_path: Path) -> None:
