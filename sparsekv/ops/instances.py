@@ -17,6 +17,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MMA_HEADS = 8  # query heads of one matrix product
+GROUPS = (MMA_HEADS // 2, MMA_HEADS, MAX_GROUP)  # those that differ in code
 MAX_PAGES, MAX_SELECTED = 65_536, 1_024  # of one sequence; in a selection
 NO_DIGEST = DigestKernel("common/digest.cuh", "NoDigest", (), staged=lambda head_dim, heads: 0)
 
@@ -120,8 +121,7 @@ def of_model(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel
 
 def promised() -> list[KernelSpec]:
     """Every instantiation, each once, for every digest that has a kernel."""
-    groups, kernels = (MMA_HEADS // 2, MMA_HEADS, MAX_GROUP), filter(None, map(kernel_of, with_kernels()))
-    geometries = itertools.product(ELEMENTS, HEAD_DIMS, groups, kernels)
+    geometries = itertools.product(ELEMENTS, HEAD_DIMS, GROUPS, filter(None, map(kernel_of, with_kernels())))
     return list(dict.fromkeys(spec for geometry in geometries for spec in of_model(*geometry)))
 
 

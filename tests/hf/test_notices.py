@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 import sparsekv
 from sparsekv.hf.support import CACHE
@@ -79,9 +79,11 @@ def test_a_loop_of_ones_own_says_so_at_its_first_step(tiny, prompt) -> None:
 def test_continuous_batching_keeps_its_own_cache_and_says_so(tiny, prompt) -> None:
     model, ids = tiny("llama"), prompt(40)["input_ids"].tolist()
     greedy = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # By default its masks and its cache fill most of the machine's memory.
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
 
     def answers() -> list[list[int]]:
-        outputs = model.generate_batch(ids, generation_config=greedy, progress_bar=False)
+        outputs = model.generate_batch(ids, greedy, small, progress_bar=False)
         return [output.generated_tokens for output in outputs.values()]
 
     theirs = answers()

@@ -1,7 +1,10 @@
 """Every promised kernel compiles for every promised architecture, on a machine without a GPU."""
 
+import itertools
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -13,24 +16,61 @@ from sparsekv.ops.formulas import kernel_of, with_kernels
 needs_nvrtc = pytest.mark.skipif(
     compiler._no_compiler() is not None, reason="needs the cuda extra: pip install '.[cuda]'"
 )
+ARCHS = ("sm_80", "sm_90", "sm_100")
 
 
-def compiled(specs: list[KernelSpec], arch: str) -> bool:
+def compiled(specs: Iterable[KernelSpec], arch: str) -> bool:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return all(
             cubin.code and cubin.symbol for cubin in pool.map(lambda x: compiler.compile_cubin(x, arch), specs)
         )
 
 
+def covering() -> list[tuple[str, tuple[Any, ...]]]:
+    """An architecture and a geometry for every head size and digest: the rest takes turns along the diagonals."""
+    kernels, dtypes, groups = [kernel_of(name) for name in with_kernels()], list(instances.ELEMENTS), instances.GROUPS
+    return [
+        (ARCHS[(i - j) % 3], (dtypes[(i + j) % 2], head_dim, groups[(i + j) % 3], kernel))
+        for (i, head_dim), (j, kernel) in itertools.product(enumerate(instances.HEAD_DIMS), enumerate(kernels))
+    ]
+
+
+def test_any_two_choices_meet_in_what_is_compiled() -> None:
+    rows = [(arch, *geometry) for arch, geometry in covering()]
+    for one, other in itertools.combinations(zip(*rows, strict=True), 2):
+        assert len(set(zip(one, other, strict=True))) == len(set(one)) * len(set(other))
+    promised = {spec for _, geometry in covering() for spec in instances.of_model(*geometry)}
+    for part in (lambda x: x.source, lambda x: x.headers):
+        assert {part(spec) for spec in promised} == {part(spec) for spec in instances.promised()}
+
+
 @needs_nvrtc
 @pytest.mark.wide
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_every_promised_kernel_compiles(arch: str, part: int) -> None:
-    """Both element types for one architecture, whose functions they share, and one of them for the others."""
-    specs = [spec for spec in instances.promised() if arch == "sm_90" or "fp16" not in spec.expression]
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_for_every_architecture(arch: str) -> None:
+    """To machine code, which takes seconds: those of `covering`. `sparsekv doctor --compile` compiles all."""
+    geometries = [geometry for on, geometry in covering() if on == arch]
+    assert compiled({spec for geometry in geometries for spec in instances.of_model(*geometry)}, arch)
+
+
+@needs_nvrtc
+@pytest.mark.wide
+def test_every_promised_kernel_is_right_to_the_compiler() -> None:
+    """Its templates and its claims: all that NVRTC can refuse before it makes machine code, a tenth of the work."""
+    from cuda.core import Program, ProgramOptions
+
+    folder, only = str(compiler.sources_dir()), {"link_time_optimization": True}
+    options = ProgramOptions(arch="sm_90", include_path=[folder], **compiler.OPTIONS, **only)
+    specs = instances.promised()
     assert len(specs) == len(set(specs)) > 50
-    assert compiled(specs[part::4], arch)
+    for spec in specs:
+        assert Program(compiler._text(spec), "c++", options).compile("ltoir", (spec.expression,)).code
+
+
+@needs_nvrtc
+@pytest.mark.gpu
+def test_every_promised_kernel_compiles_for_this_gpu() -> None:
+    assert compiled(instances.promised(), compiler.arch_of(0))
 
 
 @needs_nvrtc
