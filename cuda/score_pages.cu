@@ -40,6 +40,7 @@ __device__ void score_tiles(Scorer& scorer, const WarpShare& share, const u16* q
         if (tile * TILE < count) scorer.score(by_head, [&] { ids.aim(scorer); });
         take(tile, by_head);
     }
+    wait_for_copies();
 }
 
 template <typename T, int D, int HEAD_TILES, typename Kind>
@@ -55,8 +56,9 @@ __global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
     let_next_kernel_start();
     using Scorer = typename Kind::template Scorer<T, D, HEAD_TILES>;
     const WarpShare share(staged, Scorer::STAGED, heads, num_kv_heads);
-    check_shared_end(staged + heads * Scorer::STAGED);
-    Scorer scorer(digests, num_kv_heads, share.head, page_shift, scaling);
+    uint4* const rooms = staged + heads * Scorer::STAGED;
+    check_shared_end(rooms + num_warps() * Scorer::ROOM);
+    Scorer scorer(digests, num_kv_heads, share.head, page_shift, scaling, rooms + warp_id() * Scorer::ROOM);
     const i64 item = share.item();
     const int count = (seq_lens[share.row] + (1 << page_shift) - 1) >> page_shift;
     const auto take = [&](int tile, const float (&by_head)[HEAD_TILES][4]) {

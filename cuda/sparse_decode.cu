@@ -36,9 +36,10 @@ struct StepParams {
 
 // What a CTA works with in shared memory, as `step_bytes` of sparsekv/ops/rooms.py counts it. Other CTAs write into
 // `select.priorities` and the room of the merge.
-template <typename T, int D, int HEAD_TILES, int STAGED>
+template <typename T, int D, int HEAD_TILES, typename Scorer>
 struct StepShared {
     uint4 *query, *score_query;  // as attention and as scoring want it
+    uint4* scorer;               // this warp's
     SelectBuffers select;
     int* table;          // [max_pages] the pages' ids, where there is room for all pages' keys
     float* kept;         // [tiles of this CTA, 16, heads] scores that will be shares
@@ -49,12 +50,14 @@ struct StepShared {
         const auto words = [](int n) { return (n + 3) >> 2; };  // of 16 bytes
         query = base;
         score_query = query + QUERY_WORDS<D, HEAD_TILES>;
-        uint4* const reused = score_query + STAGED;
-        uint4* const priorities = reused + words(k);
+        uint4* const reused = score_query + Scorer::STAGED;
+        scorer = reused + warp_id() * Scorer::ROOM;
+        uint4* const chosen = reused + num_warps() * Scorer::ROOM;
+        uint4* const priorities = chosen + words(k);
         uint4* const ids = priorities + words(direct ? max_pages : ceil_div(max_pages, TILE));
         uint4* const scores = ids + (direct ? words(max_pages) : words(k) + words(TILE * k));
         uint4* const end = scores + kept_tiles * (TILE / 4) * kept_heads(group);
-        select.chosen = reinterpret_cast<int*>(reused);
+        select.chosen = reinterpret_cast<int*>(chosen);
         select.priorities = reinterpret_cast<u32*>(priorities);
         table = select.tiles = reinterpret_cast<int*>(ids);
         select.candidates = reinterpret_cast<u32*>(ids + words(k));
@@ -95,7 +98,7 @@ __device__ void score_own_pages(const StepParams& p, const Pages& pages, const S
     const int count = pages.count(), stride = cluster_size() * num_warps();
     const int first = cluster_rank() * num_warps() + warp_id();
     TileIds ids(pages.block_table, count, p.max_pages, first * TILE, stride * TILE);
-    Scorer scorer(p.digests, pages.num_kv_heads, pages.kv_head, pages.page_shift, p.scaling);
+    Scorer scorer(p.digests, pages.num_kv_heads, pages.kv_head, pages.page_shift, p.scaling, room.scorer);
     scorer.stage(room.score_query, query, p.group, warp_id(), num_warps(), [&] {
         ids.aim(scorer);
         if (first * TILE < count) scorer.load_first();
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     const bool share = p.pooling == POOL_SHARE;
     const int tiles = ceil_div(p.max_pages, TILE);
     const int kept_tiles = share && !p.kept ? ceil_div(tiles, cluster_size() * num_warps()) * num_warps() : 0;
-    const StepShared<T, D, HEAD_TILES, Scorer::STAGED> room(base, p.max_pages, p.k, direct, p.group, kept_tiles);
+    const StepShared<T, D, HEAD_TILES, Scorer> room(base, p.max_pages, p.k, direct, p.group, kept_tiles);
     const int count = min(pages.count(), p.max_pages), limit = min(p.limits ? p.limits[row] : p.k, p.k);
     const bool choose = count > limit;
     const int warps = cluster_size() * num_warps(), first = cluster_rank() * num_warps() + warp_id();
@@ -176,7 +179,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
         room.query[i] = query_word<D, HEAD_TILES>(my_query, p.group, i);
 #pragma unroll 1
     for (int i = threadIdx.x; direct && choose && i < count; i += blockDim.x)
-        copy_async(room.table + i, pages.block_table + i);
+        copy_async<4>(room.table + i, pages.block_table + i);
     if (!(choose && share)) append();
     cluster_wait();  // for all priorities, or if nothing is chosen for all CTAs to run
     __syncthreads();

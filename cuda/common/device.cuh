@@ -149,11 +149,20 @@ __device__ inline u32 load4(const void* p) {
 // A line into the L2 cache, without waiting.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory"); }
 
-// A word from memory to shared memory that nobody waits for until wait_for_copies.
+// 4, 8 or 16 bytes from memory to shared memory that nobody waits for until wait_for_copies.
+template <int BYTES>
 __device__ inline void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
-                 "l"(global)
-                 : "memory");
+    const u32 to = static_cast<u32>(__cvta_generic_to_shared(shared));
+    if constexpr (BYTES == 16)  // such are kept out of L1
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+}
+// What this thread has asked for since it last did so is a group. It waits for all but its last PENDING groups.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -8,7 +8,7 @@
 // - `Scorer<T, D, HEAD_TILES>`, a warp that scores tiles of sixteen pages, one after the other: `stage` and `use` a
 //   query, which takes `STAGED` words of 16 bytes, `aim` at the next tile's pages, `load_first`, and `score`, which
 //   loads the next tile as it goes. Scores are on the scale of logits, products times the `scaling` that it is made
-//   with.
+//   with. It is made with `ROOM` words of 16 bytes of shared memory, too, that are this warp's own.
 #pragma once
 #include "common/device.cuh"
 

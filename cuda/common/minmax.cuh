@@ -62,6 +62,7 @@ template <typename T, int D, int HEAD_TILES>
 struct MinMaxScorer {
     static constexpr int CHUNKS = 2 * D / 32, BATCH = CHUNKS < 8 ? CHUNKS : 8;
     static constexpr int STAGED = HEAD_TILES * CHUNKS * WARP;  // words of 16 bytes of a staged query
+    static constexpr int ROOM = 0;
 
     const u16* digests;
     int num_kv_heads, head;
@@ -70,7 +71,7 @@ struct MinMaxScorer {
     uint4 low[BATCH], high[BATCH];  // 16 bytes of the digests of pages lane / 4 and lane / 4 + 8
     const u16 *low_page, *high_page;
 
-    __device__ MinMaxScorer(const Digests& digests, int num_kv_heads, int head, int, float scaling)
+    __device__ MinMaxScorer(const Digests& digests, int num_kv_heads, int head, int, float scaling, uint4*)
         : digests(digests.at<u16>(0)), num_kv_heads(num_kv_heads), head(head), scaling(scaling) {}
 
     // The query head that this lane's scores[tile][i] and scores[tile][2 + i] belong to.

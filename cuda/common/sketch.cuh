@@ -1,25 +1,29 @@
 // Sketches (sparsekv/digests/sign_sketch.py and sketch2.py, which have the sources): one bit or two per channel of
 // every key, of what is left of it, rotated, after its page's mean, and a factor; and the mean, in two bits and a
-// factor. Here is how they are made and where they lie; sketch_query.cuh stages a query for them, sketch_score.cuh
-// scores them.
+// factor. Here is how they are made and where they lie; sketch_score.cuh scores them.
 //
-// A bit stands for +1 or -1. The first plane of bits has a vector's signs s. A second one has u: s of the channels
-// that are larger than the vector's root mean square, -s of the others. So the code c = 2 s + u is -3, -1, 1 or 3.
+// The bits of a channel are a number n that stands for its code c: 2 n + 1 - 2^bits, so -1 or 1, or -3, -1, 1 or 3.
+// Of two bits the upper one is the channel's sign, and |c| is 3 where it is larger than the vector's root mean
+// square.
+//
+// Channel 32 j + 8 y + 2 q + e, e being 0 or 1, is of register 2 j + e, byte y, of lane q: four bytes are an operand
+// of the tensor core, and four lanes share a token. They come out of words of 32 bits, of which each byte has as many
+// registers' bits as it has room for.
 #pragma once
 #include "common/digest.cuh"
 
-constexpr int MEAN_PLANES = 2;
+constexpr int MEAN_BITS = 2;
 
 // The tensors of SignSketch, in its order. Kernels rotate by the flips alone, without the matrix.
 struct SketchTensors {
-    char* signs;         // [num_pages, hkv, page_size * planes * d / 8]
+    char* codes;         // [num_pages, hkv, page_size * bits * d / 8]
     u16* factors;        // [num_pages, hkv, page_size]
-    char* means;         // [num_pages, hkv, MEAN_PLANES * d / 8]
+    char* means;         // [num_pages, hkv, MeanLayout<D>::BYTES]
     float* units;        // [num_pages, hkv], the factors of the means
     const float* flips;  // [hkv, 2, d]; before it lies the rotation, [hkv, d, d]
 
     __device__ SketchTensors(const Digests& digests)
-        : signs(digests.at<char>(0)),
+        : codes(digests.at<char>(0)),
           factors(digests.at<u16>(1)),
           means(digests.at<char>(2)),
           units(digests.at<float>(3)),
@@ -87,45 +91,45 @@ struct Rotation {
     }
 };
 
-// `SHARE`: bytes that lie side by side for one of the four lanes of a page.
-template <int D, int PLANES, int SHARE = D == 96 ? 48 : 32>
-struct SketchLayout {
-    static constexpr int BYTES = D / 32;                     // of a plane of a token that one lane scores, a quarter
-    static constexpr int TOKENS = SHARE / (PLANES * BYTES);  // whose quarters, all planes of them, are a share
+__device__ constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-    // Where byte `i` of a token's plane lies in its page.
-    __device__ static int place(int token, int plane, int i) {
-        return (token / TOKENS * 4 + i / BYTES) * SHARE + (token % TOKENS * PLANES + plane) * BYTES + i % BYTES;
+// Where the codes of a page lie: in blocks of TOKENS tokens, in which each of the four lanes has SHARE bytes.
+template <int D, int BITS>
+struct SketchLayout {
+    static constexpr int REGISTERS = D / 16, OF_WORD = 8 / BITS;  // of a token that a lane has; that a word has
+    static constexpr int SHARE = D == 96 ? 48 : 32, BLOCK = 4 * SHARE, TOKENS = SHARE * 32 / (BITS * D);
+    // Tokens that share words are made together: so many, in so many words of a lane.
+    static constexpr int TOGETHER = OF_WORD / common_divisor(REGISTERS, OF_WORD);
+    static constexpr int WORDS = TOGETHER * REGISTERS / OF_WORD;
+
+    // Where these of a lane begin.
+    __device__ static int place(int token, int lane) {
+        return (token / TOKENS * 4 + lane) * SHARE + token % TOKENS * (BITS * D / 32);
     }
-    // Where the lane's 16 bytes number `i` begin: for whole lines of 128 bytes, two by two.
-    __device__ static constexpr int vector(int i) { return i * 16 / SHARE * 4 * SHARE + i * 16 % SHARE; }
-    __device__ static int lane_offset(int lane) { return lane % 4 * SHARE; }
 };
 
-// As that of a page of one token.
 template <int D>
-using MeanLayout = SketchLayout<D, MEAN_PLANES, D / 16>;
+struct MeanLayout {
+    static constexpr int WORDS = (D + 63) / 64, BYTES = 16 * WORDS;  // of a lane, one after the other; of all four
+};
 
 // The code of a vector x. Lane l has channels l, l + 32, ...
-template <int D, int PLANES>
+template <int D, int BITS>
 struct SketchCode {
-    static_assert(PLANES <= 2);
+    static_assert(BITS <= 2);
     static constexpr int N = D / WARP;
 
-    float numbers[N];        // c
-    float squares, along;    // |x|^2, <c, x>
-    u32 bytes[PLANES] = {};  // of lanes below D / 8, the byte of their number
+    float numbers[N];      // c
+    float squares, along;  // |x|^2, <c, x>
+    u32 bits[BITS][N];     // of all lanes, the upper ones first
 
     __device__ explicit SketchCode(const float (&x)[N]) : squares(dot(x, x)) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const bool positive = x[i] > 0.f, large = PLANES == 2 && x[i] * x[i] * D > squares;
+            const bool positive = x[i] > 0.f, large = BITS == 2 && x[i] * x[i] * D > squares;
             numbers[i] = (positive ? 1.f : -1.f) * (large ? 3.f : 1.f);
-#pragma unroll
-            for (int plane = 0; plane < PLANES; ++plane) {
-                const u32 word = __ballot_sync(ALL_LANES, plane ? positive == large : positive);
-                if (lane_id() / 4 == i) bytes[plane] = word >> lane_id() % 4 * 8;
-            }
+            bits[0][i] = __ballot_sync(ALL_LANES, positive);
+            if constexpr (BITS == 2) bits[1][i] = __ballot_sync(ALL_LANES, positive == large);
         }
         along = dot(numbers, x);
     }
@@ -135,56 +139,85 @@ struct SketchCode {
         for (int i = 0; i < N; ++i) sum += a[i] * b[i];
         return sum_of_warp(sum);
     }
-    template <typename Layout>
-    __device__ void store(char* page, int token) const {
+    __device__ float factor() const { return squares / fmaxf(along, 1e-20f); }
+    // Adds lane q's share of the code to words of which FIRST registers are taken.
+    template <int FIRST, int SIZE>
+    __device__ void add_to(u32 (&words)[SIZE], int q) const {
 #pragma unroll
-        for (int plane = 0; plane < PLANES; ++plane)
-            if (lane_id() < D / 8) page[Layout::place(token, plane, lane_id())] = bytes[plane];
+        for (int i = 0; i < N; ++i) {
+            const int at = FIRST + 2 * i;
+            words[at * BITS / 8] |= pair_of(i, q) << at * BITS % 8;
+        }
     }
+
+  private:
+    // The bits of registers 2 i and 2 i + 1, from the lowest of every byte on.
+    __device__ u32 pair_of(int i, int q) const {
+        const u32 upper = bits[0][i] >> 2 * q & 0x03030303;
+        if constexpr (BITS == 1) return upper;
+        const u32 lower = bits[BITS - 1][i] >> 2 * q & 0x03030303;
+        return apart(lower) | apart(upper) << 1;
+    }
+    __device__ static u32 apart(u32 pairs) { return (pairs & 0x01010101) | (pairs & 0x02020202) << 1; }
 };
 
-template <typename T, int D, int PLANES>
+template <typename T, int D, int BITS>
 struct SketchSummary : KeySums<T, D> {
     static constexpr bool WHOLE = true, SHARED = true;
     static constexpr int N = D / WARP;
 
-    // Every warp makes the mean, and the bits of every `parts`-th token. Lane l has channels l, l + 32, ...
+    // Every warp makes the mean, and the codes of every `parts`-th few tokens. Lane l has channels l, l + 32, ...
     template <typename StoredPage>
     __device__ void store(const StoredPage& page, const Digests& digests, int count, int page_size, int part,
                           int parts) {
+        using Layout = SketchLayout<D, BITS>;
         const SketchTensors tensors(digests);
         const Rotation<D> rotate(tensors.flips + page.head * 2 * D);
         float mean[N];
         take_mean(count, mean);
         rotate(mean);
-        const SketchCode<D, MEAN_PLANES> code(mean);
-        const float unit = code.along / code.dot(code.numbers, code.numbers);  // of the nearest multiple of the code
+        const SketchCode<D, MEAN_BITS> code(mean);
+        const float unit = code.factor();
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = unit * code.numbers[i];
         u16* const factors = tensors.factors + page.item * page_size;
         if (part == 0) {
-            code.template store<MeanLayout<D>>(tensors.means + page.item * (MEAN_PLANES * D / 8), 0);
+            u32 words[MeanLayout<D>::WORDS] = {};
+            code.template add_to<0>(words, lane_id() % 4);
+            store_words(tensors.means + page.item * MeanLayout<D>::BYTES + lane_id() % 4 * sizeof(words), words);
             if (lane_id() == 0) tensors.units[page.item] = unit;
             for (int token = count + lane_id(); token < page_size; token += WARP)
                 factors[token] = 0x7FFF;  // NaN: none
         }
-        char* const signs = tensors.signs + page.item * page_size * (PLANES * D / 8);
+        char* const codes = tensors.codes + page.item * page_size * (BITS * D / 8);
 #pragma unroll 1
-        for (int token = part; token < count; token += parts) {
-            float x[N];
+        for (int first = part * Layout::TOGETHER; first < count; first += parts * Layout::TOGETHER) {
+            u32 words[Layout::WORDS] = {};
+            unrolled<Layout::TOGETHER>([&](auto i) {
+                const int token = first + i.value;  // beyond the count, any key
+                float x[N];
 #pragma unroll
-            for (int i = 0; i < N; ++i) x[i] = T::to_float(page.key(token, i * WARP + lane_id()));
-            rotate(x);
+                for (int j = 0; j < N; ++j) x[j] = T::to_float(page.key(token, j * WARP + lane_id()));
+                rotate(x);
 #pragma unroll
-            for (int i = 0; i < N; ++i) x[i] -= mean[i];
-            const SketchCode<D, PLANES> code(x);
-            code.template store<SketchLayout<D, PLANES>>(signs, token);
-            const float factor = code.squares / fmaxf(code.along, 1e-20f);
-            if (lane_id() == 0) factors[token] = fp16::pack(factor, 0.f);
+                for (int j = 0; j < N; ++j) x[j] -= mean[j];
+                const SketchCode<D, BITS> code(x);
+                code.template add_to<i.value * Layout::REGISTERS>(words, lane_id() % 4);
+                if (lane_id() == 0 && token < count) factors[token] = fp16::pack(code.factor(), 0.f);
+            });
+            store_words(codes + Layout::place(first, lane_id() % 4), words);
         }
     }
 
   private:
+    // By the first four lanes, which have a share each.
+    template <int SIZE>
+    __device__ static void store_words(char* share, const u32 (&words)[SIZE]) {
+        if (lane_id() >= 4) return;
+#pragma unroll
+        for (int i = 0; i < SIZE; ++i) reinterpret_cast<u32*>(share)[i] = words[i];
+    }
+
     __device__ void take_mean(int count, float (&mean)[N]) const {
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = 0.f;

@@ -3,73 +3,111 @@
 //     f * sum over channels of c * q'
 //
 // where q' is a query q, rotated and scaled as attention scales it, estimates a part of the token's logit: that of
-// the mean, and that of what is left of the token. c is -1 or 1 by a channel's sign s, or of two planes of bits 2 s +
-// u. A page scores the log-sum-exp of its tokens' logits. It is summed in base 2 and without a running maximum: what
-// is left after the mean is small, and where it is not, infinity is as good a score.
+// the mean, and that of what is left of the token. A page scores the log-sum-exp of its tokens' logits. They are
+// summed in base 2 and relative to the page's first token, without a running maximum: more than 88 above it is
+// infinity.
 //
-// The bits stay bits. q' is in whole numbers with digits t of -1, 0 or 1 (sketch_query.cuh). Of a digit, let M be the
-// number of channels in which a sign is equal to a digit that is not 0, and Z the number of digits that are not 0:
-// then M meetings add 1 each, Z - M subtract 1, and the sum over channels of s * t is 2 M - Z. The tensor core counts
-// M for eight columns at a time, two digits of four heads: it is the ones of (bits, ~bits) AND (where the digit is 1,
-// where it is -1), 256 bits to a product. What a lane loads is the operand: sixteen pages to a product, token after
-// token, so that the sum of a page stays in a register. Of the four lanes of a page, each holds its part of a token's
-// channels. Of two planes the first is counted twice, into the same registers: then M is up to three times the
-// channels, and so is Z.
+// The tensor core multiplies bytes. q' is in whole numbers of one byte, and c = 2 n + 1 - 2^bits, where n are the
+// bits of a channel: then the sum is twice that of n * q', plus a constant of the query. A word's four bytes hold the
+// bits of several registers. A shift and a mask leave those of one, a lane's operand for sixteen pages; of every
+// other register the mask alone, whose numbers are then 2^bits times as large, and so is the unit of q' in these
+// channels.
 //
-// Counts become floats at no cost. The sum over channels of s * q' is 2 (sum of 3^i M_i - sum of 3^i Z_i / 2), where
-// M_i is an integer in a register. The bits of an integer M below 2^23, read as a float32 (__int_as_float), have the
-// exponent 0: they are a denormal float, which is worth exactly M * 2^-149. So fmaf(__int_as_float(M), 3^i * 2^112,
-// sum) adds 3^i M * 2^-37, without a conversion of every count, which would be an instruction more and of a slower
-// kind. Nothing is rounded: with at most 256 channels, each counted up to three times, and digits that make up at
-// most 40, every partial sum is a multiple of 2^-38 below 2^15 * 2^-37, and so has 16 bits where a float has 24. It
-// is 2^112, not 2^149, as 27 * 2^149 is no float; the query's unit takes back the 2^-37 that is left (COUNT_UNIT) and
-// the 2. All of it rests on multiply-adds that do not flush denormal operands to zero: sparsekv/ops/compiler.py
-// compiles with ftz=False.
+// Codes come through shared memory, a few tokens of sixteen pages at a time, and while a warp works on one block the
+// next ones are under way. Were they loaded into registers, a warp would wait for all of them whenever it needs one:
+// it counts loads under way together.
 #pragma once
-#include "common/sketch_query.cuh"
+#include "common/sketch.cuh"
 
-// c[16 x 8] = ones of a[16 x 256 bits] AND b[256 bits x 8], plus c. Of lane l, r = l / 4 and q = l % 4: a0, a2 hold
-// row r, a1, a3 row r + 8, b0, b1 column r; a0, a1, b0 the bits from 32 q on, the others those 128 later. c as in
-// device.cuh.
-__device__ inline void count_ones(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+constexpr int QUERY_LIMIT = 124;  // the largest whole number of a rotated query, a multiple of four
+
+// d[16 x 8] = a[16 x 32] b[32 x 8] + c, of bytes, those of b with signs. Of lane l, r = l / 4 and q = l % 4: a0, a2
+// hold row r, a1, a3 row r + 8, b0, b1 column r; a0, a1, b0 the columns (rows of b) from 4 q on, the others those 16
+// later. c and d as in device.cuh.
+__device__ inline void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c0, int c1,
+                                      int c2, int c3) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
 }
 
-// `MAX_HEADS`: query heads of a kv head for which there is room; four to a tile.
-template <typename T, int D, int HEAD_TILES, int MAX_HEADS, int PLANES>
-struct SketchScorer {
-    using Layout = SketchLayout<D, PLANES>;
-    using Query = SketchQuery<D>;
-    static constexpr int N = Query::N, WORDS = Query::WORDS, MEAN_WORDS = (D + 63) / 64;
-    static constexpr int TILES = MAX_HEADS / TILE_HEADS;
-    // Words of 16 bytes of a staged query, and more: with as little shared memory as is used, score_pages takes 200
-    // us at 16 x 128k, with so much 198 (H100).
-    static constexpr int STAGED = HEAD_TILES * (2 * D + 8);
-    static_assert(TILES * Query::TILE_WORDS <= STAGED, "a query has room");
-    static constexpr int VECTORS = D / 32, GROUP = 16 / PLANES;  // 16 bytes each; tokens that are loaded at once
-    static constexpr int TOKEN_BYTES = PLANES * D / 8, MEAN_BYTES = MEAN_PLANES * D / 8;
-    static constexpr float COUNT_SCALE = 0x1p112f;  // makes 2^-149 a COUNT_UNIT
+// A query of up to eight heads in shared memory, in the order in which lanes hold the tensor core's operands. Head i
+// is column i % 4 * 2 + i / 4, so that up to four heads are in other columns than a lane's second.
+template <int D, int BITS>
+struct SketchQuery {
+    static constexpr int N = D / WARP;
+    static constexpr int WORDS = N * 16 + 4;  // of 16 bytes
 
-    u32 low[4 * VECTORS], high[4 * VECTORS];  // signs of pages lane / 4 and lane / 4 + 8, this lane's part
-    u32 low_factors[GROUP / 2], high_factors[GROUP / 2];
-    u32 digits[TILES][DIGIT_PAIRS][WORDS];
-    float offset[TILES], unit[TILES];  // of this lane's head
-    const char *low_page, *high_page, *signs, *means;
-    const u16 *low_factor, *high_factor, *factors;
-    const float *units, *flips;
+    u32 numbers[N][2][WARP];
+    float halves[MMA_HEADS], units[MMA_HEADS];  // half the sum of all numbers; what 2 adds to a logit in base 2
+
+    __device__ static int column_of(int head) { return head % 4 * 2 + head / 4; }
+
+    // Of a head whose channels l, l + 32, ... lane l has, rotated.
+    __device__ void stage(int head, const float (&x)[N], float scaling) {
+        float largest = 0.f;
+#pragma unroll
+        for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(x[j]));
+        largest = largest_of_warp(largest);
+        const int odd = lane_id() % 2, step = odd ? 1 << BITS : 1, column = column_of(head);
+        const float inverse = largest > 0.f ? QUERY_LIMIT / (largest * step) : 0.f;
+        int sum = 0;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int number = __float2int_rn(x[j] * inverse);
+            sum += number * step;
+            char* const word = reinterpret_cast<char*>(&numbers[j][odd][column * 4 + lane_id() / 2 % 4]);
+            word[lane_id() / 8] = number;
+        }
+        halves[column] = 0.5f * __reduce_add_sync(ALL_LANES, sum);
+        units[column] = 2.f * LOG2_E / QUERY_LIMIT * largest * scaling;
+    }
+};
+
+// `MAX_HEADS`: query heads of a kv head for which there is room.
+template <typename T, int D, int HEAD_TILES, int MAX_HEADS, int BITS>
+struct SketchScorer {
+    using Layout = SketchLayout<D, BITS>;
+    using Query = SketchQuery<D, BITS>;
+    static constexpr int N = Query::N, TILES = MAX_HEADS / 4, STAGED = HEAD_TILES * Query::WORDS;
+    static constexpr int TOKENS = Layout::TOKENS, SHARE_WORDS = Layout::SHARE / 4;
+    static constexpr int MEAN_WORDS = MeanLayout<D>::WORDS, MEAN_BYTES = MeanLayout<D>::BYTES;
+    static constexpr int AHEAD = TOKENS < TILE ? 2 : 1;  // blocks that are under way; a page has no fewer
+    static constexpr int PITCH =
+        Layout::BLOCK + (D == 96 ? 0 : 16);  // from page to page: lanes meet no other's banks
+
+    // What a warp works with in shared memory.
+    struct Block {
+        char codes[TILE][PITCH];
+        u32 factors[TILE][TOKENS / 2];
+    };
+    struct Room {
+        Block blocks[AHEAD + 1];
+        u32 means[TILE][4][MEAN_WORDS];
+        float units[TILE];
+    };
+    static constexpr int ROOM = sizeof(Room) / 16;
+    static_assert(sizeof(Room) % 16 == 0 && sizeof(Block) % 16 == 0);
+
+    static constexpr int COPIES = Layout::BLOCK / 32;  // of 16 bytes, by every lane, for a block of sixteen pages
+    // Bytes of a page's factors that come at once, and how many times that a block has.
+    static constexpr int FACTORS = TOKENS < 8 ? 2 * TOKENS : 16, FACTOR_PARTS = 2 * TOKENS / FACTORS;
+
+    Room& room;
+    int slot = 0;                // of the block at hand
+    const char* coming[COPIES];  // the codes of the block that is asked for next
+    const char* coming_factors;
+    u32 query[HEAD_TILES][N][2];
+    float half[TILES], unit[TILES];  // of this lane's heads
+    const SketchTensors tensors;
     int num_kv_heads, head, page_shift;
     float scaling;
 
-    __device__ SketchScorer(const SketchTensors& tensors, int num_kv_heads, int head, int page_shift, float scaling)
-        : signs(tensors.signs + Layout::lane_offset(lane_id())),
-          means(tensors.means),
-          factors(tensors.factors),
-          units(tensors.units),
-          flips(tensors.flips + head * 2 * D),
+    __device__ SketchScorer(const SketchTensors& tensors, int num_kv_heads, int head, int page_shift, float scaling,
+                            uint4* room)
+        : room(*reinterpret_cast<Room*>(room)),
+          tensors(tensors),
           num_kv_heads(num_kv_heads),
           head(head),
           page_shift(page_shift),
@@ -78,257 +116,213 @@ struct SketchScorer {
     // The query head that this lane's scores[tile][i] and scores[tile][2 + i] belong to.
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + i * 4 + lane_id() % 4; }
 
-    // Warps first, first + stride, ... of those that share the work call it; each takes two digits of a head at a
-    // time.
+    // Warps first, first + stride, ... of those that share the work call it; each takes a head at a time.
     template <typename Begin>
     __device__ void stage(uint4* staged /* [STAGED] */, const u16* query /* [group, d] */, int group, int first,
                           int stride, Begin begin) {
+        const Rotation<D> rotate(tensors.flips + head * 2 * D);
         float x[N];
-        int loaded = first / DIGIT_PAIRS;
-        bool rotated = false;
         const auto load_head = [&](int i) {
 #pragma unroll
             for (int j = 0; j < N; ++j) x[j] = i < group ? T::to_float(query[i * D + j * WARP + lane_id()]) : 0.f;
         };
-        const Rotation<D> rotate(flips);
-        load_head(loaded);
+        load_head(first);
         begin();
 #pragma unroll 1
-        for (int item = first; item < MAX_HEADS * DIGIT_PAIRS; item += stride) {
-            const int i = item / DIGIT_PAIRS;
-            u32* const tile = reinterpret_cast<u32*>(staged + i / TILE_HEADS * Query::TILE_WORDS);
-            if (i != loaded) load_head(loaded = i), rotated = false;
-            if (!rotated) rotate(x);
-            rotated = true;
-            Query::stage_digits(tile, i % TILE_HEADS, item % DIGIT_PAIRS, x, scaling);
+        for (int i = first; i < MAX_HEADS; i += stride) {
+            if (i != first) load_head(i);
+            rotate(x);
+            reinterpret_cast<Query*>(staged)[i / MMA_HEADS].stage(i % MMA_HEADS, x, scaling);
         }
     }
 
     __device__ void use(const uint4* staged) {
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            const u32* const words = reinterpret_cast<const u32*>(staged + tile * Query::TILE_WORDS);
-            const float* const constants = reinterpret_cast<const float*>(words + Query::OFFSETS) + lane_id() % 4;
-            offset[tile] = 0.f;
+        for (int tile = 0; tile < HEAD_TILES; ++tile) {
+            const Query& from = reinterpret_cast<const Query*>(staged)[tile];
 #pragma unroll
-            for (int i = 0; i < DIGIT_PAIRS * WORDS; ++i)
-                digits[tile][i / WORDS][i % WORDS] = words[i * WARP + lane_id()];
+            for (int i = 0; i < 2 * N; ++i) query[tile][i / 2][i % 2] = from.numbers[i / 2][i % 2][lane_id()];
 #pragma unroll
-            for (int pair = 0; pair < DIGIT_PAIRS; ++pair)
-                offset[tile] += ((1 << PLANES) - 1) * constants[TILE_HEADS * pair];
-            unit[tile] = constants[TILE_HEADS * DIGIT_PAIRS];
+            for (int i = 0; i < 2 && 2 * tile + i < TILES; ++i) {
+                half[2 * tile + i] = from.halves[lane_id() % 4 * 2 + i];
+                unit[2 * tile + i] = from.units[lane_id() % 4 * 2 + i];
+            }
         }
     }
 
-    // Registers hold one tile of such small digests, too little to be under way: the signs of the tile after come as
-    // far as L2. A lane asks for every other line of the page of its number.
+    // Far ahead, as far as L2. A lane asks for every other line of the page of its number.
     __device__ void prefetch_page(int id) const {
-        const char* const page =
-            signs - Layout::lane_offset(lane_id()) + ((i64(id) * num_kv_heads + head) << page_shift) * TOKEN_BYTES;
+        const char* const page = codes_of(id);
 #pragma unroll 1
-        for (int i = lane_id() / TILE * 128; i < TOKEN_BYTES << page_shift; i += 256) prefetch(page + i);
+        for (int i = lane_id() / TILE * 128; i < BITS * D / 8 << page_shift; i += 256) prefetch(page + i);
     }
 
-    // This lane's two pages of the next tile.
+    // The next tile: this lane's two pages are these. Their means are asked for, once those at hand were used.
     __device__ void aim(int low_id, int high_id) {
-        const i64 low_item = (i64(low_id) * num_kv_heads + head) << page_shift;
-        const i64 high_item = (i64(high_id) * num_kv_heads + head) << page_shift;
-        low_page = signs + low_item * TOKEN_BYTES;
-        high_page = signs + high_item * TOKEN_BYTES;
-        low_factor = factors + low_item;
-        high_factor = factors + high_item;
-        if (lane_id() % 4) return;
-        prefetch(means + (low_item >> page_shift) * MEAN_BYTES);
-        prefetch(means + (high_item >> page_shift) * MEAN_BYTES);
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+            const int piece = i * WARP + lane_id(), page = piece / (2 * COPIES);
+            coming[i] = codes_of(id_of(page, low_id, high_id)) + piece % (2 * COPIES) * 16;
+        }
+        const int page = lane_id() / FACTOR_PARTS % TILE;
+        const i64 item = item_of(id_of(page, low_id, high_id));
+        coming_factors = reinterpret_cast<const char*>(tensors.factors + (item << page_shift)) +
+                         lane_id() % FACTOR_PARTS * FACTORS;
+#pragma unroll
+        for (int base = 0; base < TILE * MEAN_WORDS; base += WARP) {
+            const int i = base + lane_id();
+            const i64 from = item_of(id_of(i / MEAN_WORDS % TILE, low_id, high_id)) * MEAN_BYTES;
+            if (i < TILE * MEAN_WORDS)
+                copy_async<16>(room.means[0][0] + i * 4, tensors.means + from + i % MEAN_WORDS * 16);
+        }
+        const i64 of_unit = item_of(id_of(lane_id() % TILE, low_id, high_id));
+        if (lane_id() < TILE) copy_async<4>(room.units + lane_id(), tensors.units + of_unit);
     }
 
     __device__ void load_first() {
-        unrolled<VECTORS>([&](auto i) { load<i.value>(); });
-        unrolled<GROUP / 8>([&](auto i) { load_factors<i.value>(); });
-        __syncwarp();  // all are under way before the first is used
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) load_block(i);
     }
 
     // Scores the tile whose first tokens are under way; `next()` aims at the one after.
     template <typename Next>
     __device__ void score(float (&scores)[HEAD_TILES][4], Next next) {
-        float sums[TILES][2] = {}, means[TILES][2];
-        score_means(means);
-        const int groups = (1u << page_shift) / GROUP;
+        float sums[TILES][2] = {}, firsts[TILES][2], of_means[TILES][2];
+        const int blocks = (1 << page_shift) / TOKENS;
 #pragma unroll 1
-        for (int group = 1; group <= groups; ++group) {
-            if (group == groups) {
-                next();
-            } else {
-                low_page += GROUP * TOKEN_BYTES, high_page += GROUP * TOKEN_BYTES;
-                low_factor += GROUP, high_factor += GROUP;
+        for (int block = 0; block < blocks; ++block) {
+            wait_for_copies<AHEAD - 1>();
+            __syncwarp();  // all lanes have the block at hand, and need the one before no more
+            if (block == 0) {
+                score_means(of_means);
+                __syncwarp();
             }
-            Counts counts[2];
-            count_token<0>(counts[0]);
-            unrolled<GROUP>([&](auto token) {  // the next token's are counted meanwhile
-                constexpr int TOKEN = token.value;
-                if constexpr (TOKEN + 1 < GROUP) count_token<TOKEN + 1>(counts[(TOKEN + 1) % 2]);
-                add_token<TOKEN>(sums, counts[TOKEN % 2]);
-            });
+            if (block + AHEAD == blocks) next();
+            load_block(slot == 0 ? AHEAD : slot - 1);
+            add_block(sums, firsts, block == 0);
+            slot = slot == AHEAD ? 0 : slot + 1;
         }
 #pragma unroll
-        for (int tile = 0; tile < HEAD_TILES * 2; ++tile) {
-            float &low_score = scores[tile / 2][tile % 2], &high_score = scores[tile / 2][2 + tile % 2];
-            low_score = high_score = 0.f;
-            if (tile >= TILES) continue;
-            low_score = LN_2 * (means[tile % TILES][0] + __log2f(sums[tile % TILES][0]));
-            high_score = LN_2 * (means[tile % TILES][1] + __log2f(sums[tile % TILES][1]));
-        }
+        for (int i = 0; i < HEAD_TILES * 4; ++i) scores[i / 4][i % 4] = 0.f;
+#pragma unroll
+        for (int i = 0; i < TILES * 2; ++i)
+            scores[i / 4][i / 2 % 2 + i % 2 * 2] =
+                LN_2 * (of_means[i / 2][i % 2] + firsts[i / 2][i % 2] + __log2f(sums[i / 2][i % 2]));
     }
 
   private:
-    using Counts = int[TILES][DIGIT_PAIRS][4];
+    using Products = int[HEAD_TILES][4];
 
-    // What the means of the pages aimed at add to the logits of this lane's heads, in base 2. Before anything of the
-    // next tile is loaded: what waits for these loads would wait for those, as the hardware has few counters of
-    // loads.
+    __device__ i64 item_of(int id) const { return i64(id) * num_kv_heads + head; }
+    __device__ const char* codes_of(int id) const {
+        return tensors.codes + (item_of(id) << page_shift) * (BITS * D / 8);
+    }
+    // Of a page of the tile, by the lanes that know: all lanes call it.
+    __device__ static int id_of(int page, int low_id, int high_id) {
+        const int low = __shfl_sync(ALL_LANES, low_id, page % 8 * 4),
+                  high = __shfl_sync(ALL_LANES, high_id, page % 8 * 4);
+        return page < 8 ? low : high;
+    }
+
+    // Asks for the next block.
+    __device__ void load_block(int to) {
+        Block& block = room.blocks[to];
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+            const int piece = i * WARP + lane_id();
+            copy_async<16>(block.codes[piece / (2 * COPIES)] + piece % (2 * COPIES) * 16, coming[i]);
+            coming[i] += Layout::BLOCK;
+        }
+        if (lane_id() < TILE * FACTOR_PARTS)
+            copy_async<FACTORS>(block.factors[0] + lane_id() * (FACTORS / 4), coming_factors);
+        coming_factors += 2 * TOKENS;
+        commit_copies();
+    }
+
+    // What the means add to the logits of this lane's heads, in base 2.
     __device__ void score_means(float (&logits)[TILES][2]) const {
-        constexpr float MORE =
-            ((1 << MEAN_PLANES) - 1) / ((1 << PLANES) - 1) - 1;  // offsets than a token of its planes
-        const i64 items[2] = {item_of(low_factor), item_of(high_factor)};
-        const float factors[2] = {units[items[0]], units[items[1]]};
-        u32 low_mean[MEAN_WORDS], high_mean[MEAN_WORDS];
-        load_mean(low_mean, means + items[0] * MEAN_BYTES);
-        load_mean(high_mean, means + items[1] * MEAN_BYTES);
-        Counts counts;
-        count_code<0, MEAN_PLANES>(counts, low_mean, high_mean);
+        u32 low[MEAN_WORDS], high[MEAN_WORDS];
 #pragma unroll
-        for (int i = 0; i < TILES * 2; ++i) {
-            const float sum = product(counts[i / 2], i % 2, offset[i / 2]) - MORE * offset[i / 2];
-            logits[i / 2][i % 2] = factors[i % 2] * unit[i / 2] * sum;
+        for (int i = 0; i < MEAN_WORDS; ++i) {
+            low[i] = room.means[lane_id() / 4][lane_id() % 4][i];
+            high[i] = room.means[lane_id() / 4 + 8][lane_id() % 4][i];
         }
-    }
-
-    // This lane's part of a mean.
-    __device__ static void load_mean(u32 (&words)[MEAN_WORDS], const char* mean) {
-        const char* const part = mean + MeanLayout<D>::lane_offset(lane_id());
-        if constexpr (D == 64) {
-            words[0] = load4(part);
-        } else if constexpr (D == 256) {
-            const uint4 v = load16_of_line<0>(part);
-            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-        } else if constexpr (D == 128) {
-            const uint2 v = load8(part);
-            words[0] = v.x, words[1] = v.y;
-        } else {  // 6 bytes, which begin in the middle of a word where the lane is odd
-            const int begun = lane_id() % 2 * 2;
-            const u32 first = load4(part - begun), next = load4<4>(part - begun);
-            words[0] = __funnelshift_r(first, next, begun * 8);
-            words[1] = next >> begun * 8;
-        }
-    }
-    // Where the page lies, counted in digests, whose first factor this is.
-    __device__ i64 item_of(const u16* factor) const { return (factor - factors) >> page_shift; }
-
-    template <int I>
-    __device__ void load() {
-        const uint4 a = load16_of_line<Layout::vector(I)>(low_page), b = load16_of_line<Layout::vector(I)>(high_page);
-        low[4 * I] = a.x, low[4 * I + 1] = a.y, low[4 * I + 2] = a.z, low[4 * I + 3] = a.w;
-        high[4 * I] = b.x, high[4 * I + 1] = b.y, high[4 * I + 2] = b.z, high[4 * I + 3] = b.w;
-    }
-    // The factors of eight tokens.
-    template <int I>
-    __device__ void load_factors() {
-        const uint4 a = load16_of_line<I * 16>(low_factor), b = load16_of_line<I * 16>(high_factor);
-        u32 *const low = low_factors + 4 * I, *const high = high_factors + 4 * I;
-        low[0] = a.x, low[1] = a.y, low[2] = a.z, low[3] = a.w;
-        high[0] = b.x, high[1] = b.y, high[2] = b.z, high[3] = b.w;
-    }
-
-    // This lane's bits of a plane of a token, word `I`; where it has fewer than 32, others follow that meet no digit.
-    template <int PIECE, int I, int SIZE>
-    __device__ static u32 bits_of(const u32 (&bits)[SIZE]) {
-        if constexpr (D == 64) {
-            return PIECE % 2 ? bits[PIECE / 2] >> 16 : bits[PIECE / 2];
-        } else if constexpr (D == 96) {
-            constexpr int FIRST = PIECE * 24 / 32, NEXT = FIRST + 1 < SIZE ? FIRST + 1 : FIRST;
-            return __funnelshift_r(bits[FIRST], bits[NEXT], PIECE * 24 % 32);
-        } else {
-            return bits[PIECE * (D / 128) + I];
-        }
-    }
-    template <int TOKEN>
-    __device__ static float factor_of(const u32 (&pairs)[GROUP / 2]) {
-        return fp16::to_float(TOKEN % 2 ? pairs[TOKEN / 2] >> 16 : pairs[TOKEN / 2] & 0xFFFF);
-    }
-
-    // Counts of one token of every page; then the next bits are loaded into the registers that are free by now.
-    template <int TOKEN>
-    __device__ void count_token(Counts& counts) {
-        count_code<TOKEN * PLANES, PLANES>(counts, low, high);
-        constexpr int FROM = TOKEN * TOKEN_BYTES / 64, TO = (TOKEN + 1) * TOKEN_BYTES / 64;
-        unrolled<TO - FROM>([&](auto i) { load<FROM + i.value>(); });
-    }
-
-    // Counts of a code of every page, whose planes are the pieces from FIRST on.
-    template <int FIRST, int CODE_PLANES, int SIZE>
-    __device__ void count_code(Counts& counts, const u32 (&low)[SIZE], const u32 (&high)[SIZE]) const {
+        const float factors[2] = {room.units[lane_id() / 4], room.units[lane_id() / 4 + 8]};
+        Products products;
+        multiply<0, MEAN_BITS>(products, low, high);
 #pragma unroll
-        for (int i = 0; i < TILES * DIGIT_PAIRS * 4; ++i)
-            counts[i / (DIGIT_PAIRS * 4)][i / 4 % DIGIT_PAIRS][i % 4] = 0;
-        unrolled<CODE_PLANES>([&](auto plane) {
-            constexpr int WEIGHT = 1 << (CODE_PLANES - 1 - plane.value);
-            const Bits<FIRST + plane.value> bits(low, high);
+        for (int i = 0; i < TILES * 2; ++i)
+            logits[i / 2][i % 2] = factors[i % 2] * unit[i / 2] * sum_of<MEAN_BITS>(products, i / 2, i % 2);
+    }
+
+    __device__ void add_block(float (&sums)[TILES][2], float (&firsts)[TILES][2], bool is_first) const {
+        const Block& block = room.blocks[slot];
+        u32 low[SHARE_WORDS], high[SHARE_WORDS];
 #pragma unroll
-            for (int i = 0; i < TILES * DIGIT_PAIRS * WEIGHT; ++i) {
-                const int tile = i / WEIGHT / DIGIT_PAIRS, pair = i / WEIGHT % DIGIT_PAIRS;
-                bits.count(counts[tile][pair], digits[tile][pair]);
+        for (int i = 0; i < SHARE_WORDS / 4; ++i) {
+            const int at = lane_id() % 4 * Layout::SHARE + i * 16;
+            copy_words(low + 4 * i, block.codes[lane_id() / 4] + at);
+            copy_words(high + 4 * i, block.codes[lane_id() / 4 + 8] + at);
+        }
+        const u32 *const low_factors = block.factors[lane_id() / 4], *const high_factors =
+                                                                         block.factors[lane_id() / 4 + 8];
+        unrolled<TOKENS>([&](auto token) {
+            constexpr int TOKEN = token.value;
+            const float factors[2] = {half_of<TOKEN % 2>(low_factors[TOKEN / 2]),
+                                      half_of<TOKEN % 2>(high_factors[TOKEN / 2])};
+            Products products;
+            multiply<TOKEN * Layout::REGISTERS, BITS>(products, low, high);
+#pragma unroll
+            for (int i = 0; i < TILES * 2; ++i) {
+                float &sum = sums[i / 2][i % 2], &first = firsts[i / 2][i % 2];
+                const float factor = factors[i % 2] * unit[i / 2], x = sum_of<BITS>(products, i / 2, i % 2);
+                if (TOKEN == 0 && is_first) first = fminf(factor * x, -LOWEST);
+                sum += fmaxf(exp2_fast(fmaf(factor, x, -first)), 0.f);  // NaN, if there is no token: 0
             }
         });
     }
-
-    // What counts amount to, half of the sum over channels of c * q' in COUNT_UNIT: they are read as floats.
-    __device__ static float product(const int (&counts)[DIGIT_PAIRS][4], int row, float offset) {
-        float sum = fmaf(__int_as_float(counts[0][2 * row]), COUNT_SCALE, -offset);
-        sum = fmaf(__int_as_float(counts[0][2 * row + 1]), 3 * COUNT_SCALE, sum);
-        sum = fmaf(__int_as_float(counts[1][2 * row]), 9 * COUNT_SCALE, sum);
-        return fmaf(__int_as_float(counts[1][2 * row + 1]), 27 * COUNT_SCALE, sum);
+    __device__ static void copy_words(u32* to, const char* from) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    }
+    template <int UPPER>
+    __device__ static float half_of(u32 pair) {
+        return fp16::to_float(UPPER ? pair >> 16 : pair & 0xFFFF);
     }
 
-    template <int TOKEN>
-    __device__ void add_token(float (&sums)[TILES][2], const Counts& counts) {
-        const float factors[2] = {factor_of<TOKEN>(low_factors), factor_of<TOKEN>(high_factors)};
+    // Numbers of a code whose registers begin at FIRST, of two pages of every lane, by the query's.
+    template <int FIRST, int CODE_BITS, int SIZE>
+    __device__ void multiply(Products& products, const u32 (&low)[SIZE], const u32 (&high)[SIZE]) const {
+        unrolled<N>([&](auto j) {
+            constexpr int EVEN = FIRST + 2 * j.value;
+            const u32 a0 = numbers<EVEN, CODE_BITS>(low), a1 = numbers<EVEN, CODE_BITS>(high);
+            const u32 a2 = numbers<EVEN + 1, CODE_BITS>(low), a3 = numbers<EVEN + 1, CODE_BITS>(high);
 #pragma unroll
-        for (int i = 0; i < TILES * 2; ++i) {
-            const float logit = factors[i % 2] * unit[i / 2] * product(counts[i / 2], i % 2, offset[i / 2]);
-            sums[i / 2][i % 2] += exp2_fast(fmaxf(logit, LOWEST));  // 0 if there is no token, whose factor is NaN
-        }
-        if constexpr (TOKEN % 8 == 7) load_factors<TOKEN / 8>();
-    }
-
-    // The bits of a plane of a token, as operands.
-    template <int PIECE>
-    struct Bits {
-        u32 a[WORDS / 2][4];
-
-        template <int SIZE>
-        __device__ Bits(const u32 (&low)[SIZE], const u32 (&high)[SIZE]) {
-            if constexpr (D == 256) {
-                a[0][0] = bits_of<PIECE, 0>(low), a[0][1] = bits_of<PIECE, 0>(high);
-                a[0][2] = bits_of<PIECE, 1>(low), a[0][3] = bits_of<PIECE, 1>(high);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) a[1][i] = ~a[0][i];
-            } else {
-                a[0][0] = bits_of<PIECE, 0>(low), a[0][1] = bits_of<PIECE, 0>(high);
-                a[0][2] = ~a[0][0], a[0][3] = ~a[0][1];
+            for (int tile = 0; tile < HEAD_TILES; ++tile) {
+                int (&c)[4] = products[tile];
+                if constexpr (j.value == 0) c[0] = c[1] = c[2] = c[3] = 0;
+                multiply_bytes(c, a0, a1, a2, a3, query[tile][j.value][0], query[tile][j.value][1], c[0], c[1], c[2],
+                               c[3]);
             }
-        }
-
-        __device__ void count(int (&counts)[4], const u32 (&digits)[WORDS]) const {
-#pragma unroll
-            for (int i = 0; i < WORDS / 2; ++i) count_ones(counts, a[i], digits[2 * i], digits[2 * i + 1]);
-        }
-    };
+        });
+    }
+    // Of a register; those of odd ones times 2^BITS.
+    template <int REGISTER, int CODE_BITS, int SIZE>
+    __device__ static u32 numbers(const u32 (&words)[SIZE]) {
+        constexpr int BEGIN = REGISTER * CODE_BITS % 8, SHIFT = REGISTER % 2 * BITS;
+        return words[REGISTER * CODE_BITS / 8] >> (BEGIN - SHIFT) & (0x01010101u * ((1 << CODE_BITS) - 1)) << SHIFT;
+    }
+    // Half of the sum over channels of c * q', in whole numbers of q'.
+    template <int CODE_BITS>
+    __device__ float sum_of(const Products& products, int tile, int row) const {
+        return fmaf(1 - (1 << CODE_BITS), half[tile], __int2float_rn(products[tile / 2][tile % 2 + 2 * row]));
+    }
 };
 
-template <int MAX_HEADS, int PLANES>
+template <int MAX_HEADS, int BITS>
 struct Sketch {
     template <typename T, int D>
-    using Summary = SketchSummary<T, D, PLANES>;
+    using Summary = SketchSummary<T, D, BITS>;
     template <typename T, int D, int HEAD_TILES>
-    using Scorer = SketchScorer<T, D, HEAD_TILES, MAX_HEADS, PLANES>;
+    using Scorer = SketchScorer<T, D, HEAD_TILES, MAX_HEADS, BITS>;
 };

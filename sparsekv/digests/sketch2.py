@@ -7,9 +7,6 @@ Approximate Nearest Neighbor Search" (SIGMOD 2025). They search for the code tha
 channel is large, 3 and not 1, above the token's root mean square; the best threshold of equal steps for normal
 numbers is .996 of it: Max, "Quantizing for Minimum Distortion" (IRE Trans. Inf. Theory 1960). On the keys of SmolLM2
 and Gemma 3 a search found no better pages.
-
-With the signs s, and u which is s where a channel is large and -s elsewhere, c = 2 s + u, so <Rq, c> is 2 <Rq, s> +
-<Rq, u>: the two planes of bits are kept and counted as the one of the signs is.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ from sparsekv.digests.sign_sketch import SignSketch, sketch_kernel
 
 @register("sketch2")
 class Sketch2(SignSketch):
-    """Per token two packed planes (d / 4 bytes) and a half-precision factor; the rest as `SignSketch` keeps it."""
+    """Per token d / 4 bytes of bits and a half-precision factor; the rest as `SignSketch` keeps it."""
 
-    planes = 2
-    revision = 1
-    kernel = sketch_kernel(planes)
+    bits = 2
+    revision = 2  # 1 had another order of bits, and queries up to 40
+    kernel = sketch_kernel(bits)

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 OLDEST_CAPABILITY = (8, 0)  # bf16 arithmetic and asynchronous copies
 # Of cuda.core.ProgramOptions, beside the architecture and the include path. Generic lambdas must be device code.
-# Floats too small to be normal must keep their value, for cuda/common/sketch_score.cuh reads counts as such floats:
-# said, and not left to a default, `ftz` holds even with `use_fast_math`.
-OPTIONS: dict[str, Any] = {"std": "c++17", "device_as_default_execution_space": True, "ftz": False}
+OPTIONS: dict[str, Any] = {"std": "c++17", "device_as_default_execution_space": True}
 DEBUG = os.environ.get("SPARSEKV_DEBUG") == "1"  # kernels that check how much shared memory they were given
 if DEBUG:
     OPTIONS["define_macro"] = "SPARSEKV_DEBUG"

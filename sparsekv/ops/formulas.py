@@ -32,6 +32,8 @@ class DigestKernel:
             dtypes are served in plain torch.
         staged: `(head_dim, heads)` -> words of 16 bytes that the queries of so many heads, a number as above, take
             when they are staged to be scored: the type's `Scorer::STAGED`, which the compiler holds against it.
+        room: `(head_dim, heads)` -> words of 16 bytes of shared memory that a warp needs for itself when it scores:
+            `Scorer::ROOM`.
         tolerance: relative error of a score that is no fault; of two pages so near to each other, the kernel may
             choose another than the reference.
 
@@ -43,6 +45,7 @@ class DigestKernel:
     type_name: str
     dtypes: tuple[torch.dtype | None, ...]
     staged: Callable[[int, int], int]
+    room: Callable[[int, int], int] = lambda head_dim, heads: 0
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:

@@ -32,9 +32,10 @@ def _heads(group: int) -> int:
     return max(4, 1 << (group - 1).bit_length())
 
 
-def staged_words(kernel: DigestKernel, head_dim: int, group: int) -> int:
-    """Words of 16 bytes that a query of a group takes when it is staged to be scored."""
-    return kernel.staged(head_dim, _heads(group))
+def scorer_words(kernel: DigestKernel, head_dim: int, group: int) -> tuple[int, int]:
+    """Words of 16 bytes that a query of a group takes when it is staged to be scored, and that each warp needs."""
+    heads = _heads(group)
+    return kernel.staged(head_dim, heads), kernel.room(head_dim, heads)
 
 
 def append_kv(
@@ -77,7 +78,9 @@ def _scorer(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel)
     """The first template arguments of what scores digests, the digest's type, and what is claimed of it."""
     kind = kernel.type_name.format(heads=_heads(group))
     shape = f"{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}"
-    return shape, kind, f"{kind}::Scorer<{shape}>::STAGED == {staged_words(kernel, head_dim, group)}"
+    staged, room = scorer_words(kernel, head_dim, group)
+    scorer = f"{kind}::Scorer<{shape}>"
+    return shape, kind, f"{scorer}::STAGED == {staged} && {scorer}::ROOM == {room}"
 
 
 class _Pages(NamedTuple):

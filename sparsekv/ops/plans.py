@@ -149,10 +149,10 @@ def planned_step(
 ) -> Plan:
     """sparse_decode over a given split; `kept`: with scores by head in shared memory."""
     spec = instances.sparse_decode(dtype, head_dim, group, kernel, format)
-    staged = instances.staged_words(kernel, head_dim, group)
+    scorer = instances.scorer_words(kernel, head_dim, group)
     tiles = rooms.kept_tiles(max_pages, split.ctas, split.warps) if kept else 0
     scores = rooms.kept_bytes(group, tiles)
-    shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, staged, max_pages, k, direct, scores)
+    shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, scorer, max_pages, k, direct, scores)
     return Plan(spec, split, shared, direct)
 
 
@@ -241,11 +241,11 @@ def score_plan(
     max_pages: int,
 ) -> ScorePlan:
     """score_pages for b sequences of up to `max_pages` pages."""
-    warps, staged = 8, UNIT * instances.staged_words(kernel, head_dim, group)
+    warps, (staged, room) = 8, (UNIT * words for words in instances.scorer_words(kernel, head_dim, group))
     heads = math.gcd(num_kv_heads, warps)
     while heads * staged > 64_000:
         heads //= 2
     tiles = -(-max_pages * heads // (UNIT * warps))
     chunks = min(tiles, max(1, 2 * gpu(device).sms * heads // (b * num_kv_heads)))
     spec = instances.score_pages(dtype, head_dim, group, kernel)
-    return ScorePlan(spec, heads, chunks, warps, heads * staged)
+    return ScorePlan(spec, heads, chunks, warps, heads * staged + warps * room)

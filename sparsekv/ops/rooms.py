@@ -46,12 +46,20 @@ def kept_tiles(max_pages: int, ctas: int, warps: int) -> int:
 
 
 def step_bytes(
-    head_dim: int, group: int, ctas: int, warps: int, staged: int, max_pages: int, k: int, direct: bool, kept: int = 0
+    head_dim: int,
+    group: int,
+    ctas: int,
+    warps: int,
+    scorer: tuple[int, int],
+    max_pages: int,
+    k: int,
+    direct: bool,
+    kept: int = 0,
 ) -> int:
     """`StepShared` of cuda/sparse_decode.cu.
 
     Args:
-        staged: words of a query that is staged to be scored.
+        scorer: words of 16 bytes of a query that is staged to be scored, and of every warp that scores.
         direct: whether the keys and ids of all pages lie there.
         kept: bytes of scores that lie there until they can become shares.
     """
@@ -59,4 +67,5 @@ def step_bytes(
     selected = UNIT * -(-k // 4)
     keys = UNIT * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
     select = selected + keys + (keys if direct else selected + 4 * UNIT * k) + kept
-    return query_bytes(head_dim, group) + UNIT * staged + max(select, sums) + own
+    staged, room = scorer
+    return query_bytes(head_dim, group) + UNIT * staged + max(UNIT * warps * room + select, sums) + own

@@ -30,23 +30,25 @@ def shipped_rotation(d: int) -> Tensor:
 def estimates(query: Tensor, keys: Tensor, turn: Tensor, sketch: SignSketch) -> Tensor:
     """Of every token of full pages, the others left out: query `[d]`, keys `[pages, p, d]` -> `[pages, p]`."""
     valid, state = torch.ones(keys.shape[:2], dtype=torch.bool), [turn[None]]
-    signs, factor, mean, unit = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
+    codes, factor, mean, unit = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
     found = []
     for token in range(keys.shape[1]):
         alone = factor.masked_fill(torch.arange(keys.shape[1]) != token, NAN)
-        found.append(sketch.score(query[None, None, None], [signs, alone, mean, unit], state)[0, 0, 0])
+        found.append(sketch.score(query[None, None, None], [codes, alone, mean, unit], state)[0, 0, 0])
     return torch.stack(found, dim=-1)
 
 
-def in_whole_units(x: Tensor, most: int) -> Tensor:
-    unit = float(x.abs().max()) / most
-    return torch.tensor([unit * round(y / unit) for y in x.tolist()], dtype=torch.float64)
+def in_whole_units(x: Tensor, bits: int) -> Tensor:
+    """Every other channel in units as many times as large as a code has values."""
+    unit = float(x.abs().max()) / QUERY_LIMIT
+    units = [unit, unit * 2**bits] * (len(x) // 2)
+    return torch.tensor([u * round(y / u) for y, u in zip(x.tolist(), units, strict=True)], dtype=torch.float64)
 
 
-def code(x: list[float], planes: int) -> list[float]:
-    """Signs, and of two planes three times those of channels above the root mean square."""
+def code(x: list[float], bits: int) -> list[float]:
+    """Signs, and of two bits three times those of channels above the root mean square."""
     rms = (sum(y * y for y in x) / len(x)) ** 0.5
-    return [(1.0 if y > 0 else -1.0) * (3.0 if planes == 2 and abs(y) > rms else 1.0) for y in x]
+    return [(1.0 if y > 0 else -1.0) * (3.0 if bits == 2 and abs(y) > rms else 1.0) for y in x]
 
 
 def dot(one: list[float], other: list[float]) -> float:
@@ -54,21 +56,21 @@ def dot(one: list[float], other: list[float]) -> float:
 
 
 def kept_mean(keys: Tensor, turn: Tensor) -> list[float]:
-    """What is kept of a page's mean, rotated: the nearest multiple of its code in two bits."""
+    """What is kept of a page's mean, rotated: its code in two bits, times a factor like a key's."""
     mean = (turn.double() @ keys.double().mean(0)).tolist()
     c = code(mean, 2)
-    return [dot(c, mean) / dot(c, c) * x for x in c]
+    return [dot(mean, mean) / dot(c, mean) * x for x in c]
 
 
-def naive_estimates(query: Tensor, keys: Tensor, turn: Tensor, planes: int) -> Tensor:
+def naive_estimates(query: Tensor, keys: Tensor, turn: Tensor, bits: int) -> Tensor:
     """<Rq, m> + f <Rq, c> with m the mean that is kept, c the code of x = Rk - m and f = |x|^2 / <c, x>, in float64;
     Rq in whole units."""
     query, turn, mean = query.double(), turn.double(), kept_mean(keys, turn)
-    rotated = in_whole_units(turn @ query, QUERY_LIMIT).tolist()
+    rotated = in_whole_units(turn @ query, bits).tolist()
     found = []
     for key in keys.double():
         centred = (turn @ key - torch.tensor(mean, dtype=torch.float64)).tolist()
-        c = code(centred, planes)
+        c = code(centred, bits)
         found.append(dot(rotated, mean) + dot(centred, centred) / dot(c, centred) * dot(c, rotated))
     return torch.tensor(found)
 
@@ -82,12 +84,12 @@ def page_scores(query: Tensor, keys: Tensor, sketch: SignSketch, valid: Tensor |
 
 
 def test_fields_are_a_bit_per_channel_a_half_per_token_and_a_mean_in_two_bits() -> None:
-    signs, factor, mean, unit = SignSketch().fields(page_size=16, head_dim=128)
-    assert (signs.shape, signs.dtype) == ((2, 4, 8, 4), torch.uint8)
+    codes, factor, mean, unit = SignSketch().fields(page_size=16, head_dim=128)
+    assert (codes.shape, codes.dtype) == ((2, 4, 8, 4), torch.uint8)
     assert (factor.shape, factor.dtype) == ((16,), torch.float16)
-    assert (mean.shape, mean.dtype) == ((1, 4, 1, 8), torch.uint8)
+    assert (mean.shape, mean.dtype) == ((1, 4, 2, 4), torch.uint8)
     assert (unit.shape, unit.dtype) == ((), torch.float32)
-    assert Sketch2().fields(page_size=16, head_dim=128)[0].shape == (4, 4, 4, 8)
+    assert Sketch2().fields(page_size=16, head_dim=128)[0].shape == (4, 4, 8, 4)
     with pytest.raises(ConfigError, match="head_dim=20 must divide by 8"):
         SignSketch().fields(page_size=16, head_dim=20)
 
@@ -95,7 +97,7 @@ def test_fields_are_a_bit_per_channel_a_half_per_token_and_a_mean_in_two_bits() 
 @each_sketch
 def test_the_formula(sketch: SignSketch) -> None:
     keys, query, turn = torch.randn(20, D) + 3 * torch.randn(D), torch.randn(D), rotation(1)
-    expected = naive_estimates(query, keys, turn, sketch.planes)
+    expected = naive_estimates(query, keys, turn, sketch.bits)
     torch.testing.assert_close(estimates(query, keys[None], turn, sketch)[0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -117,10 +119,10 @@ def test_a_score_depends_neither_on_the_order_of_tokens_nor_on_those_far_off(ske
     expected = page_scores(query, keys, sketch)
     torch.testing.assert_close(page_scores(query, keys[:, torch.randperm(P)], sketch), expected)
     state, valid = sketch.fit(keys[:, None], None), torch.ones(6, P, dtype=torch.bool)
-    signs, factor, *mean = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
+    codes, factor, *mean = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
     last = torch.arange(P) == P - 1
     without, either, other = (
-        sketch.score(query[None, None, None], [signs, factor.masked_fill(last, x), *mean], state)
+        sketch.score(query[None, None, None], [codes, factor.masked_fill(last, x), *mean], state)
         for x in (NAN, 6e4, -6e4)  # one of the two is far below all others, the other one far above
     )
     assert torch.equal(torch.minimum(either, other), without)
@@ -137,7 +139,7 @@ def test_as_many_times_the_same_token_are_worth_their_logarithm_more(sketch: Sig
 
 @each_sketch
 def test_along_what_is_left_of_a_key_the_estimate_is_exact_but_for_rounding(sketch: SignSketch) -> None:
-    """All d channels add up, each rounded to a fortieth of the largest."""
+    """All d channels add up, each rounded to a 32nd of the largest or less."""
     keys, turn = torch.randn(10, D), rotation(2)
     for i, key in enumerate(keys):
         query = key - turn.T @ torch.tensor(kept_mean(keys, turn))
@@ -201,3 +203,15 @@ def test_finds_the_page_of_a_similar_key_where_the_bound_does_not() -> None:
         found[name] = (scores[:, 0].topk(4).indices == best[:, None]).any(-1).float().mean().item()
     assert found["sign_sketch"] > 0.9
     assert found["minmax"] < 0.5
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_bits_are_found_again_where_they_were_put(bits: int, head_dim: int) -> None:
+    numbers = torch.randint(1 << bits, (3, 2, 16, head_dim), dtype=torch.uint8)
+    packed, query = sign_sketch._packed(numbers, bits), torch.randn(3, 2, 5, head_dim)
+    codes = 2.0 * numbers + 1 - 2**bits
+    found = sign_sketch._products(query, packed[:, None], bits, 16)[..., 0, :]
+    torch.testing.assert_close(found, query @ codes.transpose(-1, -2), rtol=1e-4, atol=1e-4)
+    if packed[0].numel() * 8 == numbers[0].numel() * bits:  # else bits are left over
+        assert torch.equal(sign_sketch._unpacked(packed, bits, 16), numbers)

@@ -30,14 +30,14 @@ struct PeakSummary {
 // One warp scores sixteen pages: of lane l, pages l / 4 and l / 4 + 8, and two heads of every eight.
 template <typename T, int D, int HEAD_TILES>
 struct PeakScorer {
-    static constexpr int STAGED = HEAD_TILES * MMA_HEADS * D / 4;
+    static constexpr int STAGED = HEAD_TILES * MMA_HEADS * D / 4, ROOM = 0;
 
     const u16 *peaks, *low_page, *high_page;
     const float* query;  // magnitudes, [HEAD_TILES * 8, d]
     int num_kv_heads, head;
     float scaling;
 
-    __device__ PeakScorer(const Digests& digests, int num_kv_heads, int head, int, float scaling)
+    __device__ PeakScorer(const Digests& digests, int num_kv_heads, int head, int, float scaling, uint4*)
         : peaks(digests.at<u16>(0)), num_kv_heads(num_kv_heads), head(head), scaling(scaling) {}
     __device__ static int head_of(int tile, int i) { return tile * MMA_HEADS + lane_id() % 4 * 2 + i; }
 
