@@ -101,15 +101,6 @@ class PageStore:
         kept = self.memory.of(keeper, batch_size, self.config.at(keeper).selection_width(width), width)
         return ordinal, [tensor.to(self.layers[layer_idx].kv.device) for tensor in kept]
 
-    def pages_to_read(self, config: SparseConfig) -> int:
-        """Pages that a policy which fills its budget reads of all sequences together, for each kv head of a layer.
-
-        Args:
-            config: the layer's.
-        """
-        limits = [config.budget_pages(int(length)) for length in self.table.lengths]
-        return int(np.minimum(self.table.num_pages, limits).sum())
-
     def is_covered(self, config: SparseConfig) -> bool:
         """Whether a layer's fraction, rounded up to pages, covers every sequence of the length that it has. A step
         that may be captured must not depend on lengths: there it is never so, and only the width of the table counts.
@@ -119,7 +110,7 @@ class PageStore:
         """
         if not config.is_fraction or self.step.stage is not Stage.EAGER:
             return False
-        return self.pages_to_read(config) == self.table.total_pages
+        return all(self.table.num_pages <= [config.budget_pages(int(length)) for length in self.table.lengths])
 
     def accept(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool

@@ -227,8 +227,6 @@ class Policy(ABC):
 
     Attributes:
         reads: what it looks at.
-        fills_budget: whether a selection always lists as many pages as the budget allows, so that their number is
-            known without asking the device.
         reads_all: whether every step reads every page: dense decoding.
         capturable: whether a step can be captured in a CUDA graph and replayed: it asks the device for nothing
             (`.item()`), and all that changes from step to step is in the tensors that it is given, and in the phase.
@@ -236,7 +234,6 @@ class Policy(ABC):
     """
 
     reads: Reads = Reads.NOTHING
-    fills_budget: bool = False
     reads_all: bool = False
     capturable: bool = True
     period: int = 1
