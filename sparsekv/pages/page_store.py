@@ -51,7 +51,7 @@ class PageStore:
         self.digest: Digest = DIGESTS.get(config.digest)()
         self.arena, self.loan = arena, Loan(arena)
         self.memory = Memory(POLICIES.get(config.policy)(), self.loan, dense_layers)
-        steps = sorted({each.budget_pages(0) for each in config.each if not each.is_fraction}) or [1]
+        steps = sorted({each.covered_pages for each in config.each if not each.is_fraction}) or [1]
         pool = PagePool(config.page_size, config.max_tokens)
         self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
         self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
@@ -108,9 +108,12 @@ class PageStore:
         Args:
             config: the layer's.
         """
+        lengths = self.table.lengths
         if not config.is_fraction or self.step.stage is not Stage.EAGER:
             return False
-        return all(self.table.num_pages <= [config.budget_pages(int(length)) for length in self.table.lengths])
+        if config.min_share and lengths.max(initial=0) > config.whole_tokens:
+            return False
+        return all(self.table.num_pages <= [config.budget_pages(int(length)) for length in lengths])
 
     def accept(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool

@@ -131,6 +131,15 @@ def test_a_captured_step_leaves_what_an_ordinary_one_does(
     assert policy == "all" or (stats.dense_steps > 0) == (budget == 32)
 
 
+def test_a_captured_step_with_a_least_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads fewer pages than the budget, which holds all of them; how many, the slots tell."""
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 20)
+    ordinary, _ = compare(9, valid=RAGGED, budget=64, group_pooling="share", min_share=0.15)
+    stats = ordinary.paged.stats
+    assert (stats.dense_steps, stats.sparse_steps) == (2, 7)
+    assert stats.pages_read < stats.pages_total
+
+
 @pytest.mark.parametrize("policy", list(POLICIES))
 @pytest.mark.parametrize("budget", [16, 0.3])
 def test_a_layer_that_is_read_more_than_once(policy: str, budget: int | float) -> None:
