@@ -129,7 +129,7 @@ class LayerBench:
             parts.append(("score", lambda i: layers[i].digest_scores(), point.score_bytes))
         scores = [choice.scores for choice in choices if choice.scores is not None]
         if scores:
-            parts.append(("select", lambda i: layers[i].select(scores[i]), 0))
+            parts.append(("select", lambda i: layers[i].select(scores[i], choices[i].min_score), 0))
         slots = [choice.slots for choice in choices if choice.slots is not None]
         if slots:
             parts.append(("attend", self._attend(slots), point.attend_bytes))

@@ -33,14 +33,14 @@ def ways_to_decode(policy: Policy) -> Mapping[str, Decode]:
 class WatchedStep(DecodeStep):
     """A step that notes the digests' scores that a policy asks for, and the scores that it chooses by."""
 
-    noted: dict[str, Tensor] = field(default_factory=dict)
+    noted: dict[str, Any] = field(default_factory=dict)
 
     def digest_scores(self) -> Tensor:
-        self.noted["digests"] = super().digest_scores()
-        return self.noted["digests"]
+        scores = self.noted["digests"] = super().digest_scores()
+        return scores
 
     def select(self, scores: Tensor, min_score: float | None = None) -> Tensor:
-        self.noted["chosen by"] = scores
+        self.noted.update({"chosen by": scores, "least": min_score})
         return super().select(scores, min_score)
 
 
@@ -53,12 +53,14 @@ class Choice:
         asks_digests: whether it asked for the digests' scores.
         scores: `[b, hkv, max_pages]`, of which it took the best; None: it chose without `DecodeStep.select`.
         is_by_digests: whether these are the digests' scores and nothing else.
+        min_score: the least of a page that is read without being forced; None: any.
     """
 
     slots: Tensor | None
     asks_digests: bool
     scores: Tensor | None
     is_by_digests: bool
+    min_score: float | None
 
     @classmethod
     def of(cls, policy: Policy, step: DecodeStep) -> Choice:
@@ -66,7 +68,8 @@ class Choice:
         watched = WatchedStep(**vars(step))
         slots = policy.select(watched)
         digests, scores = watched.noted.get("digests"), watched.noted.get("chosen by")
-        return cls(slots, digests is not None, scores, digests is not None and scores is digests)
+        is_by_digests = digests is not None and scores is digests
+        return cls(slots, digests is not None, scores, is_by_digests, watched.noted.get("least"))
 
 
 class Check:
@@ -138,11 +141,13 @@ class Check:
 
     def _selection(self, name: str, slots: Tensor | None) -> None:
         """A policy that chooses by the digests' scores and nothing else reads what the reference would."""
-        if slots is None or self.step.fits or not Choice.of(self.policy, self.step).is_by_digests:
+        choice = None if slots is None or self.step.fits else Choice.of(self.policy, self.step)
+        if slots is None or choice is None or not choice.is_by_digests:
             return
         exact, tie = self.inputs.exact(self.rows), max(NEAR_TIE, tolerance_of(self.point.config.digest))
         scores = exact.digest_scores()
-        if not same_pages(slots[self.rows], exact.select(scores), scores, tie):
+        expected = exact.select(scores, choice.min_score)
+        if not same_pages(slots[self.rows], expected, scores, tie, choice.min_score):
             raise SparseKVError(f"The {name} step reads other pages than the reference chooses: no speed.")
 
     def _output(self, name: str, out: Tensor, slots: Tensor | None) -> None:
@@ -159,9 +164,15 @@ class Check:
             raise SparseKVError(f"The output of {name} is {error:.1e} off; allowed is {allowed}: no speed.")
 
 
-def same_pages(slots: Tensor, expected: Tensor, scores: Tensor, tie: float = NEAR_TIE) -> bool:
-    """Whether two selections `[b, hkv, k]` are the same but for pages whose scores `[b, hkv, pages]` nearly tie."""
+def same_pages(
+    slots: Tensor, expected: Tensor, scores: Tensor, tie: float = NEAR_TIE, min_score: float | None = None
+) -> bool:
+    """Whether two selections `[b, hkv, k]` are the same but for pages whose scores `[b, hkv, pages]` nearly tie, with
+    each other or with the least score."""
     read, wanted = (listed(pages, scores.shape[-1]) for pages in (slots, expected))
+    if min_score is not None:
+        clear = (scores - min_score).abs() > tie * abs(min_score)
+        read, wanted = read & clear, wanted & clear
     if not torch.equal(read.sum(-1), wanted.sum(-1)):
         return False
     differ = read ^ wanted

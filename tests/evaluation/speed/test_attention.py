@@ -34,7 +34,8 @@ Decoded = tuple[Tensor, Tensor]
 
 
 def point(context: int = 160, batch: int = 3, budget: int = 64, **changes: Any) -> LayerPoint:
-    settings = {name: changes.pop(name) for name in ("digest", "policy") if name in changes}
+    names = ("digest", "policy", "group_pooling", "min_share")
+    settings = {name: changes.pop(name) for name in names if name in changes}
     geometry = Geometry("tiny", **{"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, **changes})
     return LayerPoint(geometry, batch, context, SparseConfig(budget=budget, page_size=8, recent=16, **settings))
 
@@ -117,6 +118,14 @@ def test_the_check_accepts_every_policy(policy: str, listed: int) -> None:
         assert check_of(point(policy=policy)).all() == listed
 
 
+@pytest.mark.parametrize("budget", [64, 160])
+def test_the_check_accepts_a_least_share(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 100)
+    with torch.inference_mode():
+        listed = check_of(point(budget=budget, group_pooling="share", min_share=0.1)).all()
+    assert 3 <= listed < budget // 8
+
+
 def wrong_output(step: DecodeStep) -> Decoded:
     out, slots = step.attend_best()
     return 1.05 * out, slots
@@ -164,6 +173,9 @@ def test_pages_may_differ_only_where_their_scores_nearly_tie() -> None:
     assert not same_pages(torch.tensor([[[1, 2]]]), best, scores)  # a page that had to be there is not
     assert not same_pages(torch.tensor([[[0, -1]]]), best, scores)
     assert not same_pages(torch.tensor([[[0, 0]]]), best, scores)
+    one = torch.tensor([[[0, -1]]])  # ... or with the least score, which one of them may have left out
+    assert same_pages(one, best, scores, min_score=3.002)
+    assert not same_pages(one, best, scores, min_score=2.0)
 
 
 class FakeDecode:
