@@ -8,7 +8,9 @@ __global__ void __launch_bounds__(512)
                  const int* limits,    // [b] fewer than k for some; null: k
                  int* slots,           // [b, hkv, k] ascending, then -1
                  u32* priorities,      // [b, hkv, max_pages] scratch
-                 int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens, float min_score) {
+                 int page_shift, int max_pages, int k, int sink_tokens, int recent_tokens,
+                 int whole_tokens,  // sequences of up to so many have no least score
+                 float min_score) {
     extern __shared__ __align__(16)
         u32 base[];  // tiles' priorities [ceil(max_pages / 16)], candidates [16 k], tiles [k], chosen [k]
     __shared__ SelectScratch scratch;
@@ -25,7 +27,7 @@ __global__ void __launch_bounds__(512)
     buffers.chosen = buffers.tiles + k;
     check_shared_end(buffers.chosen + k);
     const int limit = limits ? limits[row] : k;
-    const u32 least = count > min(limit, k) ? priority_of(min_score) : NO_PAGE;
+    const u32 least = length > whole_tokens ? priority_of(min_score) : NO_PAGE;
 #pragma unroll 4
     for (int base = warp_id() * WARP * 4; base < count;
          base += blockDim.x * 4) {  // four pages to a lane, a tile to four

@@ -30,9 +30,14 @@ struct StepParams {
     u16* out;     // [b, hq, d]
     float* lse;   // [b, hq]
     i64 key_batch, key_head, value_batch, value_head;
-    int group, page_shift, max_pages, k, sink_tokens, recent_tokens, pooling, wide_sinks;
+    int group, page_shift, max_pages, k, sink_tokens, recent_tokens, pooling, wide_sinks, whole_tokens;
     float scaling, softcap, min_score;
 };
+
+// The least score of a page that is read, in a sequence of so many tokens; -inf: any.
+__device__ float least_score(const StepParams& p, int length) {
+    return length > p.whole_tokens ? p.min_score : -infinity();
+}
 
 // What a CTA works with in shared memory, as `step_bytes` of sparsekv/ops/rooms.py counts it. Other CTAs write into
 // `select.priorities` and the room of the merge.
@@ -72,12 +77,12 @@ struct StepShared {
 // those of all pages (`priorities` is null); else they go there, and to the CTAs the best of each tile.
 template <typename Shared>
 __device__ void tell_priorities(const Shared& room, u32* priorities, int tile, int count, const Forced& forced,
-                                const float2& scores, float min_score) {
+                                const float2& scores, float least) {
     const int size = cluster_size();
     const int mine =
         tile * TILE + lane_id() / 4 + lane_id() % 2 * 8;  // even lanes their first page, odd ones the other
     u32 priority = priority_of(lane_id() % 2 ? scores.y : scores.x);
-    priority = forced.has(mine) ? FORCED : priority < priority_of(min_score) ? NO_PAGE : priority;
+    priority = forced.has(mine) ? FORCED : priority < priority_of(least) ? NO_PAGE : priority;
     if (priorities == nullptr) {  // four lanes share the two pages: two lanes to a page, each serves half of the CTAs
 #pragma unroll 1
         for (int to = lane_id() % 4 / 2; to < size && mine < count; to += 2)
@@ -106,6 +111,7 @@ __device__ void score_own_pages(const StepParams& p, const Pages& pages, const S
     __syncthreads();  // the query is staged
     scorer.use(room.score_query);
     const bool share = p.pooling == POOL_SHARE;
+    const float least = least_score(p, pages.length);
     KeptScores<Scorer, HEAD_TILES> keeper(kept ? kept : room.kept, kept ? first : warp_id(),
                                           kept ? stride : num_warps(), p.group);
     bool waited = false;
@@ -120,14 +126,14 @@ __device__ void score_own_pages(const StepParams& p, const Pages& pages, const S
         const float2 pooled = pool_heads<Scorer>(by_head, p.group, GroupPooling(p.pooling));
         if (!waited) cluster_wait();
         waited = true;
-        tell_priorities(room, priorities, tile, count, forced, pooled, p.min_score);
+        tell_priorities(room, priorities, tile, count, forced, pooled, least);
     }
     if (!waited) cluster_wait();
     if (share) {
         keeper.template merge<T, D>(room.merge, room.sums, meanwhile);
 #pragma unroll 1
         for (int tile = first; tile * TILE < count; tile += stride)
-            tell_priorities(room, priorities, tile, count, forced, keeper.next(), p.min_score);
+            tell_priorities(room, priorities, tile, count, forced, keeper.next(), least);
     }
 }
 
@@ -148,7 +154,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     const int kept_tiles = share && !p.kept ? ceil_div(tiles, cluster_size() * num_warps()) * num_warps() : 0;
     const StepShared<T, D, HEAD_TILES, Scorer> room(base, p.max_pages, p.k, direct, p.group, kept_tiles);
     const int count = min(pages.count(), p.max_pages), limit = min(p.limits ? p.limits[row] : p.k, p.k);
-    const bool choose = count > limit;
+    const bool choose = count > limit || least_score(p, pages.length) > -infinity();
     const int warps = cluster_size() * num_warps(), first = cluster_rank() * num_warps() + warp_id();
     const u16* const my_query = p.query + i64(item) * p.group * D;
     u32* const my_priorities = direct ? nullptr : p.priorities + i64(item) * p.max_pages;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from sparsekv.layer_budgets import REST, Budget, Budgets
 GROUP_POOLINGS = ("max", "sum", "mean_softmax", "share")
 BACKENDS = ("auto", "reference")
 MAX_RECENT = 64  # tokens, where `recent` follows the budget
+MAX_WHOLE = 2048  # tokens of a sequence that `min_share` spares: there, choosing costs more than reading less saves
 _NAMES = ("digest", "policy", "page_format", "residency")  # of classes in registries
 
 
@@ -43,7 +45,7 @@ class SparseConfig:
         policy: which pages a step reads (`sparsekv.policies`).
         dense_layers: the first so many of the layers that would be sparse read everything (two, as in Quest), or the
             indices of such layers. Layers that are not in pages, as those with a sliding window, do not count. Layers
-            with a budget of 1.0 read everything, too.
+            with a budget of 1.0 and no `min_share` read everything, too.
         sinks: the first tokens of a sequence, always read (StreamingLLM's attention sinks).
         recent: the last tokens of a sequence, always read; the current page always is. Enough for a question:
             a model that loses sight of what it was asked answers something else. None: 64, and never more than an
@@ -51,8 +53,8 @@ class SparseConfig:
         group_pooling: how the scores of the query heads that share a kv head become one: `max`, `sum`, or
             `mean_softmax` (mean over heads of the softmax over pages), or `share` (the largest share of a head's
             attention that the page is estimated to hold).
-        min_share: with `group_pooling="share"`: where pages are chosen, those that are estimated to hold less than
-            this share of every head's attention are not read even if the budget has room; 0: they are.
+        min_share: with `group_pooling="share"`: in sequences of more than 2,048 tokens, pages that are estimated to
+            hold less than this share of every head's attention are not read even if the budget has room; 0: they are.
         backend: what runs the ops: `auto` (kernels where there are any) or `reference` (plain torch on any device).
         capture: whether `generate` on a GPU replays its decode step as a CUDA graph where it can.
         fuse: whether the norms and rotary embeddings of a captured step run as one kernel each, where that gives
@@ -174,7 +176,7 @@ class SparseConfig:
             ConfigError: the budget is a function.
         """
         found = self._by_layer.get(layer_idx) or self._by_layer.get(REST)
-        return found or replace(self, budget=1.0)
+        return found or replace(self, budget=1.0, min_share=0.0)
 
     @property
     def each(self) -> list[SparseConfig]:
@@ -256,14 +258,19 @@ class SparseConfig:
         return math.log(self.min_share) if self.min_share else None
 
     @property
+    def whole_tokens(self) -> int:
+        """Sequences of up to so many tokens have no least score."""
+        return MAX_WHOLE
+
+    @property
     def is_fraction(self) -> bool:
         """Whether the budget is a fraction of the context."""
         return isinstance(self.plain_budget, float)
 
     @property
     def reads_all(self) -> bool:
-        """Whether the budget is the whole context, however long it is."""
-        return self.is_fraction and self.budget == 1
+        """Whether the whole context is read, however long it is."""
+        return self.is_fraction and self.budget == 1 and not self.min_share
 
     def budget_pages(self, num_tokens: int) -> int:
         """Pages a step may read per kv head when the sequence holds `num_tokens` tokens."""
@@ -278,9 +285,13 @@ class SparseConfig:
 
     def covers(self, num_pages: int) -> bool:
         """Whether sequences of up to `num_pages` pages are read whole, however long they are: nothing is chosen."""
-        if self.is_fraction:
-            return self.reads_all or num_pages <= self.forced_pages
-        return num_pages <= self.budget_pages(0)
+        return num_pages <= self.covered_pages
+
+    @property
+    def covered_pages(self) -> int:
+        """The most pages that sequences may have for which `covers` is true."""
+        most = sys.maxsize if self.is_fraction and self.budget == 1 else self.budget_pages(0)
+        return min(most, self.whole_tokens // self.page_size) if self.min_share else most
 
     def _recent_at(self, budget: int | float) -> int:
         if self.recent is not None:

@@ -261,8 +261,9 @@ def test_settings_left_out_are_the_defaults_of_a_patch(command: Any) -> None:
     prompt = ["--prompt", "x"] if command is generate else []
     args = parser.parse_args(["--model", "testbed", *prompt])
     assert model_options.config_of(args) == SparseConfig()
-    changed = parser.parse_args(["--model", "testbed", *prompt, "--sinks", "0", "--group-pooling", "mean_softmax"])
-    assert model_options.config_of(changed) == SparseConfig(sinks=0, group_pooling="mean_softmax")
+    pooled = ["--group-pooling", "share", "--min-share", "0.01"]
+    changed = parser.parse_args(["--model", "testbed", *prompt, "--sinks", "0", *pooled])
+    assert model_options.config_of(changed) == SparseConfig(sinks=0, group_pooling="share", min_share=0.01)
 
 
 def test_options_go_over_a_file_of_settings(tmp_path: Path) -> None:

@@ -222,6 +222,19 @@ def test_a_table_is_covered_if_no_sequence_in_it_is_cut(budget: int | float, pag
 
 
 @pytest.mark.parametrize(
+    ("budget", "page_size", "covered"),
+    [(4096, 16, 128), (2048, 16, 128), (1024, 16, 64), (4096, 24, 85), (4096, 1024, 2), (1.0, 16, 128), (0.1, 16, 6)],
+)
+def test_with_a_least_share_no_more_is_covered_than_is_read_whole(
+    budget: int | float, page_size: int, covered: int
+) -> None:
+    config = SparseConfig(budget=budget, page_size=page_size, sinks=1, group_pooling="share", min_share=0.01)
+    assert config.covers(covered)
+    assert not config.covers(covered + 1)
+    assert not config.reads_all
+
+
+@pytest.mark.parametrize(
     ("dense_layers", "dense"), [(0, set()), (2, {1, 3}), (99, {1, 3, 4}), ((), set()), ((0, 4), {4})]
 )
 def test_dense_layers(dense_layers: int | tuple[int, ...], dense: set[int]) -> None:

@@ -53,7 +53,7 @@ class Choice:
         asks_digests: whether it asked for the digests' scores.
         scores: `[b, hkv, max_pages]`, of which it took the best; None: it chose without `DecodeStep.select`.
         is_by_digests: whether these are the digests' scores and nothing else.
-        min_score: the least of a page that is read, unless it is forced; None: any.
+        min_score: the least of a page that is read without being forced; None: any.
     """
 
     slots: Tensor | None
@@ -147,7 +147,7 @@ class Check:
         exact, tie = self.inputs.exact(self.rows), max(NEAR_TIE, tolerance_of(self.point.config.digest))
         scores = exact.digest_scores()
         expected = exact.select(scores, choice.min_score)
-        if not same_pages(slots[self.rows], expected, scores, tie, choice.min_score is None):
+        if not same_pages(slots[self.rows], expected, scores, tie, choice.min_score):
             raise SparseKVError(f"The {name} step reads other pages than the reference chooses: no speed.")
 
     def _output(self, name: str, out: Tensor, slots: Tensor | None) -> None:
@@ -165,12 +165,15 @@ class Check:
 
 
 def same_pages(
-    slots: Tensor, expected: Tensor, scores: Tensor, tie: float = NEAR_TIE, same_number: bool = True
+    slots: Tensor, expected: Tensor, scores: Tensor, tie: float = NEAR_TIE, min_score: float | None = None
 ) -> bool:
-    """Whether two selections `[b, hkv, k]` are the same but for pages whose scores `[b, hkv, pages]` nearly tie, and
-    list as many: where a least score decides, one that nearly ties with it is in one of them alone."""
+    """Whether two selections `[b, hkv, k]` are the same but for pages whose scores `[b, hkv, pages]` nearly tie, with
+    each other or with the least score."""
     read, wanted = (listed(pages, scores.shape[-1]) for pages in (slots, expected))
-    if same_number and not torch.equal(read.sum(-1), wanted.sum(-1)):
+    if min_score is not None:
+        clear = (scores - min_score).abs() > tie * abs(min_score)
+        read, wanted = read & clear, wanted & clear
+    if not torch.equal(read.sum(-1), wanted.sum(-1)):
         return False
     differ = read ^ wanted
     highest = scores.masked_fill(~differ, float("-inf")).amax(-1)

@@ -185,31 +185,29 @@ class PagedLayer(ReadableLayer):
             memory=memory,
         )
 
-    @property
-    def fills_budget(self) -> bool:
-        """Whether a step lists as many pages as the budget allows."""
-        return self.policy.fills_budget and not self.config.min_share
-
     def _record(self, slots: Tensor | None, new: bool) -> None:
         """Counts what a step read: the listed pages, or all, and what it took to choose them."""
-        read_all = slots is None
-        if slots is not None and not self.fills_budget:
-            self.stats.count_listed(self.layer_idx, slots, self.store.layers[self.layer_idx].page_nbytes)
         if self.store.step.stage is Stage.CAPTURED:
-            self.store.step.reads.append((self.layer_idx, read_all))
+            self.store.step.reads.append((self.layer_idx, slots))
             return
-        self.record_step(read_all, self.store.table.total_pages, self.store.pages_to_read(self.config), new)
+        self.record_step(slots is None, self.store.table.total_pages, new)
+        if slots is not None:
+            self.stats.count_listed((self.layer_idx,), slots[None], self.page_nbytes)
 
-    def record_step(self, read_all: bool, num_pages: int, to_read: int, new: bool) -> None:
-        """Counts what is known of a step without asking the device.
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of a page's keys and values in one kv head."""
+        return self.store.layers[self.layer_idx].page_nbytes
+
+    def record_step(self, read_all: bool, num_pages: int, new: bool) -> None:
+        """Counts what is known of a step without asking the device: all but the pages that it listed.
 
         Args:
             read_all: whether it read every page.
-            num_pages, to_read: pages of all sequences, and those a policy that fills its budget reads of them.
+            num_pages: pages of all sequences.
             new: False if another module has read the same step's cache already (shared KV).
         """
         pages = self.store.layers[self.layer_idx]
         num_kv_heads = pages.kv.shape[2]
         cost = 0 if read_all else pages.nbytes_to_choose(self.policy.reads) * num_pages * num_kv_heads
-        listed = None if read_all else to_read * num_kv_heads if self.fills_budget else 0
-        self.stats.record_step(self.layer_idx, listed, num_pages * num_kv_heads, pages.page_nbytes, cost, new)
+        self.stats.record_step(self.layer_idx, read_all, num_pages * num_kv_heads, pages.page_nbytes, cost, new)

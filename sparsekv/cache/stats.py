@@ -20,8 +20,6 @@ class DecodeStats:
     """
 
     def __init__(self) -> None:
-        # Pages, summed where they were listed, by layer, bytes of a page and device; a captured step adds to it.
-        self._counted: dict[tuple[int, int, torch.device], Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -29,11 +27,11 @@ class DecodeStats:
         self._sparse_steps: Counter[int] = Counter()
         self._dense_steps: Counter[int] = Counter()
         self._dense_passes: Counter[int] = Counter()
-        for counted in self._counted.values():
-            counted.zero_()
+        # Pages of selections, summed where they were listed: for these layers, bytes of a page, and device.
+        self._listed: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
         self._bytes_total: Counter[int] = Counter()
         self._known_bytes: Counter[int] = Counter()  # read, where that is known without the device
-        self._known_pages = 0
+        self._whole_pages = 0
         self.pages_total = 0
         self._whole_bytes = 0
         self._chosen_from_bytes = 0  # what dense decoding would have read where pages were chosen
@@ -56,40 +54,47 @@ class DecodeStats:
     def record_step(
         self,
         layer_idx: int,
-        listed: int | None,
+        read_all: bool,
         pages: int,
         page_nbytes: int,
         scoring_nbytes: int,
         new: bool = True,
     ) -> None:
-        """A layer decoded one token.
+        """A layer decoded one token. Where it has chosen, `count_listed` counts the pages that it read.
 
         Args:
-            listed: pages it read, times kv heads, 0 if `count_listed` has counted them; None: all.
+            read_all: whether it read every page.
             pages: pages its sequences hold, times kv heads.
             page_nbytes: bytes of a page's keys and values in one kv head.
             scoring_nbytes: bytes read to choose the pages.
             new: False when another module reads the same step's cache again (shared KV).
         """
-        known = pages if listed is None else listed
+        nbytes = pages * page_nbytes
         self.pages_total += pages
-        self._bytes_total[layer_idx] += pages * page_nbytes
-        self._known_pages += known
-        self._known_bytes[layer_idx] += known * page_nbytes + scoring_nbytes
-        if listed is None:
+        self._bytes_total[layer_idx] += nbytes
+        self._known_bytes[layer_idx] += scoring_nbytes
+        if read_all:
             self._dense_steps[layer_idx] += new
-            self._whole_bytes += pages * page_nbytes
+            self._whole_pages += pages
+            self._whole_bytes += nbytes
+            self._known_bytes[layer_idx] += nbytes
         else:
             self._sparse_steps[layer_idx] += new
-            self._chosen_from_bytes += pages * page_nbytes
+            self._chosen_from_bytes += nbytes
 
-    def count_listed(self, layer_idx: int, slots: Tensor, page_nbytes: int) -> None:
-        """Counts the pages of a selection `[b, hkv, k]` on the device; read when asked for, so no step waits."""
-        key = layer_idx, page_nbytes, slots.device
-        if key not in self._counted:
+    def count_listed(self, layers: tuple[int, ...], slots: Tensor, page_nbytes: int) -> None:
+        """Counts the pages of selections on their device; they are read when asked for, so no step waits.
+
+        Args:
+            layers: whose selections they are; a layer that is read twice is there twice.
+            slots: `[layers, b, hkv, k]` int32, -1 for none.
+            page_nbytes: bytes of a page's keys and values in one kv head.
+        """
+        key = layers, page_nbytes, slots.device
+        if key not in self._listed:
             with torch.inference_mode(False):  # else nothing could be added outside of it later
-                self._counted[key] = torch.zeros((), dtype=torch.int64, device=slots.device)
-        self._counted[key].add_((slots >= 0).sum())
+                self._listed[key] = torch.zeros(len(layers), dtype=torch.int64, device=slots.device)
+        self._listed[key].add_((slots >= 0).flatten(1).sum(1))
 
     @property
     def sparse_steps(self) -> int:
@@ -111,7 +116,7 @@ class DecodeStats:
     @property
     def pages_read(self) -> int:
         """Pages read."""
-        return self._known_pages + sum(int(pages) for pages in self._counted.values())
+        return self._whole_pages + sum(int(pages.sum()) for pages in self._listed.values())
 
     @property
     def bytes_total(self) -> int:
@@ -148,8 +153,9 @@ class DecodeStats:
     @property
     def _bytes_read(self) -> Counter[int]:
         found = self._known_bytes.copy()
-        for (layer_idx, page_nbytes, _), pages in self._counted.items():
-            found[layer_idx] += int(pages) * page_nbytes
+        for (layers, page_nbytes, _), pages in self._listed.items():
+            for layer_idx, number in zip(layers, pages.tolist(), strict=True):
+                found[layer_idx] += number * page_nbytes
         return found
 
     def as_dict(self) -> dict[str, float]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
 
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.config import SparseConfig
@@ -58,22 +61,25 @@ class Step:
         try:
             yield state.reads
         finally:
-            state.stage = Stage.BEGUN
+            state.stage, state.reads = Stage.BEGUN, []
             self._drop_pending()
 
     def follow(self, reads: Sequence[Read]) -> None:
         """Brings lengths and counters to where a replayed step has left the tensors."""
-        num_pages, to_read = self._store.table.total_pages, {}
+        num_pages = self._store.table.total_pages
         for layer in self._layers.values():
             layer.length += 1
         seen: set[int] = set()
-        for layer_idx, read_all in reads:
+        listed: defaultdict[Any, list[Any]] = defaultdict(list)  # of many layers at once: few launches
+        for layer_idx, slots in reads:
             layer = self._layers[layer_idx]
-            budget = layer.config.plain_budget
-            if not read_all and budget not in to_read:
-                to_read[budget] = self._store.pages_to_read(layer.config)
-            layer.record_step(read_all, num_pages, to_read.get(budget, 0), layer_idx not in seen)
+            layer.record_step(slots is None, num_pages, layer_idx not in seen)
             seen.add(layer_idx)
+            if slots is not None:
+                listed[layer.stats, layer.page_nbytes, slots.shape, slots.device].append((layer_idx, slots))
+        for (stats, page_nbytes, *_), parts in listed.items():
+            layers, slots_of = zip(*parts, strict=True)
+            stats.count_listed(layers, torch.stack(slots_of), page_nbytes)
 
     def _drop_pending(self) -> None:
         for layer in self._layers.values():

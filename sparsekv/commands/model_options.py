@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
     add("sinks", "first tokens that are always read", type=int, metavar="TOKENS")
     add("recent", "last tokens that are always read (default: by the budget, at most 64)", type=int, metavar="TOKENS")
     add("group_pooling", "how the scores of a kv head's query heads become one", choices=GROUP_POOLINGS)
+    add("min_share", "pages of a smaller share of attention are not read", type=float, metavar="SHARE")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="at most so many (default %(default)s)")
     models.add_arguments(parser)
 

@@ -155,15 +155,18 @@ def select_pages(
     recent_tokens: int,
     limits: Tensor | None = None,
     min_score: float | None = None,
+    whole_tokens: int = 0,
 ) -> Tensor:
     """See `reference.select_pages`."""
     b, num_kv_heads, max_pages = scores.shape
     served = page_size in instances.PAGE_SIZES and selectable(max_pages, k) and scores.dtype == torch.float32
     if not served or not usable(scores.device.index):
-        return reference.select_pages(scores, seq_lens, page_size, k, sink_tokens, recent_tokens, limits, min_score)
+        forced, least = (sink_tokens, recent_tokens), (min_score, whole_tokens)
+        return reference.select_pages(scores, seq_lens, page_size, k, *forced, limits, *least)
     slots = torch.empty(b, num_kv_heads, k, dtype=torch.int32, device=scores.device)
     args: list[Any] = [scores.contiguous(), _int32s(seq_lens), None if limits is None else _int32s(limits), slots]
-    args += [torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens, _least(min_score)]
+    args += [torch.empty_like(scores), _log2(page_size), max_pages, k, sink_tokens, recent_tokens]
+    args += [whole_tokens, _least(min_score)]
     launch(instances.SELECT_PAGES, scores, (num_kv_heads, b, 1), 16, args, rooms.select_bytes(max_pages, k))
     return slots
 
@@ -214,8 +217,8 @@ def sparse_decode(*args: Any) -> Result:
     shares = step.group_pooling == "share"
     is_fused = shares or (step.group_pooling in POOLINGS and step.min_score is None)
     if kernel is not None and kind is not None and is_fused:
-        shape = (b * num_kv_heads, head_dim, group)
-        plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k, kind, shares)
+        shape, fits = (b * num_kv_heads, head_dim, group), not step.chooses
+        plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k, kind, shares, fits)
     if plan is None:
         return step_by_step(torch.ops.sparsekv, step)
     out, lse = _outputs(query)
@@ -246,7 +249,7 @@ def _step_params(
         *(limits, sinks, keys, kept, slots, out, lse),
         *strides,
         *(num_q_heads // num_kv_heads, _log2(page_size), step.block_table.shape[1], step.k),
-        *(step.sink_tokens, step.recent_tokens, STEP_POOLINGS[step.group_pooling], wide),
+        *(step.sink_tokens, step.recent_tokens, STEP_POOLINGS[step.group_pooling], wide, step.whole_tokens),
         *(float(step.scaling), float(step.softcap), _least(step.min_score)),
     ]
 

@@ -167,14 +167,16 @@ def step_plan(
     k: int,
     format: type[PageFormat] = Plain,
     shares: bool = False,
+    fits: bool = False,
 ) -> Plan | None:
     """sparse_decode for `rows` (sequence, kv head) pairs, or None where the four ops serve better.
 
     Args:
         shares: pages are chosen by their shares of a head's attention.
+        fits: nothing is chosen.
     """
     width = -(-max_pages // WIDTHS) * WIDTHS
-    return _step_plan(device, dtype, rows, head_dim, group, kernel, width, k, k >= max_pages, format, shares)
+    return _step_plan(device, dtype, rows, head_dim, group, kernel, width, k, fits, format, shares)
 
 
 @functools.lru_cache(1024)

@@ -200,6 +200,7 @@ def select_pages(
     recent_tokens: int,
     limits: Tensor | None = None,
     min_score: float | None = None,
+    whole_tokens: int = 0,
 ) -> Tensor:
     """The pages to read: the forced ones, then the best scores; of equal scores the earlier page.
 
@@ -209,8 +210,8 @@ def select_pages(
         sink_tokens, recent_tokens: the pages of the first and of the last so many tokens are always taken, and so
             is the current page.
         limits: `[b]` int32, fewer than k pages for some sequences; None: k for all.
-        min_score: pages that score less are left out of sequences of more than k pages, or their limit, unless they
-            are always taken; None: none are.
+        min_score: pages that score less are left out, unless they are always taken; None: none are.
+        whole_tokens: sequences of up to so many tokens have no least score.
 
     Returns:
         `[b, hkv, k]` int32 slots, ascending, padded at the end with -1 where there are fewer pages than k.
@@ -218,10 +219,10 @@ def select_pages(
     num_slots = scores.shape[-1]
     rank = _selection_rank(scores, seq_lens, page_size, sink_tokens, recent_tokens)
     if min_score is not None:
-        is_chosen_from = seq_lens > page_size * (k if limits is None else limits.clamp_max(k))
         too_low = scores.nan_to_num(nan=NEG_INF) < min_score
         is_free = rank <= (FORCED_ORDER - 1) << 31
-        rank = rank.masked_fill(too_low & is_free & is_chosen_from[:, None, None], NO_RANK)
+        is_long = (seq_lens > whole_tokens)[:, None, None]
+        rank = rank.masked_fill(too_low & is_free & is_long, NO_RANK)
     best = rank.topk(min(k, num_slots), dim=-1)
     keep = best.values > NO_RANK
     if limits is not None:

@@ -27,7 +27,7 @@ SCHEMAS = {
     ),
     "select_pages": (
         "(Tensor scores, Tensor seq_lens, int page_size, int k, int sink_tokens, int recent_tokens, "
-        "Tensor? limits=None, float? min_score=None) -> Tensor"
+        "Tensor? limits=None, float? min_score=None, int whole_tokens=0) -> Tensor"
     ),
     "attend_pages": (
         "(Tensor query, Tensor kv_pool, Tensor block_table, Tensor seq_lens, Tensor? slots, "
@@ -37,7 +37,7 @@ SCHEMAS = {
         "(Tensor query, Tensor? key, Tensor? value, Tensor block_table, Tensor seq_lens, Tensor(a!) kv_pool, "
         "Tensor(b!)[] summary, Tensor[] state, Tensor? limits, str digest, str group_pooling, int k, "
         "int sink_tokens, int recent_tokens, float scaling, float softcap=0.0, Tensor? sinks=None, "
-        "str format='plain', float? min_score=None) -> (Tensor, Tensor, Tensor)"
+        "str format='plain', float? min_score=None, int whole_tokens=0) -> (Tensor, Tensor, Tensor)"
     ),
     "rotate": "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     "rms_norm": "(Tensor x, Tensor weight, float epsilon) -> Tensor",

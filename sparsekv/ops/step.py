@@ -34,6 +34,7 @@ class StepArguments:
         sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
         format: name of the pages' format.
         min_score: pages that score less are not listed; None: any may be.
+        whole_tokens: sequences of up to so many tokens have no least score.
     """
 
     query: Tensor
@@ -55,6 +56,12 @@ class StepArguments:
     sinks: Tensor | None = None
     format: str = "plain"
     min_score: float | None = None
+    whole_tokens: int = 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a page may be left out."""
+        return self.k < self.block_table.shape[1] or self.limits is not None or self.min_score is not None
 
     def __iter__(self) -> Iterator[Any]:
         return iter(vars(self).values())
@@ -80,13 +87,12 @@ def step_by_step(ops: Any, step: StepArguments) -> Result:
     digests, last = (step.summary, step.state), (step.scaling, step.softcap, step.sinks, step.format)
     if step.key is not None and step.value is not None:
         ops.append_kv(step.key, step.value, None, *where, step.kv_pool, *digests, step.digest, step.format)
-    if step.k >= step.block_table.shape[1] and step.limits is None:  # every page is read: there is nothing to choose
+    if not step.chooses:
         out, lse = ops.attend_pages(step.query, step.kv_pool, *where, None, *last)
         return out, lse, every_slot(*where, step.kv_pool, step.k)
     scores = ops.score_pages(step.query, *digests, *where, page_size, step.digest, step.group_pooling, step.scaling)
-    slots = ops.select_pages(
-        scores, step.seq_lens, page_size, step.k, step.sink_tokens, step.recent_tokens, step.limits, step.min_score
-    )
+    forced, least = (step.sink_tokens, step.recent_tokens), (step.min_score, step.whole_tokens)
+    slots = ops.select_pages(scores, step.seq_lens, page_size, step.k, *forced, step.limits, *least)
     out, lse = ops.attend_pages(step.query, step.kv_pool, *where, slots, *last)
     return out, lse, slots
 

@@ -51,7 +51,7 @@ class PageStore:
         self.digest: Digest = DIGESTS.get(config.digest)()
         self.arena, self.loan = arena, Loan(arena)
         self.memory = Memory(POLICIES.get(config.policy)(), self.loan, dense_layers)
-        steps = sorted({each.budget_pages(0) for each in config.each if not each.is_fraction}) or [1]
+        steps = sorted({each.covered_pages for each in config.each if not each.is_fraction}) or [1]
         pool = PagePool(config.page_size, config.max_tokens)
         self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
         self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
@@ -101,15 +101,6 @@ class PageStore:
         kept = self.memory.of(keeper, batch_size, self.config.at(keeper).selection_width(width), width)
         return ordinal, [tensor.to(self.layers[layer_idx].kv.device) for tensor in kept]
 
-    def pages_to_read(self, config: SparseConfig) -> int:
-        """Pages that a policy which fills its budget reads of all sequences together, for each kv head of a layer.
-
-        Args:
-            config: the layer's.
-        """
-        limits = [config.budget_pages(int(length)) for length in self.table.lengths]
-        return int(np.minimum(self.table.num_pages, limits).sum())
-
     def is_covered(self, config: SparseConfig) -> bool:
         """Whether a layer's fraction, rounded up to pages, covers every sequence of the length that it has. A step
         that may be captured must not depend on lengths: there it is never so, and only the width of the table counts.
@@ -117,9 +108,12 @@ class PageStore:
         Args:
             config: the layer's.
         """
+        lengths = self.table.lengths
         if not config.is_fraction or self.step.stage is not Stage.EAGER:
             return False
-        return self.pages_to_read(config) == self.table.total_pages
+        if config.min_share and lengths.max(initial=0) > config.whole_tokens:
+            return False
+        return all(self.table.num_pages <= [config.budget_pages(int(length)) for length in lengths])
 
     def accept(
         self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool

@@ -7,7 +7,7 @@ from enum import Enum
 
 from torch import Tensor
 
-Read = tuple[int, bool]  # a layer that was read, and whether all of it
+Read = tuple[int, Tensor | None]  # a layer that was read, and its slots `[b, hkv, k]`; None: all of it
 
 
 class Stage(Enum):
@@ -24,7 +24,7 @@ class StepState:
 
     Attributes:
         stage: what is being done.
-        reads: of a step that is being captured, what its layers have read so far.
+        reads: of a step that is being captured, what its layers have read so far; a replay writes to the same slots.
         valid: `[b, t]` bool of its columns, False for padding; None: no padding. The first layer finds it out.
     """
 

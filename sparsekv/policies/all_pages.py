@@ -9,7 +9,6 @@ from sparsekv.policies.base import DecodeStep, Policy, register
 class AllPages(Policy):
     """Every page."""
 
-    fills_budget = True
     reads_all = True
 
     def select(self, step: DecodeStep) -> None:

@@ -143,17 +143,17 @@ class DecodeStep:
 
         Args:
             scores: `[b, hkv, max_pages]` float32, on the query's device; NaN counts as -inf.
-            min_score: pages that score less are left out, unless they are forced; of scores that are pooled as the
-                settings say, `config.min_score`. None: none are.
+            min_score: pages that score less are left out of sequences of more than `config.whole_tokens`, unless
+                they are forced; of scores that are pooled as the settings say, `config.min_score`. None: none are.
 
         Returns:
             slots `[b, hkv, k]` int32, ascending, -1 at the end where a sequence reads fewer.
         """
         config = self.config
+        forced, least = (config.sinks, config.recent_tokens), (min_score, config.whole_tokens)
         slots: Tensor = self.ops.select_pages(
-            scores, self.seq_lens, config.page_size, self.k, config.sinks, config.recent_tokens, self._limits(),
-            min_score,
-        )  # fmt: skip
+            scores, self.seq_lens, config.page_size, self.k, *forced, self._limits(), *least
+        )
         return slots
 
     def attend(self, slots: Tensor | None, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
@@ -201,6 +201,7 @@ class DecodeStep:
             sinks=sinks,
             format=config.page_format,
             min_score=None if self.fits else config.min_score,
+            whole_tokens=config.whole_tokens,
         )
         out, _, slots = self.ops.sparse_decode(*step)
         return out, slots
@@ -227,8 +228,6 @@ class Policy(ABC):
 
     Attributes:
         reads: what it looks at.
-        fills_budget: whether a selection always lists as many pages as the budget allows, so that their number is
-            known without asking the device.
         reads_all: whether every step reads every page: dense decoding.
         capturable: whether a step can be captured in a CUDA graph and replayed: it asks the device for nothing
             (`.item()`), and all that changes from step to step is in the tensors that it is given, and in the phase.
@@ -236,7 +235,6 @@ class Policy(ABC):
     """
 
     reads: Reads = Reads.NOTHING
-    fills_budget: bool = False
     reads_all: bool = False
     capturable: bool = True
     period: int = 1

@@ -27,7 +27,6 @@ class Oracle(Policy):
     """Forced pages, then those with the best true dot product, up to the budget."""
 
     reads = Reads.KEYS
-    fills_budget = True
 
     def select(self, step: DecodeStep) -> Tensor:
         return step.select(exact_scores(step), step.config.min_score)

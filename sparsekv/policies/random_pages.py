@@ -19,8 +19,6 @@ class RandomPages(Policy):
     The lots are a hash of these numbers, so that the same step draws the same pages again, also in a replay.
     """
 
-    fills_budget = True
-
     def select(self, step: DecodeStep) -> Tensor:
         device, num_heads = step.query.device, step.kv_pool.shape[2]
         pages = torch.arange(step.block_table.shape[1], device=device) * _PAGE

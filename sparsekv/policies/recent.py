@@ -16,8 +16,6 @@ from sparsekv.policies.base import DecodeStep, Policy, register
 class Recent(Policy):
     """The sinks, and the last pages up to the budget."""
 
-    fills_budget = True
-
     def select(self, step: DecodeStep) -> Tensor:
         b, max_pages = step.block_table.shape
         later_is_better = torch.arange(max_pages, dtype=torch.float32, device=step.query.device)

@@ -15,7 +15,6 @@ class TopK(Policy):
     """Forced pages, then the best digest scores, up to the budget."""
 
     reads = Reads.DIGESTS
-    fills_budget = True
 
     def select(self, step: DecodeStep) -> Tensor:
         return step.select(step.digest_scores(), step.config.min_score)

@@ -28,6 +28,7 @@ class Case:
     recent_tokens: int
     pooling: str
     min_score: float | None
+    whole_tokens: int
     softcap: float
     with_sinks: bool
     with_limits: bool
@@ -55,6 +56,7 @@ class Case:
             recent_tokens=rng.choice([0, 1, 64, 3 * page_size]),
             pooling=(pooling := rng.choice(["max", "sum", "mean_softmax", "share", "share"])),
             min_score=rng.choice([None, -2.0, -4.0, -6.0, -8.0]) if pooling == "share" else None,
+            whole_tokens=rng.choice([0, rng.choice(edges), 2048]),
             softcap=rng.choice([0.0, 0.0, 5.0, 50.0]),
             with_sinks=rng.random() < 0.3,
             with_limits=rng.random() < 0.2,

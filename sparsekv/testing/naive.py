@@ -98,6 +98,7 @@ def select_pages(
     recent_tokens: int,
     limits: Tensor | None = None,
     min_score: float | None = None,
+    whole_tokens: int = 0,
 ) -> Tensor:
     """The forced pages and then the best, by sorting tuples: `[b, hkv, k]` int32, ascending, padded with -1."""
     b, num_kv_heads, num_slots = scores.shape
@@ -111,7 +112,7 @@ def select_pages(
             value = [-math.inf if math.isnan(x) else x for x in scores[row, head].tolist()]
             rank = {i: (0, 0.0, i) if i in needed else (1, -value[i], i) for i in exists}
             most = k if limits is None else min(k, int(limits[row]))
-            least = -math.inf if min_score is None or len(exists) <= most else min_score
+            least = -math.inf if min_score is None or length <= whole_tokens else min_score
             best_first = sorted((i for i in exists if i in needed or value[i] >= least), key=rank.__getitem__)
             chosen = sorted(best_first[:most])
             slots[row, head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32, device="cpu")

@@ -43,8 +43,11 @@ class Played(CapturedStep):
         """As CapturedStep's."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
-        with Step(cache.config, cache._store, cache.paged_layers).capturing():
+        with Step(cache.config, cache._store, cache.paged_layers).capturing() as reads:
             played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
+        for (_, slots), (_, listed) in zip(self.reads, reads, strict=True):
+            if slots is not None and listed is not None:
+                slots.copy_(listed)
         self.output.logits.copy_(played.logits)
         return type(self.output)(**self.output, **{CACHE: cache})
 

@@ -136,8 +136,8 @@ def check_parts(inputs: Inputs, tally: Tally) -> tuple[Tensor, Tensor]:
     scores: Tensor = OPS.score_pages(*score)
     allowed = tolerance_of(case.digest)
     tally.add(f"score_pages, {case.digest}", scores, reference.score_pages(*score), allowed, case)
-    most = (case.k, case.sink_tokens, case.recent_tokens, inputs.limits, case.min_score)
-    select = (inputs.pages.seq_lens, case.page_size, *most)
+    most = (case.k, case.sink_tokens, case.recent_tokens, inputs.limits)
+    select = (inputs.pages.seq_lens, case.page_size, *most, case.min_score, case.whole_tokens)
     slots: Tensor = OPS.select_pages(scores, *select)
     _same("select_pages", slots, reference.select_pages(scores, *select), case)
     for name, listed in (("attend_pages", slots), ("attend_pages, dense", None)):
@@ -173,6 +173,7 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
         softcap=case.softcap,
         sinks=inputs.sinks,
         min_score=case.min_score,
+        whole_tokens=case.whole_tokens,
     )
     out, lse, chosen = OPS.sparse_decode(*step)
     _same("sparse_decode: pool", pool, pages.kv_pool, case)

@@ -1,4 +1,5 @@
-"""A budget that is a fraction: of each row's own length, whatever else is in the batch and however wide the table is.
+"""A budget that is a fraction, and a least share: of each row by itself, whatever else is in the batch and however
+wide the table is.
 
 Tables on a GPU are wider than on a CPU; here a CPU's are made as wide.
 """
@@ -95,3 +96,42 @@ def test_pages_that_are_always_read_are_nothing_to_choose() -> None:
     """Five tokens and the new one lie in one page of sixteen."""
     _, _, cache = decoded([3], policy="top_k", budget=0.1, page_size=16)
     assert (cache.stats.sparse_steps, cache.stats.dense_steps) == (0, 1)
+
+
+SHARES = {"policy": "top_k", "group_pooling": "share", "min_share": 0.25}
+
+
+@pytest.mark.parametrize("budget", [48, 96, 0.5, 1.0])
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_a_row_has_its_own_least_share(budget: int | float, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, if it is short: then it reads what the budget allows, alone and beside longer ones."""
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 40)
+    settings = SHARES | {"budget": budget, "page_size": page_size}
+    together, read, cache = decoded(range(len(LENGTHS)), **settings)
+    allowed = [min(cache.config.pages_for(n + 1), cache.config.budget_pages(n + 1)) for n in LENGTHS]
+    assert read[2:] == allowed[2:]
+    assert all(ours <= most for ours, most in zip(read, allowed, strict=True))
+    assert budget != 1.0 or sum(read) < sum(allowed)
+    for width in (None, 40, 512):
+        for row in range(len(LENGTHS)):
+            alone, its, _ = decoded([row], width, **settings)
+            assert its == [read[row]]
+            torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [96, 1.0])
+@pytest.mark.parametrize(("row", "is_sparse"), [(1, True), (2, False)])
+def test_short_sequences_alone_are_nothing_to_choose(
+    budget: int | float, row: int, is_sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """62 tokens are chosen from even where the budget covers them; 34 are not, and no digest is read."""
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 48)
+    _, _, cache = decoded([row], **SHARES, budget=budget, page_size=16)
+    assert (cache.stats.sparse_steps, cache.stats.dense_steps) == ((1, 0) if is_sparse else (0, 1))
+    assert is_sparse or cache.stats.bytes_read == cache.stats.bytes_total
+
+
+@pytest.mark.parametrize(("budget", "width"), [(4096, 128), (1024, 64), (0.1, 1)])
+def test_the_narrowest_table_of_a_gpu_is_one_of_which_nothing_is_chosen(budget: int | float, width: int) -> None:
+    cache = PagedCache(tiny_config(1, HQ, HKV, D), **SHARES, budget=budget)
+    assert cache._store.table.width(1, torch.device("cuda", 0)) == width

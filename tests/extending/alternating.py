@@ -16,7 +16,6 @@ class Alternating(Policy):
     """Forced pages, pages that were not full or not there when the others were scored, then the best scores."""
 
     reads = Reads.DIGESTS
-    fills_budget = True
     period = 4
 
     def memory(self, k: int, max_pages: int) -> list[Remembered]:

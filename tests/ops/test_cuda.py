@@ -46,6 +46,7 @@ def test_grid(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> 
         drawn = Case.draw(rng)
         geometry = {"dtype": dtype, "head_dim": head_dim, "group": group, "page_size": page_size}
         geometry["min_score"] = rng.choice([None, -4.0]) if pooling == "share" else None
+        geometry["whole_tokens"] = rng.choice([0, 4 * page_size])
         case = Case(**vars(drawn) | geometry | {"lengths": lengths(page_size), "pooling": pooling, "digest": digest})
         check(case, CUDA, Tally())
 
@@ -102,7 +103,7 @@ def test_any_cluster_gives_the_same_step(ctas: int, direct: bool, monkeypatch: p
     """Scores that become shares lie in shared memory beside the priorities of all pages, else both elsewhere."""
 
     def plan(device: int, dtype: torch.dtype, rows: int, head_dim: int, *rest: Any) -> plans.Plan:
-        group, kernel, width, k, kind, shares = rest
+        group, kernel, width, k, kind, shares, _ = rest
         kept = direct and shares
         made = plans.planned_step(Split(ctas, True, 8), dtype, head_dim, group, kernel, width, k, direct, kind, kept)
         return replace(made, spills=shares and not kept)
@@ -127,8 +128,8 @@ def test_selection_is_exact_for_any_scores(num_pages: int, k: int, kind: str) ->
         scores.fill_(2.0)
     seq_lens = torch.tensor([num_pages * 16 - 3, max(1, num_pages * 5)], dtype=torch.int32, device=CUDA)
     few = torch.tensor([k, max(1, k // 3)], dtype=torch.int32, device=CUDA)
-    for limits, min_score in itertools.product((None, few), (None, -5.0, 20.0)):
-        arguments = (scores, seq_lens, 16, k, 4, 64, limits, min_score)
+    for limits, (min_score, whole) in itertools.product((None, few), ((None, 0), (-5.0, 0), (20.0, num_pages * 8))):
+        arguments = (scores, seq_lens, 16, k, 4, 64, limits, min_score, whole)
         assert torch.equal(OPS.select_pages(*arguments), reference.select_pages(*arguments))
 
 

@@ -35,6 +35,7 @@ def selections(draw: st.DrawFn) -> dict[str, object]:
         "recent_tokens": draw(st.integers(0, 3 * page_size)),
         "limits": None if limits is None else torch.tensor(limits, dtype=torch.int32),
         "min_score": draw(st.none() | st.sampled_from([-1.0, 0.0, 1.0, -INF, INF])),
+        "whole_tokens": draw(st.integers(0, num_slots * page_size)),
     }
 
 

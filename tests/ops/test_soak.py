@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 PLAIN = ops.for_backend("reference")
 CASE = replace(
     Case.draw(random.Random(0)),
-    head_dim=64, group=4, num_kv_heads=2, page_size=16, lengths=[1, 100, 257], k=4, pooling="max", with_limits=False,
+    head_dim=64, group=4, num_kv_heads=2, page_size=16, lengths=[1, 100, 257], k=4, pooling="max", digest="minmax",
+    with_limits=False,
 )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, 
 class Counting(Policy):
     """The first pages; it remembers when it began, of every page and of every one listed."""
 
-    fills_budget = True
     period = 3
 
     def memory(self, k: int, max_pages: int) -> list[Remembered]:

@@ -1,6 +1,7 @@
 """What each policy selects: exactly the pages that its definition names."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -80,18 +81,26 @@ def test_oracle_takes_the_pages_with_the_best_keys(pooling: str, dtype: torch.dt
     assert torch.equal(slots, naive.select_pages(exact, pages.seq_lens, P, step.k, 2, 1))
 
 
-def test_pages_of_too_small_shares_are_left_out_where_something_is_chosen() -> None:
-    pages = random_pages([100, 5 * P], page_size=P)  # 13 pages, and as many as the budget
-    slots, step = select("oracle", pages, hq=2, group_pooling="share", min_share=0.3)
-    shares = exact_scores(step).exp()
-    for head in range(2):
-        needed = {0, 12} | {slot for slot in range(13) if shares[0, head, slot] >= 0.3}
-        assert chosen(slots, 0, head) == sorted(needed)
-        assert chosen(slots, 1, head) == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("policy", ["top_k", "oracle"])
+@pytest.mark.parametrize("budget", [5 * P, 20 * P, 1.0])
+def test_pages_of_too_small_shares_are_left_out(
+    policy: str, budget: int | float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sequences that are long enough, also where the budget has room for all."""
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 100)
+    pages, least = random_pages([*edge_lengths(P), 100, 101, 160], page_size=P), 0.06
+    slots, step = select(policy, pages, budget=budget, group_pooling="share", min_share=least)
+    shares = exact_scores(step) if policy == "oracle" else step.digest_scores()
+    expected = naive.select_pages(shares, pages.seq_lens, P, step.k, 2, 1, None, math.log(least), 100)
+    assert torch.equal(slots, expected)
+    assert len(chosen(slots, -3)) == min(step.k, 13)  # of 13 pages
+    assert budget == 5 * P or max(len(chosen(slots, row)) for row in (-2, -1)) < 13
 
 
-def test_scores_that_are_no_shares_have_no_least() -> None:
-    slots, _ = select("random", random_pages([100], page_size=P), group_pooling="share", min_share=0.9)
+@pytest.mark.parametrize("policy", ["recent", "random"])
+def test_scores_that_are_no_shares_have_no_least(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 0)
+    slots, _ = select(policy, random_pages([100], page_size=P), group_pooling="share", min_share=0.9)
     assert len(chosen(slots, 0)) == 5
 
 

@@ -129,8 +129,6 @@ class CapturedDecoder:
             return reason
         if not cache.is_steady or cache.observers:
             return "not every layer lives in pages" if not cache.is_steady else "the cache is observed"
-        if not all(layer.fills_budget for layer in cache.paged_layers):
-            return "what the policy reads is counted at every step (min_share, or Policy.fills_budget)"
         if not all(layer.policy.capturable for layer in cache.paged_layers):
             return "the policy's steps cannot be captured (Policy.capturable)"
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsekv.cache import PagedCache
 from sparsekv.hf.support import CACHE
+from sparsekv.pages.step_state import Read
 
 
 class Site:
@@ -36,7 +37,7 @@ class CapturedStep:
         inputs: where a replay expects the model's tensors.
         weights: where it expects the model's weights, as `addresses` gives them.
         output: what the model returned, without the cache; every replay writes to the same tensors.
-        reads: what each layer reads, for the counters.
+        reads: what each layer reads, for the counters; every replay writes to the same slots.
     """
 
     def __init__(self, inputs: dict[str, Tensor]) -> None:
@@ -44,7 +45,7 @@ class CapturedStep:
             self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self.weights: list[int] = []
         self.output: Any = None
-        self.reads: list[tuple[int, bool]] = []
+        self.reads: list[Read] = []
 
     def record(self, forward: Callable[..., Any], site: Site) -> None:
         """Captures `forward(**inputs)`, which computes nothing yet.

@@ -144,6 +144,14 @@ def test_nothing_is_planted_where_everything_is_read() -> None:
     assert point(60, group_pooling="share", min_share=0.003, read=40).k == 8
 
 
+@pytest.mark.parametrize("budget", [64, 160])
+def test_the_check_accepts_a_least_share(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 100)
+    with torch.inference_mode():
+        listed = check_of(point(budget=budget, group_pooling="share", min_share=0.1)).all()
+    assert 3 <= listed < budget // 8
+
+
 def wrong_output(step: DecodeStep) -> Decoded:
     out, slots = step.attend_best()
     return 1.05 * out, slots
@@ -191,9 +199,9 @@ def test_pages_may_differ_only_where_their_scores_nearly_tie() -> None:
     assert not same_pages(torch.tensor([[[1, 2]]]), best, scores)  # a page that had to be there is not
     assert not same_pages(torch.tensor([[[0, -1]]]), best, scores)
     assert not same_pages(torch.tensor([[[0, 0]]]), best, scores)
-    one = torch.tensor([[[0, -1]]])
-    assert same_pages(one, best, scores, same_number=False)
-    assert not same_pages(one, torch.tensor([[[0, 2, 3]]]), scores, same_number=False)
+    one = torch.tensor([[[0, -1]]])  # ... or with the least score, which one of them may have left out
+    assert same_pages(one, best, scores, min_score=3.002)
+    assert not same_pages(one, best, scores, min_score=2.0)
 
 
 class FakeDecode:

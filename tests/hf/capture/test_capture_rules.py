@@ -14,17 +14,13 @@ from sparsekv.hf.support import CACHE
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 
 
-class Every(Policy):
-    """A policy that says nothing of how much it reads."""
+class Asking(Policy):
+    """A policy that a graph cannot hold."""
+
+    capturable = False
 
     def select(self, step: DecodeStep) -> None:
         return None
-
-
-class Asking(Every):
-    """A policy that a graph cannot hold."""
-
-    fills_budget, capturable = True, False
 
 
 @pytest.mark.parametrize(
@@ -50,11 +46,6 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
         ({}, None),
         ({"attention_mask": torch.ones(1, 1, 1, 21)}, "a mask of its own"),
         ({"output_hidden_states": True}, "inner states"),
-        (
-            {"policy": "every"},
-            r"what the policy reads is counted at every step \(min_share, or Policy.fills_budget\)",
-        ),
-        ({"group_pooling": "share", "min_share": 0.1}, "what the policy reads is counted at every step"),
         ({"policy": "asking"}, r"the policy's steps cannot be captured \(Policy.capturable\)"),
         ({"observed": True}, "the cache is observed"),
         ({"empty": True}, "not every layer lives in pages"),
@@ -62,11 +53,9 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
 )
 def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, prompt, monkeypatch) -> None:
     """As it would be said there: the tokens claim to be on one."""
-    change = dict(change)
-    monkeypatch.setitem(POLICIES._classes, "every", Every)
     monkeypatch.setitem(POLICIES._classes, "asking", Asking)
-    settings = {name: change.pop(name) for name in ("policy", "group_pooling", "min_share") if name in change}
-    rest = {name: x for name, x in change.items() if name not in ("observed", "empty")}
+    settings = {name: x for name, x in change.items() if name == "policy"}
+    rest = {name: x for name, x in change.items() if name not in ("policy", "observed", "empty")}
 
     class OnGpu(torch.Tensor):
         device = torch.device("cuda", 0)

@@ -16,6 +16,7 @@ from sparsekv.digests import DIGESTS
 from sparsekv.hf import attention, chunks, generation
 from sparsekv.policies import POLICIES
 from sparsekv.testing.consistency import assert_consistent
+from sparsekv.testing.steps import Unsteady
 
 pytestmark = pytest.mark.gpu
 # Not fused: random weights in bf16 choose between equal logits, so last bits would decide.
@@ -81,6 +82,22 @@ def test_every_policy_and_digest(policy, digest, budget, model, ids) -> None:
         assert torch.equal(captured, eager(made, inputs))
         assert patch.decoder.replays > 0
         assert patch.stats.as_dict() == counted
+
+
+@pytest.mark.parametrize("policy", ["top_k", "oracle", "unsteady"])
+def test_steps_that_read_fewer_pages_than_the_budget(policy, model, ids, monkeypatch) -> None:
+    """How many, the slots alone tell: they are counted after every replay, and of a step that is compared once."""
+    monkeypatch.setitem(POLICIES._classes, "unsteady", Unsteady)
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 64)
+    made, inputs = model(), ids(300, 41)
+    settings = SETTINGS | {"policy": policy, "budget": 256, "group_pooling": "share", "min_share": 0.05}
+    with sparsekv.patch(made, **settings) as patch:
+        captured, counted = tokens(made, inputs), patch.stats.as_dict()
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs))
+        assert patch.decoder.replays > 0
+        assert patch.stats.as_dict() == counted
+        assert counted["pages_read"] < counted["pages_total"]
 
 
 def test_budgets_by_layer(model, ids) -> None:

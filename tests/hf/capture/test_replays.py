@@ -21,6 +21,7 @@ import sparsekv
 from sparsekv import PagedCache
 from sparsekv.hf.capture.decoder import CapturedDecoder, Run
 from sparsekv.hf.support import CACHE
+from sparsekv.policies import DecodeStep
 from sparsekv.testing.consistency import assert_consistent
 from sparsekv.testing.playing import Played, decoded, played
 
@@ -79,18 +80,28 @@ def move_the_weights(model: PreTrainedModel) -> None:
         parameter.data = parameter.data.clone()
 
 
-def test_a_loop_warms_up_captures_compares_and_replays(tiny, prefilled) -> None:
-    model = tiny("llama")
-    with sparsekv.patch(model, **SMALL) as patch:
+@pytest.mark.parametrize("settings", [{}, {"budget": 96, "group_pooling": "share", "min_share": 0.2}], ids=str)
+def test_a_loop_warms_up_captures_compares_and_replays(settings, tiny, prefilled, monkeypatch) -> None:
+    """A second loop compares once more; a step counts once, however often it ran."""
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 32)
+    model, read = tiny("llama"), [0]
+
+    def observe(step: DecodeStep, slots: Tensor | None) -> None:
+        pages = -(-step.seq_lens // 16).sum() * step.kv_pool.shape[2]
+        read[0] += int(pages if slots is None else (slots >= 0).sum())
+
+    with sparsekv.patch(model, **SMALL | settings) as patch:
         ours, theirs = prefilled(patch), prefilled(patch)
+        theirs.observers.append(observe)
         patch.stats.reset()
-        expected, wanted = decoded(model, theirs, range(5, 11)), patch.stats.as_dict()
+        expected, wanted = decoded(model, theirs, range(5, 13)), patch.stats.as_dict()
         patch.stats.reset()
-        found = loop(patch.decoder, ours, range(5, 11))
+        found = loop(patch.decoder, ours, range(5, 11)) + loop(patch.decoder, ours, range(11, 13))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert_same_pages(ours, theirs)
-        assert (patch.decoder.captures, patch.decoder.replays) == (1, 4)
+        assert (patch.decoder.captures, patch.decoder.replays) == (1, 5)
         assert patch.stats.as_dict() == wanted
+        assert wanted["pages_read"] == read[0] < wanted["pages_total"]
 
 
 @pytest.mark.parametrize("change", [put_another_weight, put_another_forward])
