@@ -126,7 +126,8 @@ def _choose(args: argparse.Namespace, command: str) -> dict[str, Any]:
     rows = [
         {
             **asdict(candidate.setting),
-            "nbytes": candidate.setting.nbytes,
+            "num_tokens": candidate.num_tokens,
+            "nbytes": candidate.nbytes,
             "meets": candidate.meets,
             "losses": [{**asdict(c), **asdict(loss)} for c, loss in candidate.losses.items()],
         }

@@ -74,6 +74,7 @@ def test_methods_differ_in_what_they_read(loaded: Any, tmp_path: Path) -> None:
     assert by_method["recent"]["bytes_per_token"] < by_method["quest"]["bytes_per_token"]
     assert by_method["quest"]["bytes_per_token"] < by_method["oracle"]["bytes_per_token"]
     assert by_method["dense"]["sparse_steps"] == 0 < by_method["quest"]["sparse_steps"]
+    assert (by_method["dense"]["tokens_read"], by_method["quest"]["tokens_read"]) == (None, 128)
     probes = list(read_lines(tmp_path, "probes*.jsonl"))
     assert {line["method"] for line in probes} == set(METHODS) - {"dense"}
     assert all(0 <= share <= 1.001 for line in probes for share in (*line["mass"], *line["overlap"]))
@@ -368,6 +369,7 @@ def test_one_run_measures_every_pooling_and_number_of_dense_layers(loaded: Any, 
     assert not any(line["error"] for line in lines.values())
     assert lines["sketch+dense0"]["bytes_per_token"] < lines["sketch"]["bytes_per_token"]
     assert lines["oracle+share.2"]["pages_per_token"] < lines["oracle+sum"]["pages_per_token"]
+    assert lines["oracle+share.2"]["tokens_read"] < lines["oracle+sum"]["tokens_read"] == 128
     told = json.loads((tmp_path / "manifest.json").read_text())["settings"]
     assert (told["group_pooling"], told["dense_layers"], told["methods"]) == ("mean_softmax", 1, list(configs))
     assert len(run(loaded, tmp_path, **settings | {"group_pooling": ("mean_softmax",)})) == len(lines)
