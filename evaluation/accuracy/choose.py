@@ -5,9 +5,9 @@ What is lost is the upper end of the 95 % interval of the paired difference to d
 needles, at the longest length at which dense finds enough; and points of all tasks of the small model together, at
 its longest length.
 
-Bytes are those of one geometry at 32k, whatever models were measured: of every digest, and of the pages that are read.
-Without `min_share` a layer that chooses reads its budget. With it, it reads as many tokens per row and kv head as were
-counted, at the longest length of the run in which they were most.
+Bytes are those of one geometry at 32k, whatever models were measured: of every digest, and of the pages that are
+read. Without `min_share` a layer that chooses reads its budget. With it, it reads as many tokens per row and kv head
+as were counted on average, at the longest length of the run in which they were most.
 """
 
 from __future__ import annotations
@@ -163,9 +163,10 @@ def grid(found: Sequence[Candidate]) -> Grid:
         )
         for candidate in sorted(found, key=lambda x: (x.setting.name, x.setting.budget))
     ]
+    limits = (f"{c} (at most {c.tolerance:g} {c.unit})" for c in criteria)
     return Grid(
         "What settings lose, and what they read",
-        ("setting", "budget", "reads", "MiB", *(f"{c} (at most {c.tolerance:g} {c.unit})" for c in criteria), "meets all"),
+        ("setting", "budget", "reads", "MiB", *limits, "meets all"),
         tuple(rows),
         tasks=range(4, 4 + len(criteria)),
         notes=(
