@@ -134,7 +134,7 @@ def measure(options: RunOptions, folder: Path | None = None) -> Run:
         SparseKVError: bad input.
     """
     folder = Path(tempfile.mkdtemp()) if folder is None else folder
-    session.run(options, folder, "evaluation.notebook.measure", Console(file=io.StringIO(), force_jupyter=False))
+    session.run([options], folder, "evaluation.notebook.measure", Console(file=io.StringIO(), force_jupyter=False))
     return Run.read(folder)
 
 

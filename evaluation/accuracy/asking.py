@@ -24,7 +24,7 @@ from sparsekv.hf.wording import Wording
 
 from .room import tokens_at_once
 
-LONG = 64  # steps beyond which it pays to capture them
+LONG = 16  # steps beyond which it pays to capture them: that takes as long as a few eager ones
 _COPIED = 1 << 23  # logits that are made float32 at once
 _SPARE_TOKENS, _SPARE_IN_CHAT = 4, 32  # an answer may be so much longer than the expected one; some chat around it
 

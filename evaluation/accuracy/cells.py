@@ -102,9 +102,9 @@ def _cell(run: Run, lines: Sequence[Line], dense: Sequence[Line]) -> Cell:
         num_examples=len(good),
         num_documents=len({line["document"] for line in good}),
         num_errors=len(lines) - len(good),
-        bytes_per_token=_per_token(good, "bytes_per_token"),
-        dense_bytes_per_token=_per_token(good, "dense_bytes_per_token"),
-        pages_per_token=_per_token(good, "pages_per_token"),
+        bytes_per_token=per_token(good, "bytes_per_token"),
+        dense_bytes_per_token=per_token(good, "dense_bytes_per_token"),
+        pages_per_token=per_token(good, "pages_per_token"),
         pooling=pooling,
         dense_layers=dense_layers,
         gpu=", ".join(dict.fromkeys(filter(None, (line.get("gpu", run.gpu) for line in lines)))) or None,
@@ -152,7 +152,7 @@ def _columns(lines: Sequence[Line], *names: str) -> list[list[Any]]:
     return [[line[name] for line in lines] for name in names]
 
 
-def _per_token(lines: Sequence[Line], name: str) -> float | None:
+def per_token(lines: Sequence[Line], name: str) -> float | None:
     """The mean over all tokens; over lines where they are not counted."""
     known = [line for line in lines if line.get(name) is not None]
     if not known:

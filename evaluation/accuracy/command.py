@@ -17,7 +17,7 @@ from typing import Any
 from sparsekv.command_line import add_json_option, new_console, with_json
 from sparsekv.errors import ConfigError
 
-from .options import add_arguments, add_work_arguments, options_of
+from .options import add_arguments, add_work_arguments, options_of, parts_of
 from .tolerances import Tolerances
 
 RUN = "run"
@@ -72,8 +72,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
     from .session import run
     from .workload import Share
 
-    options, console, folder = options_of(args), new_console(), Path(args.out)
-    failed = run(options, folder, command, console)
+    parts, console, folder = parts_of(args), new_console(), Path(args.out)
+    failed = run(parts, folder, command, console)
     if Share.from_environment().count == 1:  # else the other processes are not done yet
         _print_tables(folder, console)
     console.print(f"Tables, pictures, intervals and failed examples: sparsekv eval report {folder}")
@@ -126,7 +126,8 @@ def _choose(args: argparse.Namespace, command: str) -> dict[str, Any]:
     rows = [
         {
             **asdict(candidate.setting),
-            "nbytes": candidate.setting.nbytes,
+            "num_tokens": candidate.num_tokens,
+            "nbytes": candidate.nbytes,
             "meets": candidate.meets,
             "losses": [{**asdict(c), **asdict(loss)} for c, loss in candidate.losses.items()],
         }

@@ -23,15 +23,22 @@ class Counters:
         self.config, self._never_choosing = cache.config, cache.dense_layers
         self._is_dense = POLICIES.get(cache.config.policy).reads_all
         self._of_layers: dict[int, DecodeStats] = {}
+        self._num_kv_heads: dict[int, int] = {}
         for layer in cache.paged_layers:
             if layer.is_paged:
                 layer.stats = self._of_layers[layer.layer_idx] = DecodeStats()
+                self._num_kv_heads[layer.layer_idx] = layer.store.layers[layer.layer_idx].kv.shape[2]
 
     def counts(self, num_steps: int, num_rows: int) -> Line:
-        """What a token of one sequence read, over all layers."""
+        """What a token of one sequence read, over all layers; `tokens_read` per kv head, in the layers that chose at
+        every step, None if none did."""
         layers, tokens = self._of_layers.values(), max(num_steps, 1) * num_rows
         telling = [self._of_layers[i] for i in self._choosing or self._of_layers]
+        chose = [i for i in self._choosing if not self._of_layers[i].dense_steps]
+        heads = sum(self._num_kv_heads[i] for i in chose)
+        pages = sum(self._of_layers[i].pages_read for i in chose)
         return {
+            "tokens_read": pages * self.config.page_size / (heads * tokens) if heads else None,
             "bytes_per_token": sum(stats.bytes_read for stats in layers) / tokens,
             "dense_bytes_per_token": sum(stats.bytes_total for stats in layers) / tokens,
             "pages_per_token": sum(stats.pages_read for stats in layers) / tokens,

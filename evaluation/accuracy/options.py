@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -162,7 +162,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = RunOptions()
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder of the run; one that is there already is gone on with")
-    add("--config", metavar="FILE", help="YAML or JSON with any of these options (new_name for --new-name)")
+    add(
+        "--config", metavar="FILE",
+        help="YAML or JSON with any of these options (new_name for --new-name); for run, YAML of several parts, too",
+    )  # fmt: skip
     add("--model", metavar="M", help=f"{models.WHAT} (default)")
     files = ", ".join(f"{kind}:FILE" for kind in FILE_TASKS)
     add(
@@ -208,27 +211,51 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-rows", type=positive, metavar="N", help=f"questions at once (default {rows})")
 
 
-def options_of(args: argparse.Namespace) -> RunOptions:
-    """Flags over `--config` over `--quick` over the defaults.
+def parts_of(args: argparse.Namespace) -> list[RunOptions]:
+    """Flags over `--config` over `--quick` over the defaults, for every part of the file: parts are divided by a line
+    `---`, measured in their order, and as the first one where they say nothing else.
 
     Raises:
         ConfigError, UnknownNameError: a value is not allowed, or the file cannot be used.
     """
     known = {f.name for f in fields(RunOptions)}
-    given: dict[str, Any] = dict(QUICK) if args.quick else {}
-    given |= _from_file(Path(args.config), known) if args.config else {}
-    given |= {name: value for name, value in vars(args).items() if name in known and value is not None}
+    parts = _from_file(Path(args.config), known) if args.config else [{}]
+    flags = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    quick = QUICK if args.quick else {}
+    found = [_made({**quick, **parts[0], **part, **flags}) for part in parts]
+    if len({(part.model, part.device, part.dtype) for part in found}) > 1:
+        raise ConfigError(f"--config: {args.config}: model, device and dtype are those of the first part.")
+    return found
+
+
+def _made(given: Mapping[str, Any]) -> RunOptions:
     settled: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
     return RunOptions(**settled)
 
 
-def _from_file(path: Path, known: set[str]) -> dict[str, Any]:
+def options_of(args: argparse.Namespace) -> RunOptions:
+    """`parts_of`, where there may be one only.
+
+    Raises:
+        ConfigError, UnknownNameError: as `parts_of`, or there are several.
+    """
+    first, *more = parts_of(args)
+    if more:
+        raise ConfigError(f"--config: {args.config} has {1 + len(more)} parts, which only `eval run` takes.")
+    return first
+
+
+def _from_file(path: Path, known: set[str]) -> list[dict[str, Any]]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        parts = list(yaml.safe_load_all(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config: {path} cannot be read: {error}") from error
+    return [_part(path, content, known) for content in parts or [None]]
+
+
+def _part(path: Path, content: Any, known: set[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config: {path} must hold names and values, as `tasks: [needle, passkey]`.")
     for name in content:

@@ -1,13 +1,14 @@
 """A run from its options to its files: loads the model, measures what is missing, says what was written.
 
 model, tokenizer = session.load(RunOptions(model="testbed"))
-session.run(RunOptions(tasks=("needle",)), Path("run"), "the command", console)
+session.run([RunOptions(tasks=("needle",))], Path("run"), "the command", console)
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,17 @@ def load(options: RunOptions) -> tuple[Any, Any]:
     return models.load(options.model, wanted, options.dtype)
 
 
-def run(options: RunOptions, folder: Path, command: str, console: Console) -> int:
-    """Loads the model and measures; returns the number of answers that are errors.
+def run(parts: Sequence[RunOptions], folder: Path, command: str, console: Console) -> int:
+    """Loads the model and measures part after part; returns the number of answers that are errors.
 
     Raises:
         SparseKVError: bad input, and nothing was changed; or the disk is full, and nothing is lost.
     """
-    model, tokenizer = load(options)
-    runner = Runner(model, tokenizer, options.model, options, folder, command)
+    model, tokenizer = load(parts[0])
+    # All of them first: what is wrong is told before anything is measured, and the memory is still free.
+    runners = [Runner(model, tokenizer, part.model, part, folder, command) for part in parts]
     try:
-        written, failed = runner.run(console)
+        written, failed = map(sum, zip(*(runner.run(console) for runner in runners), strict=True))
     except OSError as error:
         raise SparseKVError(f"{error}. What was finished is in {folder}; the same command goes on.") from error
     console.print(f"{written} answers written to {folder}")

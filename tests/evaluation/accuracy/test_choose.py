@@ -17,8 +17,12 @@ LIMITS = Tolerances()
 SETTINGS = {"page_size": 16, "group_pooling": "max", "dense_layers": 0}
 
 
-def folder_of(path: Path, model: str, lost: Mapping[tuple[str, str, int], float], **settings: Any) -> Path:
-    """A run in which methods lose so much, in nats or as a share: by task, method and budget, at 8k and 4k."""
+def folder_of(
+    path: Path, model: str, lost: Mapping[tuple[str, str, int], float], read: Mapping[int, float] | None = None,
+    **settings: Any,
+) -> Path:  # fmt: skip
+    """A run in which methods lose so much, in nats or as a share: by task, method and budget, at 8k and 4k. What they
+    read is counted if it is told by length."""
     path.mkdir()
     (path / "manifest.json").write_text(json.dumps({"model": {"name": model}, "settings": SETTINGS | settings}))
     lines = [
@@ -28,6 +32,8 @@ def folder_of(path: Path, model: str, lost: Mapping[tuple[str, str, int], float]
         for length in (4096, 8192)
         for line in (_line(task, length, "dense", None, number, 0), _line(task, length, method, budget, number, loss))
     ]
+    for line in lines if read else ():
+        line["tokens_read"] = None if line["budget"] is None else read[line["length"]]
     (path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -104,8 +110,30 @@ def test_bytes_are_those_of_one_geometry() -> None:
     """By hand: pages of 16 tokens x 128 channels x K and V x 2 bytes, of which min/max keeps 2 x 128 x 2 bytes."""
     page, num_pages, heads = 16 * 128 * 2 * 2, 2048, 8
     sparse, dense = 32 * page + num_pages * 512, num_pages * page
-    assert Setting("minmax", "top_k", "max", 0, 512, 16).nbytes == 32 * heads * sparse
-    assert Setting("minmax", "top_k", "sum", 2, 512, 16).nbytes == heads * (30 * sparse + 2 * dense)
+    assert Setting("minmax", "top_k", "max", 0, 512, 16).nbytes(512) == 32 * heads * sparse
+    assert Setting("minmax", "top_k", "sum", 2, 512, 16).nbytes(512) == heads * (30 * sparse + 2 * dense)
+
+
+def test_with_a_least_share_it_counts_what_was_read(tmp_path: Path) -> None:
+    """In the run that read most, at its longest length, and not the budget, which is the most that may be read."""
+    share, whole = "sketch2/top_k+share.001", "sketch2/top_k+share"
+    lost = {(NATURAL, method, budget): 0.001 for method in (share, whole) for budget in (1024, 6144)}
+    one = folder_of(tmp_path / "one", "small", lost, {8192: 700.5, 4096: 6000.0})
+    two = folder_of(tmp_path / "two", "large", lost, {8192: 300.0, 4096: 200.0})
+    both = found(one, two)
+    least, most = f"{share}+dense0", f"{whole}+dense0"
+    assert {budget: both[least, budget].num_tokens for budget in (1024, 6144)} == {1024: 700.5, 6144: 700.5}
+    assert {budget: both[most, budget].num_tokens for budget in (1024, 6144)} == {1024: 1024, 6144: 6144}
+    assert both[most, 1024].nbytes - both[least, 1024].nbytes == 32 * 8 * 512 * (1024 - 700.5)
+    assert both[least, 1024].setting.min_share == 0.001
+    chosen, is_met = best(list(both.values()))
+    assert f"{least} at 1,024 tokens, of which it reads 70" in told(chosen, is_met)
+
+
+def test_what_a_least_share_reads_must_have_been_counted(tmp_path: Path) -> None:
+    """It is not in the files of earlier runs, nor where no layer chose."""
+    lost = {(NATURAL, "sketch2/top_k+share.001", 512): 0.0, (NATURAL, "quest", 512): 0.0}
+    assert list(found(folder_of(tmp_path / "one", "small", lost))) == [(MINMAX, 512)]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +143,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     told = json.loads(capsys.readouterr().out)
     assert (told["is_met"], told["chosen"]["budget"], told["candidates"][0]["meets"]) == (True, 512, True)
-    assert "| minmax/top_k+max+dense0 | 512 |" in (tmp_path / "choice.md").read_text()
+    assert (told["chosen"]["min_share"], told["candidates"][0]["num_tokens"]) == (0, 512)
+    assert "| minmax/top_k+max+dense0 | 512 | 512 |" in (tmp_path / "choice.md").read_text()
     assert main(["eval", "choose", str(one), "--natural", "0"]) == 1
 
 

@@ -74,6 +74,7 @@ def test_methods_differ_in_what_they_read(loaded: Any, tmp_path: Path) -> None:
     assert by_method["recent"]["bytes_per_token"] < by_method["quest"]["bytes_per_token"]
     assert by_method["quest"]["bytes_per_token"] < by_method["oracle"]["bytes_per_token"]
     assert by_method["dense"]["sparse_steps"] == 0 < by_method["quest"]["sparse_steps"]
+    assert (by_method["dense"]["tokens_read"], by_method["quest"]["tokens_read"]) == (None, 128)
     probes = list(read_lines(tmp_path, "probes*.jsonl"))
     assert {line["method"] for line in probes} == set(METHODS) - {"dense"}
     assert all(0 <= share <= 1.001 for line in probes for share in (*line["mass"], *line["overlap"]))
@@ -368,6 +369,7 @@ def test_one_run_measures_every_pooling_and_number_of_dense_layers(loaded: Any, 
     assert not any(line["error"] for line in lines.values())
     assert lines["sketch+dense0"]["bytes_per_token"] < lines["sketch"]["bytes_per_token"]
     assert lines["oracle+share.2"]["pages_per_token"] < lines["oracle+sum"]["pages_per_token"]
+    assert lines["oracle+share.2"]["tokens_read"] < lines["oracle+sum"]["tokens_read"] == 128
     told = json.loads((tmp_path / "manifest.json").read_text())["settings"]
     assert (told["group_pooling"], told["dense_layers"], told["methods"]) == ("mean_softmax", 1, list(configs))
     assert len(run(loaded, tmp_path, **settings | {"group_pooling": ("mean_softmax",)})) == len(lines)
@@ -461,7 +463,7 @@ def test_methods() -> None:
 def test_a_config_file_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags win; k counts 1024 in both."""
     seen: list[RunOptions] = []
-    monkeypatch.setattr(session, "run", lambda options, *rest: seen.append(options) or 0)
+    monkeypatch.setattr(session, "run", lambda parts, *rest: seen.extend(parts) or 0)
     monkeypatch.setattr(eval_command, "_print_tables", lambda *rest: None)
     text = "tasks: [needle, passkey]\nlengths: 2k\nbudgets: [128, 1k]\nseed: 3\nbatch_tokens: 32k\nchat: no\n"
     text += "group_pooling: sum\ndense_layers: [2, 0]\n"
@@ -472,6 +474,23 @@ def test_a_config_file_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (seen[0].lengths, seen[0].budgets, seen[0].seed) == ((2048,), (256,), 3)
     assert (seen[0].batch_tokens, seen[0].chat) == (32768, "no")  # which YAML takes for false
     assert (seen[0].group_pooling, seen[0].dense_layers) == (("sum",), (2, 0))
+
+
+def test_a_config_file_of_several_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is as the first one, but for what it names, and for flags; all go into one folder, none twice."""
+    first = "tasks: [multi_key]\nlengths: [1024]\nbudgets: [128]\nmethods: [dense, quest]\nprobe: false\n"
+    (tmp_path / "run.yaml").write_text(f"{first}---\nbudgets: [256]\n---\nlengths: [512]\nmethods: [dense]\n")
+    arguments = ["eval", "run", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--examples", "1"]) == 0
+    found = [(x["length"], x["method"], x["budget"]) for x in read_lines(tmp_path / "run", "results*.jsonl")]
+    assert found == [(1024, "dense", None), (1024, "quest", 128), (1024, "quest", 256), (512, "dense", None)]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["settings"]["budgets"] == [128, 256]
+    assert "4 answers written" in capsys.readouterr().out
+    assert main(["eval", "export", *arguments[2:]]) == 1
+    assert "has 3 parts, which only `eval run` takes" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text(f"{first}---\nmodel: smollm2\n")
+    assert main(arguments) == 1
+    assert "model, device and dtype are those of the first part" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
