@@ -179,7 +179,7 @@ def _whole(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _code(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Vectors `[..., d]` in so many bits a channel: the numbers n that these are, uint8, and the codes they stand for,
+    """Vectors `[..., d]` in so many bits a channel: the numbers n that these are, uint8, and the codes of these,
     `[..., d]`."""
     positive, squares = x > 0, x.square()
     planes = [positive, positive == (squares > squares.mean(-1, keepdim=True))][:bits]
