@@ -6,9 +6,9 @@
 //   `SHARED`, whether several warps may share the work, `take(8 channels of a key)` and
 //   `store(page, digests, count, page_size, part, parts)`, part of what `parts` warps store together;
 // - `Scorer<T, D, HEAD_TILES>`, a warp that scores tiles of sixteen pages, one after the other: `stage` and `use` a
-//   query, which takes `STAGED` words of 16 bytes, `aim` at the next tile's pages, `load_first`, and `score`, which
-//   loads the next tile as it goes. Scores are on the scale of logits, products times the `scaling` that it is made
-//   with. It is made with `ROOM` words of 16 bytes of shared memory, too, that are this warp's own.
+//   query, which takes `STAGED` words of 16 bytes, `aim` at the next tile's pages, -1 for none, `load_first`, and
+//   `score`, which loads the next tile as it goes. Scores are on the scale of logits, products times the `scaling`
+//   that it is made with. It is made with `ROOM` words of 16 bytes of shared memory, too, that are this warp's own.
 #pragma once
 #include "common/device.cuh"
 
@@ -97,7 +97,7 @@ struct TileIds {
     template <typename Scorer>
     __device__ void aim(Scorer& scorer) {
         const int slot = tile + lane_id() / 4;
-        scorer.aim(slot < count ? low : 0, slot + 8 < count ? high : 0);  // entries past the end may be anything
+        scorer.aim(slot < count ? low : -1, slot + 8 < count ? high : -1);  // entries past the end may be anything
         tile += step;
         if (tile + lane_id() % TILE < count) scorer.prefetch_page(ahead);
         read();

@@ -101,8 +101,8 @@ struct MinMaxScorer {
 
     // This lane's two pages of the next tile.
     __device__ void aim(int low_id, int high_id) {
-        low_page = digests + (i64(low_id) * num_kv_heads + head) * 2 * D + digest_channel(0, lane_id());
-        high_page = digests + (i64(high_id) * num_kv_heads + head) * 2 * D + digest_channel(0, lane_id());
+        low_page = digests + (i64(max(low_id, 0)) * num_kv_heads + head) * 2 * D + digest_channel(0, lane_id());
+        high_page = digests + (i64(max(high_id, 0)) * num_kv_heads + head) * 2 * D + digest_channel(0, lane_id());
     }
 
     template <int CHUNK>

@@ -16,18 +16,10 @@ constexpr int MEAN_BITS = 2;
 
 // The tensors of SignSketch, in its order. Kernels rotate by the flips alone, without the matrix.
 struct SketchTensors {
-    char* codes;         // [num_pages, hkv, page_size * bits * d / 8]
-    u16* factors;        // [num_pages, hkv, page_size]
-    char* means;         // [num_pages, hkv, MeanLayout<D>::BYTES]
-    float* units;        // [num_pages, hkv], the factors of the means
+    char* records;       // [num_pages, hkv, bytes of SketchRecord]
     const float* flips;  // [hkv, 2, d]; before it lies the rotation, [hkv, d, d]
 
-    __device__ SketchTensors(const Digests& digests)
-        : codes(digests.at<char>(0)),
-          factors(digests.at<u16>(1)),
-          means(digests.at<char>(2)),
-          units(digests.at<float>(3)),
-          flips(digests.at<float>(5)) {}
+    __device__ SketchTensors(const Digests& digests) : records(digests.at<char>(0)), flips(digests.at<float>(2)) {}
 };
 
 __device__ inline float sum_of_warp(float x) {
@@ -113,6 +105,18 @@ struct MeanLayout {
     static constexpr int WORDS = (D + 63) / 64, BYTES = 16 * WORDS;  // of a lane, one after the other; of all four
 };
 
+// Where the parts of a page's record lie, in bytes: the codes come first.
+template <int D, int BITS>
+struct SketchRecord {
+    i64 factors, mean, unit, bytes;
+
+    __device__ explicit SketchRecord(int page_size)
+        : factors(page_size * (BITS * D / 8)),
+          mean(factors + page_size * 2),
+          unit(mean + MeanLayout<D>::BYTES),
+          bytes(unit + 16) {}
+};
+
 // The code of a vector x. Lane l has channels l, l + 32, ...
 template <int D, int BITS>
 struct SketchCode {
@@ -180,16 +184,17 @@ struct SketchSummary : KeySums<T, D> {
         const float unit = code.factor();
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = unit * code.numbers[i];
-        u16* const factors = tensors.factors + page.item * page_size;
+        const SketchRecord<D, BITS> layout(page_size);
+        char* const record = tensors.records + page.item * layout.bytes;
+        u16* const factors = reinterpret_cast<u16*>(record + layout.factors);
         if (part == 0) {
             u32 words[MeanLayout<D>::WORDS] = {};
             code.template add_to<0>(words, lane_id() % 4);
-            store_words(tensors.means + page.item * MeanLayout<D>::BYTES + lane_id() % 4 * sizeof(words), words);
-            if (lane_id() == 0) tensors.units[page.item] = unit;
+            store_words(record + layout.mean + lane_id() % 4 * sizeof(words), words);
+            if (lane_id() < 4) reinterpret_cast<float*>(record + layout.unit)[lane_id()] = lane_id() ? 0.f : unit;
             for (int token = count + lane_id(); token < page_size; token += WARP)
                 factors[token] = 0x7FFF;  // NaN: none
         }
-        char* const codes = tensors.codes + page.item * page_size * (BITS * D / 8);
 #pragma unroll 1
         for (int first = part * Layout::TOGETHER; first < count; first += parts * Layout::TOGETHER) {
             u32 words[Layout::WORDS] = {};
@@ -205,7 +210,7 @@ struct SketchSummary : KeySums<T, D> {
                 code.template add_to<i.value * Layout::REGISTERS>(words, lane_id() % 4);
                 if (lane_id() == 0 && token < count) factors[token] = fp16::pack(code.factor(), 0.f);
             });
-            store_words(codes + Layout::place(first, lane_id() % 4), words);
+            store_words(record + Layout::place(first, lane_id() % 4), words);
         }
     }
 

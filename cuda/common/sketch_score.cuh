@@ -101,6 +101,7 @@ struct SketchScorer {
     u32 query[HEAD_TILES][N][2];
     float half[TILES], unit[TILES];  // of this lane's heads
     const SketchTensors tensors;
+    const SketchRecord<D, BITS> record;
     int num_kv_heads, head, page_shift;
     float scaling;
 
@@ -108,6 +109,7 @@ struct SketchScorer {
                             uint4* room)
         : room(*reinterpret_cast<Room*>(room)),
           tensors(tensors),
+          record(1 << page_shift),
           num_kv_heads(num_kv_heads),
           head(head),
           page_shift(page_shift),
@@ -152,31 +154,31 @@ struct SketchScorer {
 
     // Far ahead, as far as L2. A lane asks for every other line of the page of its number.
     __device__ void prefetch_page(int id) const {
-        const char* const page = codes_of(id);
+        const char* const page = record_of(id);
 #pragma unroll 1
-        for (int i = lane_id() / TILE * 128; i < BITS * D / 8 << page_shift; i += 256) prefetch(page + i);
+        for (int i = lane_id() / TILE * 128; i < record.bytes; i += 256) prefetch(page + i);
     }
 
     // The next tile: this lane's two pages are these. Their means are asked for, once those at hand were used.
+    // Nothing is asked for where there is no page: many warps would ask for the same at once.
     __device__ void aim(int low_id, int high_id) {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
-            const int piece = i * WARP + lane_id(), page = piece / (2 * COPIES);
-            coming[i] = codes_of(id_of(page, low_id, high_id)) + piece % (2 * COPIES) * 16;
+            const int piece = i * WARP + lane_id();
+            coming[i] = from_record(id_of(piece / (2 * COPIES), low_id, high_id), piece % (2 * COPIES) * 16);
         }
         const int page = lane_id() / FACTOR_PARTS % TILE;
-        const i64 item = item_of(id_of(page, low_id, high_id));
-        coming_factors = reinterpret_cast<const char*>(tensors.factors + (item << page_shift)) +
-                         lane_id() % FACTOR_PARTS * FACTORS;
+        coming_factors =
+            from_record(id_of(page, low_id, high_id), record.factors + lane_id() % FACTOR_PARTS * FACTORS);
 #pragma unroll
         for (int base = 0; base < TILE * MEAN_WORDS; base += WARP) {
             const int i = base + lane_id();
-            const i64 from = item_of(id_of(i / MEAN_WORDS % TILE, low_id, high_id)) * MEAN_BYTES;
-            if (i < TILE * MEAN_WORDS)
-                copy_async<16>(room.means[0][0] + i * 4, tensors.means + from + i % MEAN_WORDS * 16);
+            const char* const mean =
+                from_record(id_of(i / MEAN_WORDS % TILE, low_id, high_id), record.mean + i % MEAN_WORDS * 16);
+            if (mean && i < TILE * MEAN_WORDS) copy_async<16>(room.means[0][0] + i * 4, mean);
         }
-        const i64 of_unit = item_of(id_of(lane_id() % TILE, low_id, high_id));
-        if (lane_id() < TILE) copy_async<4>(room.units + lane_id(), tensors.units + of_unit);
+        const char* const unit = from_record(id_of(lane_id() % TILE, low_id, high_id), record.unit);
+        if (unit && lane_id() < TILE) copy_async<4>(room.units + lane_id(), unit);
     }
 
     __device__ void load_first() {
@@ -213,10 +215,10 @@ struct SketchScorer {
   private:
     using Products = int[HEAD_TILES][4];
 
-    __device__ i64 item_of(int id) const { return i64(id) * num_kv_heads + head; }
-    __device__ const char* codes_of(int id) const {
-        return tensors.codes + (item_of(id) << page_shift) * (BITS * D / 8);
+    __device__ const char* record_of(int id) const {
+        return tensors.records + (i64(id) * num_kv_heads + head) * record.bytes;
     }
+    __device__ const char* from_record(int id, i64 offset) const { return id < 0 ? nullptr : record_of(id) + offset; }
     // Of a page of the tile, by the lanes that know: all lanes call it.
     __device__ static int id_of(int page, int low_id, int high_id) {
         const int low = __shfl_sync(ALL_LANES, low_id, page % 8 * 4),
@@ -230,12 +232,14 @@ struct SketchScorer {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
             const int piece = i * WARP + lane_id();
+            if (coming[i] == nullptr) continue;
             copy_async<16>(block.codes[piece / (2 * COPIES)] + piece % (2 * COPIES) * 16, coming[i]);
             coming[i] += Layout::BLOCK;
         }
-        if (lane_id() < TILE * FACTOR_PARTS)
+        if (coming_factors && lane_id() < TILE * FACTOR_PARTS) {
             copy_async<FACTORS>(block.factors[0] + lane_id() * (FACTORS / 4), coming_factors);
-        coming_factors += 2 * TOKENS;
+            coming_factors += 2 * TOKENS;
+        }
         commit_copies();
     }
 

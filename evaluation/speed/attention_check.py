@@ -127,7 +127,8 @@ class Check:
         if pairs:
             try:
                 kept, computed = [kept[pages] for kept, _ in pairs], [new for _, new in pairs]
-                same_summary(self.point.config.digest, kept, computed, "digests", self.point)
+                shape = (self.point.config.page_size, self.point.geometry.head_dim)
+                same_summary(self.point.config.digest, kept, computed, shape, "digests", self.point)
             except SparseKVError as error:
                 message = f"Digests after the {name} step are not those of their pages: no speed."
                 raise SparseKVError(message) from error

@@ -33,7 +33,9 @@ class MeanStd(MinMax):
         std = (torch.where(exists, values - mean[:, :, None], 0.0).square().sum(2) / count).sqrt()
         return [torch.stack([mean - std, mean + std], dim=2).to(keys.dtype)]
 
-    def why_unlike(self, summary: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    def why_unlike(
+        self, summary: Sequence[Tensor], expected: Sequence[Tensor], page_size: int, head_dim: int
+    ) -> str | None:
         """Up to the order of sums, which decides about the last bit, and about more of what is nearly zero."""
         (mine,), (theirs,) = summary, expected
         size = theirs.float().abs().amax(2, keepdim=True)

@@ -21,8 +21,10 @@ are two rounds of it, because after one a channel that outweighs all others woul
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,24 +57,59 @@ def sketch_kernel(bits: int) -> DigestKernel:
     return DigestKernel(
         "common/sketch_score.cuh",
         f"Sketch<{{heads}}, {bits}>",
-        (torch.uint8, torch.float16, torch.uint8, *[torch.float32] * 3),
+        (torch.uint8, torch.float32, torch.float32),
         staged=lambda head_dim, heads: (head_dim // 2 + 4) * -(-heads // 8),
         room=room,
         tolerance=2e-2,
     )
 
 
+class Sketched(NamedTuple):
+    """What is kept of pages, as parts of their records, in this order.
+
+    Attributes:
+        codes: `[..., p / tokens, parts, words, 4]` uint8. A token's bits lie in up to four parts, as four threads of
+            a kernel read them, and the parts of several tokens side by side, as `_packed` packs them.
+        factor: `[..., p]`, in half precision in the record; NaN for no token.
+        mean: as the codes of a page of one token.
+        unit: `[..., 1]` float32, the mean's factor; four times as many bytes are reserved for it, so that all of a
+            record begins where kernels can copy it from.
+    """
+
+    codes: Tensor
+    factor: Tensor
+    mean: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(cls, records: Tensor, head_dim: int, bits: int) -> Sketched:
+        """The parts of records `[..., bytes]`."""
+        page_size = _page_size(records.shape[-1], head_dim, bits)
+        codes, factor, mean, unit = records.split(_sizes(page_size, head_dim, bits), dim=-1)
+        layouts = _layout(page_size, head_dim, bits), _layout(1, head_dim, MEAN_BITS)
+        return cls(
+            codes.unflatten(-1, layouts[0]),
+            factor.contiguous().view(torch.float16).float(),
+            mean.unflatten(-1, layouts[1]),
+            unit.contiguous().view(torch.float32)[..., :1],
+        )
+
+    def record(self) -> Tensor:
+        """One tensor `[..., bytes]` uint8."""
+        factor, unit = self.factor.to(torch.float16), F.pad(self.unit.float(), (0, 3))
+        return torch.cat(
+            [self.codes.flatten(-4), factor.view(torch.uint8), self.mean.flatten(-4), unit.view(torch.uint8)], -1
+        )
+
+
 @register("sign_sketch")
 class SignSketch(Digest):
     """Per token the packed signs (d / 8 bytes) and a half-precision factor, per page its mean in two bits a channel
-    (d / 4 bytes) and their factor (float32): at pages of 16, d / 8 + 2 and d / 64 + 1/4 bytes per token.
+    (d / 4 bytes) and their factor (float32): at pages of 16, d / 8 + 2 and d / 64 + 1 bytes per token. They are one
+    record (`Sketched`), as memory is read fastest by long pieces.
 
     Fixed, all float32: the rotation `[hkv, d, d]`, and the flips that it is made of `[hkv, rounds, d]`, from which
     kernels rotate without the matrix.
-
-    A token's bits lie in up to four parts, as four threads of a kernel read them, and the parts of several tokens
-    side by side: codes `[p / tokens, parts, words, 4 bytes]`, as `_packed` packs them. The mean's lie as those of a
-    page of one token.
 
     Attributes:
         bits: per channel. They are a number n, of which 2 n + 1 - 2^bits is the channel's code: -1 or 1, or of two
@@ -82,17 +119,15 @@ class SignSketch(Digest):
     bits = 1
 
     # 1 had a rotation by QR decomposition and did not round the query; 2 centred all keys on the mean of the first
-    # prompt's, and left q.mean out; 3 had means in bytes, and a page scored its best token; 4 had another order of
-    # bits, and queries up to 40.
+    # prompt's, and left q.mean out; 3 had means in bytes, and a page scored its best token; 4 had a field for each of
+    # what is a record now, other bits, and queries up to 40.
     revision = 5
     kernel = sketch_kernel(bits)
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
         if head_dim % 8:
             raise ConfigError(f"The sketches of keys pack 8 channels a byte: head_dim={head_dim} must divide by 8.")
-        codes = Field(_layout(page_size, head_dim, self.bits), torch.uint8)
-        mean = Field(_layout(1, head_dim, MEAN_BITS), torch.uint8)
-        return [codes, Field((page_size,), torch.float16), mean, Field((), torch.float32)]
+        return [Field((sum(_sizes(page_size, head_dim, self.bits)),), torch.uint8)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
         num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
@@ -113,29 +148,30 @@ class SignSketch(Digest):
         centred = torch.where(exists, rotated - code * unit[..., None], 0.0)
         numbers, code = _code(centred, self.bits)
         factor = _factor(centred, code).masked_fill(~valid[:, None], float("nan"))  # no token
-        return [_packed(numbers, self.bits), factor, _packed(mean_numbers, MEAN_BITS), unit.squeeze(-1)]
+        kept = Sketched(_packed(numbers, self.bits), factor, _packed(mean_numbers, MEAN_BITS), unit)
+        return [kept.record()]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        # [b, pages, hkv, block, part, word, 4], [b, pages, hkv, p], a mean as codes are, [b, pages, hkv]
-        codes, factor, mean, unit = summary
+        codes, factor, mean, unit = Sketched.of(summary[0], query.shape[-1], self.bits)
         rotated, worth = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), self.bits)
-        of_mean = _products(rotated, mean, MEAN_BITS, 1).squeeze(-1) * rearrange(unit, "b pages h -> b h 1 pages")
+        of_mean = _products(rotated, mean, MEAN_BITS, 1).squeeze(-1) * rearrange(unit, "b pages h 1 -> b h 1 pages")
         products = _products(rotated, codes, self.bits, factor.shape[-1])
-        beyond = products * rearrange(factor.float(), "b pages h p -> b h 1 pages p") * worth[..., None]
+        beyond = products * rearrange(factor, "b pages h p -> b h 1 pages p") * worth[..., None]
         return of_mean * worth + beyond.masked_fill(beyond.isnan(), float("-inf")).logsumexp(-1)
 
-    def why_unlike(self, summary: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    def why_unlike(
+        self, summary: Sequence[Tensor], expected: Sequence[Tensor], page_size: int, head_dim: int
+    ) -> str | None:
         """Up to the order of sums: it decides about bits of channels near a threshold, and last bits of factors."""
-        codes, factors, means, units = summary
-        expected_codes, expected_factors, expected_means, expected_units = expected
+        (codes, factors, means, units), (expected_codes, expected_factors, expected_means, expected_units) = (
+            Sketched.of(record, head_dim, self.bits) for (record,) in (summary, expected)
+        )
         same = (means == expected_means).flatten(2).all(-1)  # where a bit of a mean differs, all else may
         if int((~same).sum()) > 2 + 1e-2 * same.numel():
             return f"{int((~same).sum())} of {same.numel()} means are others"
         if not torch.allclose(units[same], expected_units[same], rtol=1e-5, equal_nan=True):
             return "other units of means"
-        numbers, expected_numbers = (
-            _unpacked(x, self.bits, factors.shape[-1])[same] for x in (codes, expected_codes)
-        )
+        numbers, expected_numbers = (_unpacked(x, self.bits, page_size)[same] for x in (codes, expected_codes))
         differ = (numbers != expected_numbers) & ~expected_factors[same].isnan()[..., None]  # [m, p, d]
         if int(differ.sum()) > 2 + 1e-4 * differ.numel():
             return f"{int(differ.sum())} of {differ.numel()} codes are others"
@@ -152,6 +188,18 @@ def _layout(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, in
     size = bits * head_dim // 8 // parts  # bytes of a token
     tokens = math.gcd(page_size, 1 << (-(-LANE_BYTES // size) - 1).bit_length())
     return page_size // tokens, parts, -(-tokens * size // 4), 4
+
+
+def _sizes(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
+    """Bytes of the parts of a record."""
+    codes, mean = (math.prod(_layout(*shape)) for shape in ((page_size, head_dim, bits), (1, head_dim, MEAN_BITS)))
+    return codes, 2 * page_size, mean, 16
+
+
+@functools.lru_cache(64)
+def _page_size(nbytes: int, head_dim: int, bits: int) -> int:
+    """Tokens of a page whose record has so many bytes."""
+    return next(p for p in itertools.count(1) if sum(_sizes(p, head_dim, bits)) == nbytes)
 
 
 def _mixing(head_dim: int) -> Tensor:

@@ -99,7 +99,9 @@ class Formula(ABC):
             `[b, hkv, g, pages]` float32.
         """
 
-    def why_unlike(self, summary: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    def why_unlike(
+        self, summary: Sequence[Tensor], expected: Sequence[Tensor], page_size: int, head_dim: int
+    ) -> str | None:
         """What is wrong with fields that a kernel has made, beside the same ones of the reference; None: nothing.
 
         Bit for bit, unless a digest allows for sums in another order. NaN is like NaN.

@@ -91,7 +91,7 @@ def check_append(case: Case, device: torch.device) -> None:
         written.append((pool, summary))
     (pool, summary), (expected_pool, expected_summary) = written
     _same("append_kv: pool", pool, expected_pool, case)
-    same_summary(case.digest, summary, expected_summary, "append_kv: digests", case)
+    same_summary(case.digest, summary, expected_summary, pool.shape, "append_kv: digests", case)
 
 
 def _state(case: Case, pages: Pages) -> list[Tensor]:
@@ -181,7 +181,7 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
     unfinished = page[(newest + 1) % case.page_size > 0]
     for one, other in zip(summary, inputs.summary, strict=True):
         one[unfinished] = other[unfinished]
-    same_summary(case.digest, summary, inputs.summary, "sparse_decode: digests", case)
+    same_summary(case.digest, summary, inputs.summary, pool.shape, "sparse_decode: digests", case)
     _check_attention("sparse_decode", (out, lse), inputs, chosen, tally)
     same_slots("sparse_decode: slots", chosen, slots, scores, case, case.digest, case.min_score)
 
@@ -199,13 +199,18 @@ def _same(name: str, actual: Tensor, expected: Tensor, case: object) -> None:
         raise SparseKVError(f"{name} differs from the reference: {case}")
 
 
-def same_summary(digest: str, actual: Sequence[Tensor], expected: Sequence[Tensor], name: str, case: object) -> None:
+def same_summary(
+    digest: str, actual: Sequence[Tensor], expected: Sequence[Tensor], pool: Sequence[int], name: str, case: object
+) -> None:
     """A digest's fields are what they should be.
+
+    Args:
+        pool: the shape of the keys and values as they are, `[..., p, d]`.
 
     Raises:
         SparseKVError: they are not.
     """
-    fault = formula(digest).why_unlike(actual, expected)
+    fault = formula(digest).why_unlike(actual, expected, *pool[-2:])
     if fault is not None:
         raise SparseKVError(f"{name}: {fault}: {case}")
 

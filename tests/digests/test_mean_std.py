@@ -19,7 +19,7 @@ def test_the_summary_is_mean_less_and_plus_deviation(dtype: torch.dtype, centre:
     for page, stored, count in zip(keys.double(), summary, valid.sum(1).tolist(), strict=True):
         std, mean = torch.std_mean(page[:, :count], 1, correction=0)
         exact = torch.stack([mean - std, mean + std], 1)
-        assert MeanStd().why_unlike([stored[None]], [exact.to(dtype)[None]]) is None
+        assert MeanStd().why_unlike([stored[None]], [exact.to(dtype)[None]], 16, 8) is None
 
 
 def test_the_score_is_that_of_the_mean_and_the_deviation() -> None:
@@ -34,6 +34,6 @@ def test_a_bit_more_than_the_last_is_another_summary() -> None:
     (summary,) = MeanStd().summarize(torch.randn(3, 2, 16, 8).bfloat16(), torch.ones(3, 16, dtype=torch.bool), [])
     other = summary.clone()
     other[1, 1, 0, 5] *= 1 + 2**-8
-    assert MeanStd().why_unlike([other], [summary]) is None
+    assert MeanStd().why_unlike([other], [summary], 16, 8) is None
     other[1, 1, 0, 5] *= 1.02
-    assert MeanStd().why_unlike([other], [summary]) == "1 of 96 means or deviations are others"
+    assert MeanStd().why_unlike([other], [summary], 16, 8) == "1 of 96 means or deviations are others"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.digests import sign_sketch
-from sparsekv.digests.sign_sketch import QUERY_LIMIT, SignSketch
+from sparsekv.digests.sign_sketch import QUERY_LIMIT, SignSketch, Sketched
 from sparsekv.digests.sketch2 import Sketch2
 from sparsekv.errors import ConfigError
 from sparsekv.testing import naive
@@ -30,11 +30,11 @@ def shipped_rotation(d: int) -> Tensor:
 def estimates(query: Tensor, keys: Tensor, turn: Tensor, sketch: SignSketch) -> Tensor:
     """Of every token of full pages, the others left out: query `[d]`, keys `[pages, p, d]` -> `[pages, p]`."""
     valid, state = torch.ones(keys.shape[:2], dtype=torch.bool), [turn[None]]
-    codes, factor, mean, unit = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
-    found = []
+    (records,) = sketch.summarize(keys[:, None], valid, state)
+    kept, found = Sketched.of(records[None], keys.shape[-1], sketch.bits), []
     for token in range(keys.shape[1]):
-        alone = factor.masked_fill(torch.arange(keys.shape[1]) != token, NAN)
-        found.append(sketch.score(query[None, None, None], [codes, alone, mean, unit], state)[0, 0, 0])
+        alone = kept._replace(factor=kept.factor.masked_fill(torch.arange(keys.shape[1]) != token, NAN)).record()
+        found.append(sketch.score(query[None, None, None], [alone], state)[0, 0, 0])
     return torch.stack(found, dim=-1)
 
 
@@ -64,14 +64,15 @@ def kept_mean(keys: Tensor, turn: Tensor) -> list[float]:
 
 def naive_estimates(query: Tensor, keys: Tensor, turn: Tensor, bits: int) -> Tensor:
     """<Rq, m> + f <Rq, c> with m the mean that is kept, c the code of x = Rk - m and f = |x|^2 / <c, x>, in float64;
-    Rq in whole units."""
+    Rq in whole units, f in half precision."""
     query, turn, mean = query.double(), turn.double(), kept_mean(keys, turn)
     rotated = in_whole_units(turn @ query, bits).tolist()
     found = []
     for key in keys.double():
         centred = (turn @ key - torch.tensor(mean, dtype=torch.float64)).tolist()
         c = code(centred, bits)
-        found.append(dot(rotated, mean) + dot(centred, centred) / dot(c, centred) * dot(c, rotated))
+        factor = float(torch.tensor(dot(centred, centred) / dot(c, centred)).half())
+        found.append(dot(rotated, mean) + factor * dot(c, rotated))
     return torch.tensor(found)
 
 
@@ -83,15 +84,25 @@ def page_scores(query: Tensor, keys: Tensor, sketch: SignSketch, valid: Tensor |
     return sketch.score(query[None, None, None], [x[None] for x in summary], state)[0, 0, 0]
 
 
-def test_fields_are_a_bit_per_channel_a_half_per_token_and_a_mean_in_two_bits() -> None:
-    codes, factor, mean, unit = SignSketch().fields(page_size=16, head_dim=128)
-    assert (codes.shape, codes.dtype) == ((2, 4, 8, 4), torch.uint8)
-    assert (factor.shape, factor.dtype) == ((16,), torch.float16)
-    assert (mean.shape, mean.dtype) == ((1, 4, 2, 4), torch.uint8)
-    assert (unit.shape, unit.dtype) == ((), torch.float32)
-    assert Sketch2().fields(page_size=16, head_dim=128)[0].shape == (4, 4, 8, 4)
+@each_sketch
+@pytest.mark.parametrize(("page_size", "head_dim"), [(1, 8), (2, 8), (16, 128), (16, 80), (24, 96), (64, 256)])
+def test_a_record_has_bits_per_channel_a_half_per_token_and_a_mean_in_two_bits(
+    page_size: int, head_dim: int, sketch: SignSketch
+) -> None:
+    (field,) = sketch.fields(page_size, head_dim)
+    assert field.dtype == torch.uint8
+    kept = Sketched.of(torch.zeros(3, 2, *field.shape, dtype=torch.uint8), head_dim, sketch.bits)
+    assert kept.codes.numel() >= 6 * page_size * head_dim * sketch.bits // 8
+    assert kept.factor.shape == (3, 2, page_size)
+    assert kept.mean.numel() >= 6 * head_dim // 4
+    assert kept.record().shape == (3, 2, *field.shape)
     with pytest.raises(ConfigError, match="head_dim=20 must divide by 8"):
-        SignSketch().fields(page_size=16, head_dim=20)
+        sketch.fields(page_size=16, head_dim=20)
+
+
+@pytest.mark.parametrize(("sketch", "size"), [(SignSketch(), 16 + 2), (Sketch2(), 32 + 2)], ids=["one", "two"])
+def test_no_byte_of_a_record_is_left_out_where_kernels_read_it(sketch: SignSketch, size: int) -> None:
+    assert sketch.fields(16, 128)[0].shape == (16 * size + 32 + 16,)
 
 
 @each_sketch
@@ -119,10 +130,12 @@ def test_a_score_depends_neither_on_the_order_of_tokens_nor_on_those_far_off(ske
     expected = page_scores(query, keys, sketch)
     torch.testing.assert_close(page_scores(query, keys[:, torch.randperm(P)], sketch), expected)
     state, valid = sketch.fit(keys[:, None], None), torch.ones(6, P, dtype=torch.bool)
-    codes, factor, *mean = (x[None] for x in sketch.summarize(keys[:, None], valid, state))
+    kept = Sketched.of(sketch.summarize(keys[:, None], valid, state)[0][None], D, sketch.bits)
     last = torch.arange(P) == P - 1
     without, either, other = (
-        sketch.score(query[None, None, None], [codes, factor.masked_fill(last, x), *mean], state)
+        sketch.score(
+            query[None, None, None], [kept._replace(factor=kept.factor.masked_fill(last, x)).record()], state
+        )
         for x in (NAN, 6e4, -6e4)  # one of the two is far below all others, the other one far above
     )
     assert torch.equal(torch.minimum(either, other), without)

@@ -228,7 +228,7 @@ def test_on_a_gpu_its_kernels_do_what_its_class_says(
         op(key, value, valid, *where, pools[-1], summaries[-1], state, digest, "e5m2")
     assert torch.equal(*pools)
     full = pages.block_table[0, : (t - 1) // page_size].long()
-    why = formula.why_unlike(*([field[full] for field in summary] for summary in summaries))
+    why = formula.why_unlike(*([field[full] for field in summary] for summary in summaries), page_size, head_dim)
     assert why is None, why
 
     some = torch.tensor([[[0, -1]] * 2] * 3, dtype=torch.int32, device=device)

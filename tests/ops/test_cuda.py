@@ -229,7 +229,9 @@ def test_a_captured_step_follows_growing_lengths(digest: str) -> None:
         _, _, expected_slots = step(ops.for_backend("reference"), expected_pool, expected_summary)
         assert torch.equal(pool, expected_pool)
         full = table[:, : length // 16].flatten()[: length // 16].long()  # the first row's, which is the longer
-        same_summary(digest, [x[full] for x in summary], [x[full] for x in expected_summary], "digests", length)
+        same_summary(
+            digest, [x[full] for x in summary], [x[full] for x in expected_summary], pool.shape, "digests", length
+        )
         score = (query[:, :, 0], summary, state, table, seq_lens, 16, digest, "max", 0.1)
         same_slots("slots", slots, expected_slots, reference.score_pages(*score), length, digest)
         attended, expected_lse = reference.attend_pages(query[:, :, 0], pool, table, seq_lens, slots, 0.1)
