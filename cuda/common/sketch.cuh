@@ -105,7 +105,7 @@ struct MeanLayout {
     static constexpr int WORDS = (D + 63) / 64, BYTES = 16 * WORDS;  // of a lane, one after the other; of all four
 };
 
-// Where the parts of a page's record lie, in bytes: the codes come first.
+// Where the parts of a page's record lie, in bytes: the codes come first. It is a number of whole sectors.
 template <int D, int BITS>
 struct SketchRecord {
     i64 factors, mean, unit, bytes;
@@ -114,7 +114,7 @@ struct SketchRecord {
         : factors(page_size * (BITS * D / 8)),
           mean(factors + page_size * 2),
           unit(mean + MeanLayout<D>::BYTES),
-          bytes(unit + 16) {}
+          bytes((unit + 4 + 31) / 32 * 32) {}
 };
 
 // The code of a vector x. Lane l has channels l, l + 32, ...
@@ -191,7 +191,8 @@ struct SketchSummary : KeySums<T, D> {
             u32 words[MeanLayout<D>::WORDS] = {};
             code.template add_to<0>(words, lane_id() % 4);
             store_words(record + layout.mean + lane_id() % 4 * sizeof(words), words);
-            if (lane_id() < 4) reinterpret_cast<float*>(record + layout.unit)[lane_id()] = lane_id() ? 0.f : unit;
+            if (lane_id() < 8 && layout.unit + lane_id() * 4 < layout.bytes)
+                reinterpret_cast<float*>(record + layout.unit)[lane_id()] = lane_id() ? 0.f : unit;
             for (int token = count + lane_id(); token < page_size; token += WARP)
                 factors[token] = 0x7FFF;  // NaN: none
         }

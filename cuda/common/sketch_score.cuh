@@ -90,14 +90,13 @@ struct SketchScorer {
     static constexpr int ROOM = sizeof(Room) / 16;
     static_assert(sizeof(Room) % 16 == 0 && sizeof(Block) % 16 == 0);
 
-    static constexpr int COPIES = Layout::BLOCK / 32;  // of 16 bytes, by every lane, for a block of sixteen pages
     // Bytes of a page's factors that come at once, and how many times that a block has.
     static constexpr int FACTORS = TOKENS < 8 ? 2 * TOKENS : 16, FACTOR_PARTS = 2 * TOKENS / FACTORS;
 
     Room& room;
-    int slot = 0;                // of the block at hand
-    const char* coming[COPIES];  // the codes of the block that is asked for next
-    const char* coming_factors;
+    int slot = 0;                          // of the block at hand
+    const char *low_record, *high_record;  // of pages lane / 4 and lane / 4 + 8, whose blocks are asked for
+    int coming;                            // the block that is asked for next
     u32 query[HEAD_TILES][N][2];
     float half[TILES], unit[TILES];  // of this lane's heads
     const SketchTensors tensors;
@@ -162,23 +161,11 @@ struct SketchScorer {
     // The next tile: this lane's two pages are these. Their means are asked for, once those at hand were used.
     // Nothing is asked for where there is no page: many warps would ask for the same at once.
     __device__ void aim(int low_id, int high_id) {
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) {
-            const int piece = i * WARP + lane_id();
-            coming[i] = from_record(id_of(piece / (2 * COPIES), low_id, high_id), piece % (2 * COPIES) * 16);
-        }
-        const int page = lane_id() / FACTOR_PARTS % TILE;
-        coming_factors =
-            from_record(id_of(page, low_id, high_id), record.factors + lane_id() % FACTOR_PARTS * FACTORS);
-#pragma unroll
-        for (int base = 0; base < TILE * MEAN_WORDS; base += WARP) {
-            const int i = base + lane_id();
-            const char* const mean =
-                from_record(id_of(i / MEAN_WORDS % TILE, low_id, high_id), record.mean + i % MEAN_WORDS * 16);
-            if (mean && i < TILE * MEAN_WORDS) copy_async<16>(room.means[0][0] + i * 4, mean);
-        }
-        const char* const unit = from_record(id_of(lane_id() % TILE, low_id, high_id), record.unit);
-        if (unit && lane_id() < TILE) copy_async<4>(room.units + lane_id(), unit);
+        low_record = low_id < 0 ? nullptr : record_of(low_id);
+        high_record = high_id < 0 ? nullptr : record_of(high_id);
+        coming = 0;
+        copy_parts<16, MEAN_WORDS>(record.mean, [&](int page, int i) { return room.means[page][0] + i * 4; });
+        copy_parts<4, 1>(record.unit, [&](int page, int) { return room.units + page; });
     }
 
     __device__ void load_first() {
@@ -218,28 +205,27 @@ struct SketchScorer {
     __device__ const char* record_of(int id) const {
         return tensors.records + (i64(id) * num_kv_heads + head) * record.bytes;
     }
-    __device__ const char* from_record(int id, i64 offset) const { return id < 0 ? nullptr : record_of(id) + offset; }
-    // Of a page of the tile, by the lanes that know: all lanes call it.
-    __device__ static int id_of(int page, int low_id, int high_id) {
-        const int low = __shfl_sync(ALL_LANES, low_id, page % 8 * 4),
-                  high = __shfl_sync(ALL_LANES, high_id, page % 8 * 4);
-        return page < 8 ? low : high;
+    // PARTS pieces of BYTES that lie side by side in each of this lane's pages, by the four lanes that share them;
+    // `place(page, i)` is where they go.
+    template <int BYTES, int PARTS, typename Place>
+    __device__ void copy_parts(i64 from, Place place) {
+#pragma unroll
+        for (int base = 0; base < 2 * PARTS; base += 4) {
+            const int i = base + lane_id() % 4;
+            const char* const page = i < PARTS ? low_record : high_record;
+            if (page && i < 2 * PARTS)
+                copy_async<BYTES>(place(lane_id() / 4 + i / PARTS * 8, i % PARTS), page + from + i % PARTS * BYTES);
+        }
     }
 
     // Asks for the next block.
     __device__ void load_block(int to) {
         Block& block = room.blocks[to];
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) {
-            const int piece = i * WARP + lane_id();
-            if (coming[i] == nullptr) continue;
-            copy_async<16>(block.codes[piece / (2 * COPIES)] + piece % (2 * COPIES) * 16, coming[i]);
-            coming[i] += Layout::BLOCK;
-        }
-        if (coming_factors && lane_id() < TILE * FACTOR_PARTS) {
-            copy_async<FACTORS>(block.factors[0] + lane_id() * (FACTORS / 4), coming_factors);
-            coming_factors += 2 * TOKENS;
-        }
+        copy_parts<16, Layout::BLOCK / 16>(coming * Layout::BLOCK,
+                                           [&](int page, int i) { return block.codes[page] + i * 16; });
+        copy_parts<FACTORS, FACTOR_PARTS>(record.factors + coming * (2 * TOKENS),
+                                          [&](int page, int i) { return block.factors[page] + i * (FACTORS / 4); });
+        ++coming;
         commit_copies();
     }
 

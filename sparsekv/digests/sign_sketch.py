@@ -39,7 +39,8 @@ ROUNDS = 2  # of flips and a transform
 QUERY_LIMIT = 124  # the largest whole number of a rotated query: of a byte, and a multiple of every step
 MEAN_BITS = 2  # per channel of a page's mean
 LANES = 4  # threads of a kernel that share a token: each reads its part of the channels of several tokens at once
-LANE_BYTES = 32  # what a lane reads of a page in one go: a sector of the GPU's memory
+LANE_BYTES = 32  # what a lane reads of a page in one go
+SECTOR = 32  # bytes that a GPU's memory hands out together
 
 
 def sketch_kernel(bits: int) -> DigestKernel:
@@ -72,8 +73,8 @@ class Sketched(NamedTuple):
             a kernel read them, and the parts of several tokens side by side, as `_packed` packs them.
         factor: `[..., p]`, in half precision in the record; NaN for no token.
         mean: as the codes of a page of one token.
-        unit: `[..., 1]` float32, the mean's factor; four times as many bytes are reserved for it, so that all of a
-            record begins where kernels can copy it from.
+        unit: `[..., 1]` float32, the mean's factor; more bytes are reserved for it, so that a record is one of whole
+            sectors.
     """
 
     codes: Tensor
@@ -91,22 +92,22 @@ class Sketched(NamedTuple):
             codes.unflatten(-1, layouts[0]),
             factor.contiguous().view(torch.float16).float(),
             mean.unflatten(-1, layouts[1]),
-            unit.contiguous().view(torch.float32)[..., :1],
+            unit[..., :4].contiguous().view(torch.float32),
         )
 
     def record(self) -> Tensor:
         """One tensor `[..., bytes]` uint8."""
-        factor, unit = self.factor.to(torch.float16), F.pad(self.unit.float(), (0, 3))
-        return torch.cat(
-            [self.codes.flatten(-4), factor.view(torch.uint8), self.mean.flatten(-4), unit.view(torch.uint8)], -1
-        )
+        factor, unit = self.factor.to(torch.float16), self.unit.float()
+        mean = self.mean.flatten(-4)
+        rest = F.pad(unit.view(torch.uint8), (0, SECTOR - mean.shape[-1] % SECTOR - 4))
+        return torch.cat([self.codes.flatten(-4), factor.view(torch.uint8), mean, rest], dim=-1)
 
 
 @register("sign_sketch")
 class SignSketch(Digest):
     """Per token the packed signs (d / 8 bytes) and a half-precision factor, per page its mean in two bits a channel
-    (d / 4 bytes) and their factor (float32): at pages of 16, d / 8 + 2 and d / 64 + 1 bytes per token. They are one
-    record (`Sketched`), as memory is read fastest by long pieces.
+    (d / 4 bytes) and a factor: at pages of 16 and d of 128, 22 bytes per token. They are one record (`Sketched`), as
+    memory is read fastest by long pieces.
 
     Fixed, all float32: the rotation `[hkv, d, d]`, and the flips that it is made of `[hkv, rounds, d]`, from which
     kernels rotate without the matrix.
@@ -193,7 +194,7 @@ def _layout(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, in
 def _sizes(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
     """Bytes of the parts of a record."""
     codes, mean = (math.prod(_layout(*shape)) for shape in ((page_size, head_dim, bits), (1, head_dim, MEAN_BITS)))
-    return codes, 2 * page_size, mean, 16
+    return codes, 2 * page_size, mean, SECTOR - mean % SECTOR
 
 
 @functools.lru_cache(64)
@@ -246,7 +247,8 @@ def _packed(numbers: Tensor, bits: int) -> Tensor:
     Channels are cut into eights `[byte, part, 2]`. A byte of a word holds, from its lowest bits on, what follows in
     the order of tokens, of eights, of the last 2: so a register's four bytes are a shift and a mask away.
     """
-    blocks, parts, words, _ = _layout(*numbers.shape[-2:], bits)
+    page_size, head_dim = numbers.shape[-2:]
+    blocks, parts, words, _ = _layout(page_size, head_dim, bits)
     order = "m h (block token) (eight byte part two) -> m h block part (token eight two) byte"
     inner = rearrange(numbers, order, block=blocks, part=parts, byte=4, two=2)
     inner = F.pad(inner, (0, 0, 0, words * (8 // bits) - inner.shape[-2]))

@@ -20,6 +20,11 @@ from sparsekv.registry import Registry
 MAX_TENSORS = 8  # `Digests` of cuda/common/digest.cuh
 
 
+def no_words(head_dim: int, heads: int) -> int:
+    """Nothing is needed."""
+    return 0
+
+
 @dataclass(frozen=True)
 class DigestKernel:
     """How kernels keep and score a digest: a C++ type, as cuda/common/digest.cuh describes it, that is compiled into
@@ -45,7 +50,7 @@ class DigestKernel:
     type_name: str
     dtypes: tuple[torch.dtype | None, ...]
     staged: Callable[[int, int], int]
-    room: Callable[[int, int], int] = lambda head_dim, heads: 0
+    room: Callable[[int, int], int] = no_words
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:

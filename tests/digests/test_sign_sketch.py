@@ -101,8 +101,8 @@ def test_a_record_has_bits_per_channel_a_half_per_token_and_a_mean_in_two_bits(
 
 
 @pytest.mark.parametrize(("sketch", "size"), [(SignSketch(), 16 + 2), (Sketch2(), 32 + 2)], ids=["one", "two"])
-def test_no_byte_of_a_record_is_left_out_where_kernels_read_it(sketch: SignSketch, size: int) -> None:
-    assert sketch.fields(16, 128)[0].shape == (16 * size + 32 + 16,)
+def test_a_record_is_one_of_whole_sectors(sketch: SignSketch, size: int) -> None:
+    assert sketch.fields(16, 128)[0].shape == (16 * size + 32 + 32,)
 
 
 @each_sketch
