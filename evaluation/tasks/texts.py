@@ -141,15 +141,27 @@ class TextRecall(TextPerplexity):
 
 class TextNeedle(TextTask):
     """Sentences that tell numbers, hidden in a piece at depths spread evenly from its beginning to its end; each
-    number is asked for by itself: `needle` in plain English."""
+    number is asked for by itself: `needle` in plain English.
+
+    Args:
+        num_asked: how many of a document's eight needles are asked for, beginning with that of its number; None: all.
+            Questions of different documents are independent, so fewer answers settle what they say.
+    """
 
     num_questions = 8
 
+    def __init__(self, source: str, num_asked: int | None = None) -> None:
+        super().__init__(source)
+        self.num_asked = num_asked
+        self.num_questions = num_asked or self.num_questions
+
     def write(self, writer: Writer, num_tokens: int, num_questions: int, seed: int) -> Document:
-        if num_questions > len(_FACTS):
-            raise ConfigError(f"A document has at most {len(_FACTS)} needles; {num_questions} were asked for.")
+        num_hidden = num_questions if self.num_asked is None else type(self).num_questions
+        most = len(_FACTS) if self.num_asked is None else num_hidden
+        if num_questions > most:
+            raise ConfigError(f"A document has at most {most} needles; {num_questions} were asked for.")
         rng = seeded(self, seed)
-        numbers = {fact: str(rng.randrange(10_000, 100_000)) for fact in rng.sample(_FACTS, num_questions)}
+        numbers = {fact: str(rng.randrange(10_000, 100_000)) for fact in rng.sample(_FACTS, num_hidden)}
         told = [f"The {fact} is {number}." for fact, number in numbers.items()]
         room = num_tokens - sum(writer.count(told))
         if room < num_tokens / 2:
@@ -158,13 +170,14 @@ class TextNeedle(TextTask):
                 "for longer ones (--lengths), or leave this task out (--tasks)."
             )
         ids = self.piece(writer, num_tokens, seed)
-        depths = [i / max(num_questions - 1, 1) for i in range(num_questions)]
+        depths = [i / max(num_hidden - 1, 1) for i in range(num_hidden)]
 
         def hidden(most: int) -> str:
             return _hidden(writer.tokenizer.decode(ids[: room - num_tokens + most]), told, depths)
 
         text, count = fitting(writer, num_tokens, hidden)
-        asked = zip(numbers.items(), told, depths, strict=True)
+        needles = list(zip(numbers.items(), told, depths, strict=True))
+        asked = [needles[i] for i in sorted((seed + i) % num_hidden for i in range(num_questions))]
         return Document(text, tuple(_needle(writer, text, *needle) for needle in asked), count)
 
 
@@ -195,15 +208,14 @@ def _beginning(writer: Writer, text: str, num_tokens: int) -> str:
 
 
 def text_task(kind: str, source: str) -> TextTask:
-    """`perplexity:FILE`, `recall:FILE` or `needle:FILE`; `FILE#TOKENS` says how many tokens the first two score after
-    each document, instead of 256. `excerpt` is the text that ships; a file of that name is `./excerpt`.
+    """`perplexity:FILE`, `recall:FILE` or `needle:FILE`; `FILE#N` says how many tokens the first two score after each
+    document, instead of 256, and how many of a document's eight needles are asked for. `excerpt` is the text that
+    ships; a file of that name is `./excerpt`.
 
     Raises:
         ConfigError: there is no such file.
     """
-    if kind == "needle":
-        return TextNeedle(source)
-    task = TextRecall if kind == "recall" else TextPerplexity
+    task = {"needle": TextNeedle, "recall": TextRecall, "perplexity": TextPerplexity}[kind]
     counted = re.fullmatch(r"(.+)#([1-9]\d*)", source)
     return task(counted[1], int(counted[2])) if counted else task(source)
 

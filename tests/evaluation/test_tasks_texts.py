@@ -138,6 +138,16 @@ def test_needles_are_others_in_every_piece_and_as_many_as_wanted(writer: Writer)
         written("needle:excerpt", writer, num_questions=13)
 
 
+def test_fewer_needles_may_be_asked_for_than_are_hidden(writer: Writer) -> None:
+    """Another one in every document, so that all depths are asked."""
+    asked = [written("needle:excerpt#1", writer, 1024, seed) for seed in range(9)]
+    assert all(len(document.questions) == 1 for document in asked)
+    assert [document.questions[0].details["depth"] for document in asked] == [0, 14, 29, 43, 57, 71, 86, 100, 0]
+    assert asked[3].text == written("needle:excerpt", writer, 1024, 3).text
+    with pytest.raises(ConfigError, match="at most 8 needles; 9 were"):
+        written("needle:excerpt#1", writer, num_questions=9)
+
+
 def test_a_document_has_room_for_its_needles_and_a_text_for_its_documents(writer: Writer) -> None:
     with pytest.raises(ConfigError, match=r"too short: its needles alone take \d+.*--lengths"):
         written("needle:excerpt", writer, 512)
