@@ -171,8 +171,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tasks", nargs="+", metavar="T",
         help=f"{', '.join(TASKS)}; {files} (default: all that need no file). FILE: JSON lines for longbench and "
-        "ruler, else any text, or `excerpt`, which ships; FILE#N: perplexity and recall score so many tokens, not 256, "
-        "and so many needles of a document are asked for, not 8",
+        "ruler, else any text, or `excerpt`, which ships; FILE#N: perplexity and recall score so many tokens, not "
+        "256, and so many needles of a document are asked for, not 8",
     )  # fmt: skip
     add(
         "--methods", nargs="+", metavar="M",

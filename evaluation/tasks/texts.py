@@ -215,7 +215,7 @@ def text_task(kind: str, source: str) -> TextTask:
     Raises:
         ConfigError: there is no such file.
     """
-    task = {"needle": TextNeedle, "recall": TextRecall, "perplexity": TextPerplexity}[kind]
+    task = TextNeedle if kind == "needle" else TextRecall if kind == "recall" else TextPerplexity
     counted = re.fullmatch(r"(.+)#([1-9]\d*)", source)
     return task(counted[1], int(counted[2])) if counted else task(source)
 
