@@ -37,8 +37,8 @@ def make_task(name: str) -> Task:
 
     SOURCE is a file of JSON lines, a subset of LongBench, or OWNER/NAME/CONFIG on the hub. FILE is a text, or
     `excerpt`: the one that ships; `perplexity:FILE#TOKENS` and `recall:FILE#TOKENS` score so many tokens after each
-    document, instead of 256, and `needle:FILE#NEEDLES` asks for so many of eight. Documents of such tasks are the rows
-    or pieces in their order: seed 0 of `write` is the first.
+    document, instead of 256, and `needle:FILE#NEEDLES` asks for so many of eight. Documents of such tasks are the
+    rows or pieces in their order: seed 0 of `write` is the first.
 
     Raises:
         UnknownNameError: there is none.
