@@ -223,7 +223,7 @@ def _identity(size: int) -> Tensor:
 def _whole(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Whole numbers `[..., d]`, up to the limit, every other a multiple of 2^bits; what 1 is worth `[..., 1]`."""
     unit = x.abs().amax(-1, keepdim=True) / QUERY_LIMIT
-    steps = torch.where(torch.arange(x.shape[-1], device=x.device) % 2 == 0, 1.0, float(1 << bits))
+    steps = (1 << bits) ** (torch.arange(x.shape[-1], device=x.device) % 2).to(x.dtype)
     return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps, unit
 
 
@@ -233,7 +233,7 @@ def _code(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     positive, squares = x > 0, x.square()
     planes = [positive, positive == (squares > squares.mean(-1, keepdim=True))][:bits]
     numbers = functools.reduce(lambda upper, lower: 2 * upper + lower, [plane.to(torch.uint8) for plane in planes])
-    return numbers, 2.0 * numbers + (1 - 2**bits)
+    return numbers, 2 * numbers.to(x.dtype) + (1 - 2**bits)
 
 
 def _factor(x: Tensor, code: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ def _from_table(channels: Tensor, pieces: Tensor, bits: int) -> Tensor:
     b, h, c, _, at = channels.shape
     values = torch.arange(1 << bits * at, device=channels.device)
     numbers = values[:, None] >> bits * torch.arange(at, device=channels.device) & (1 << bits) - 1
-    table = torch.einsum("bhcga,va->bhcvg", channels, (2.0 * numbers + (1 - 2**bits)).to(channels.dtype))
+    table = torch.einsum("bhcga,va->bhcvg", channels, (2 * numbers + (1 - 2**bits)).to(channels.dtype))
     first_row = len(values) * torch.arange(b * h * c, device=channels.device).view(b, h, 1, c)
     sums = F.embedding_bag((pieces.long() + first_row).flatten(0, 2), table.flatten(0, 3), mode="sum")
     return sums.view(b, h, -1, sums.shape[-1])
