@@ -71,5 +71,5 @@ def share(lse: Tensor, sinks: Tensor) -> Tensor:
 
 def _logits(query: Tensor, key: Tensor, scaling: float, softcap: float) -> Tensor:
     products = query @ key.transpose(-1, -2)
-    logits = products.to(torch.promote_types(products.dtype, torch.float32)) * scaling
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
+    products = products.to(torch.promote_types(products.dtype, torch.float32))
+    return torch.tanh(products * (scaling / softcap)) * softcap if softcap else products * scaling

@@ -361,7 +361,8 @@ def test_attention_weights_under_a_left_out_mask(asked_by, tiny, prompt, no_mask
 @pytest.mark.parametrize("family", EAGER_ONLY)
 def test_bfloat16_under_a_left_out_mask(family, tiny, prompt, no_masks) -> None:
     """No further from the float32 result than twice what eager attention in bfloat16 is."""
-    exact, model, ids = tiny(family), tiny(family).to(torch.bfloat16), prompt(40)["input_ids"]
+    exact, model = (tiny(family, attn_implementation="eager").to(x) for x in (torch.float32, torch.bfloat16))
+    ids = prompt(40)["input_ids"]
     every, sizes = torch.ones(1, 40, dtype=torch.bool), (25, 15)
     truth, theirs = (forwards(reference, ids, every, sizes) for reference in (exact, model))
     with sparsekv.patch(model, **FULL):
@@ -383,12 +384,16 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("lengths", [(1500,), (1500, 1400)], ids=str)
-@pytest.mark.parametrize("family", ["gemma3_text", *EAGER_ONLY])
-def test_nothing_of_a_prompts_size_squared_is_made(family, lengths, tiny, prompt, no_masks, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "implementation"), [("gemma3_text", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")]
+)
+def test_nothing_of_a_prompts_size_squared_is_made(
+    family, implementation, lengths, tiny, prompt, no_masks, monkeypatch
+) -> None:
     """Not in full layers and not in those of a window: not even a mask of a byte for every pair."""
     monkeypatch.setattr(attention_blocks, "BLOCK_ELEMENTS", 1 << 16)
     small = {"num_hidden_layers": 2, "intermediate_size": 16, "max_position_embeddings": 2048}
-    model, inputs = tiny(family, **small), prompt(*lengths)
+    model, inputs = tiny(family, attn_implementation=implementation, **small), prompt(*lengths)
     with sparsekv.patch(model, **FULL), torch.no_grad():
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         past = model(ids[:, :1000], attention_mask=mask[:, :1000], logits_to_keep=1).past_key_values
