@@ -5,8 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The dtype of a mask `[b, 1, 1, n]` that only says which columns hold tokens. The rest of it is causal.
-COLUMNS_ONLY = torch.uint8
+# The dtype of a mask `[b, 1, 1, n]` that only says how many tokens see each column, from its own on: of padding none.
+# The rest of it is causal.
+COLUMNS_ONLY = torch.int32
+_ALL = torch.iinfo(COLUMNS_ONLY).max
+
+
+def columns_only(visible: Tensor, window: int | None = None) -> Tensor:
+    """A mask that is not made whole.
+
+    Args:
+        visible: `[b, n]` bool, False for padding.
+        window: how many tokens see a column, its own included; None: all that come after it.
+    """
+    return visible[:, None, None].to(COLUMNS_ONLY) * (window or _ALL)
+
+
+def is_left_out(attention_mask: Tensor | None) -> bool:
+    """Whether a mask is one of `columns_only`."""
+    return attention_mask is not None and attention_mask.dtype == COLUMNS_ONLY
+
+
+def window_of(attention_mask: Tensor | None) -> int | None:
+    """How many tokens a query sees at most, by a mask that is not made whole; None: all before it."""
+    window = _ALL if attention_mask is None or not is_left_out(attention_mask) else int(attention_mask.max())
+    return window if 0 < window < _ALL else None
 
 
 def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
@@ -19,7 +42,7 @@ def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
 
 def is_causal(attention_mask: Tensor | None, num_new: int) -> bool:
     """Whether a mask of the newest tokens says no more than padding, and that each sees the tokens up to itself."""
-    if attention_mask is None or attention_mask.dtype == COLUMNS_ONLY:
+    if attention_mask is None or is_left_out(attention_mask):
         return True
     if attention_mask.dtype != torch.bool or attention_mask.shape[-2] != num_new:
         return False

@@ -14,7 +14,7 @@ from sparsekv.cache.attention_layer import LAYER_KINDS, Attended
 from sparsekv.cache.contents import ReadableLayer
 from sparsekv.cache.handshake import Mode
 from sparsekv.cache.layer_kinds import why_not_paged
-from sparsekv.cache.masks import COLUMNS_ONLY, is_causal, visible_columns
+from sparsekv.cache.masks import is_causal, is_left_out, visible_columns
 from sparsekv.pages.step_state import Stage
 from sparsekv.policies import DecodeStep, Policy, PromptChunk, Reads
 
@@ -126,7 +126,7 @@ class PagedLayer(ReadableLayer):
 
     def _is_left_out(self, mask: Tensor | None, num_new: int) -> bool:
         """Whether a mask was not made because of its size. (A prompt that needs none is the model's own business.)"""
-        return self.length > num_new if mask is None else mask.dtype == COLUMNS_ONLY
+        return self.length > num_new if mask is None else is_left_out(mask)
 
     def _over_blocks(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of a prompt's newest tokens to the blocks that the policy chooses."""

@@ -1,8 +1,8 @@
 """Dense attention of several new tokens to all before them, for prompts whose mask would be large.
 
 A chunk of a prompt sees the tokens before it whole, and its own causally: two calls without a mask, for which PyTorch
-has fast kernels that share keys and values among the heads of a group, put together by their log-sum-exps. Padding is
-left out row by row.
+has fast kernels that share keys and values among the heads of a group, put together by their log-sum-exps, as are
+sinks. Padding is left out row by row. What no kernel does goes block by block.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekv.cache import attention_blocks
 from sparsekv.cache.contents import ReadableLayer
-
-BLOCK_ELEMENTS = 1 << 24  # of a mask, where there is no kernel without one
-
+from sparsekv.cache.masks import visible_columns, window_of
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # as `causal`
 
@@ -39,7 +38,7 @@ def attend(
     past, valid = layer.length - num_new, layer.valid
     if valid is None and not past:
         return attention(query, key, value, scaling)
-    out = query.new_zeros(query.shape[0], num_new, *query.shape[1::2]).transpose(1, 2)  # as models want it to lie
+    out = _as_models_want_it(query, value)
     for row in range(len(out)):
         columns = _columns(valid, row, past, num_new)
         if columns is None:
@@ -49,6 +48,43 @@ def attend(
             own[1:] = layer.sequence(row)
         out[row, :, columns] = attention(own[0], own[1], own[2], scaling)[0]
     return out
+
+
+def attend_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the last t of n columns, whoever holds them: query `[b, hq, t, d]`, key `[b, hkv, n, d]`,
+    value `[b, hkv, n, dv]` -> `[b, hq, t, dv]`. What padding itself attends to means nothing.
+
+    Args:
+        mask: as `columns_only` makes it.
+        scaling, softcap, sinks: as in `attention_blocks.attend`.
+    """
+    (t, n), window, visible = (query.shape[2], key.shape[2]), window_of(mask), visible_columns(mask)
+    if visible is None or bool(visible.all()):
+        visible = None
+    if softcap or (window or n) < n:
+        return attention_blocks.attend(query, key, value, scaling, softcap, sinks, window, visible)
+    if visible is None:
+        return causal(query, key, value, scaling, sinks)
+    out = _as_models_want_it(query, value)
+    for row, seen in enumerate(visible):
+        columns = seen[n - t :]
+        own = query[row : row + 1, :, columns], key[row : row + 1, :, seen], value[row : row + 1, :, seen]
+        if own[0].shape[2]:
+            out[row, :, columns] = causal(*own, scaling, sinks)[0]
+    return out
+
+
+def _as_models_want_it(query: Tensor, value: Tensor) -> Tensor:
+    """Room for an output `[b, hq, t, dv]`, zero, with the heads of a token side by side."""
+    return query.new_zeros(query.shape[0], *query.shape[2:0:-1], value.shape[-1]).transpose(1, 2)
 
 
 def _columns(valid: Tensor | None, row: int, past: int, num_new: int) -> Any:
@@ -62,46 +98,47 @@ def _columns(valid: Tensor | None, row: int, past: int, num_new: int) -> Any:
     return torch.cat([new, new.new_ones(num_new - len(new))]).nonzero().flatten()
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, sinks: Tensor | None = None) -> Tensor:
     """Attention of the last t of n tokens, each to those up to itself: `[b, hq, t, d]` over `[b, hkv, n, d]` ->
-    `[b, hq, t, d]`. Keys and values are not repeated for the heads of a group, and there is no mask of t x n."""
-    past = key.shape[2] - query.shape[2]
-    if not past:
+    `[b, hq, t, d]`. Keys and values are not repeated for the heads of a group, and there is no mask of t x n.
+
+    Args:
+        sinks: `[hq]`, a logit per head that takes mass and has no value; None: none.
+    """
+    if sinks is None and key.shape[2] == query.shape[2]:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
         )
-    for kernel in _kernels(query.device, query.dtype):
+    is_tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    for kernel in () if is_tracked else _kernels(query.device, query.dtype):  # a log-sum-exp has no gradient
         try:
-            return _in_two(kernel, query, key, value, past, scaling)
+            return _by_kernel(kernel, query, key, value, scaling, sinks)
         except RuntimeError as error:  # a head size it does not serve, or a library that is not there
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-    return _in_blocks(query, key, value, past, scaling)
+    return attention_blocks.attend(query, key, value, scaling, sinks=sinks)
 
 
-def _in_two(kernel: Any, query: Tensor, key: Tensor, value: Tensor, past: int, scaling: float) -> Tensor:
-    own, own_lse = kernel(query, key[:, :, past:], value[:, :, past:], True, scaling)
-    old, old_lse = kernel(query, key[:, :, :past], value[:, :, :past], False, scaling)
-    share = torch.sigmoid(own_lse - old_lse)  # of the weight that lies on the new tokens
-    return torch.lerp(old.float(), own.float(), share).to(query.dtype)
-
-
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, past: int, scaling: float) -> Tensor:
-    """A few queries at a time, under masks of a bounded size; the heads of a group are taken as more queries."""
-    (b, num_heads, t, d), (num_kv_heads, n) = query.shape, key.shape[1:3]
-    group, column = num_heads // num_kv_heads, torch.arange(n, device=query.device)
-    out = torch.empty_like(query)
-    for rows in torch.arange(t, device=query.device).split(max(1, BLOCK_ELEMENTS // (n * group))):
-        mask = (column <= past + rows[:, None]).repeat(group, 1)
-        folded = query[:, :, rows].reshape(b, num_kv_heads, group * len(rows), d)
-        block = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        out[:, :, rows] = block.reshape(b, num_heads, len(rows), d)
-    return out
+def _by_kernel(
+    kernel: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, sinks: Tensor | None
+) -> Tensor:
+    past = key.shape[2] - query.shape[2]
+    out, lse = kernel(query, key[:, :, past:], value[:, :, past:], True, scaling)
+    out = out.to(lse.dtype)
+    if past:
+        old, old_lse = kernel(query, key[:, :, :past], value[:, :, :past], False, scaling)
+        out = torch.lerp(old.to(lse.dtype), out, torch.sigmoid(lse - old_lse))  # by where the weight lies
+        lse = torch.logaddexp(lse, old_lse)
+    if sinks is not None:
+        out = out * attention_blocks.share(lse, sinks.view(-1, 1, 1))
+    return out.to(query.dtype)
 
 
 @functools.cache
 def _kernels(device: torch.device, dtype: torch.dtype) -> list[Any]:
     """Attention kernels that also return log-sum-exps `[b, hq, t, 1]`, the fastest first."""
+    if device.type == "cpu":
+        return [_flash_cpu]
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return []
     return [_cudnn, _flash] if torch.cuda.get_device_capability(device) >= (9, 0) else [_flash]
@@ -117,3 +154,10 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: 
     attention = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse = attention(query, key, value, 0.0, is_causal, False, scale=scaling)[:2]
     return out, lse.view(*query.shape[:3], 1)
+
+
+def _flash_cpu(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    out, lse = attention(query, key, value, 0.0, is_causal, scale=scaling)
+    return out, lse.unsqueeze(-1)

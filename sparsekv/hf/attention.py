@@ -1,7 +1,7 @@
 """The attention and mask functions that a patched model uses: dense for several tokens, sparse for one.
 
-All dense work goes to the implementation the model had before, so that sinks, softcaps, sliding windows and masks
-stay exactly what they were.
+Dense work goes to the implementation the model had before, so that sinks, softcaps, sliding windows and masks stay
+exactly what they were; only where a mask would be large, and we know all that the attention does, it is our own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsekv.cache import AttentionLayer, tagged_layer
-from sparsekv.cache.masks import COLUMNS_ONLY, visible_columns
+from sparsekv.cache import AttentionLayer, prefill, tagged_layer
+from sparsekv.cache.masks import is_left_out, visible_columns, window_of
+from sparsekv.hf import masks
 
 LARGE_MASK = 1 << 24  # elements (of a batch) beyond which no mask is made
 
@@ -35,13 +36,18 @@ class AttentionName(str):
     Making one registers the functions; models whose config holds plain strings are not affected. It takes the place
     of the string in the config (which transformers never saves), so no attribute is added that could leak into a
     `config.json`, and a deep copy of a patched model works.
+
+    Attributes:
+        original: the text; None: the config named none.
+        is_special: whether the model's attention has softcaps or sinks, for which transformers has only "eager".
     """
 
     original: str | None
+    is_special: bool
 
-    def __new__(cls, original: str | None) -> AttentionName:
+    def __new__(cls, original: str | None, is_special: bool = False) -> AttentionName:
         name = super().__new__(cls, original or "eager")
-        name.original = None if original is None else str(original)
+        name.original, name.is_special = None if original is None else str(original), is_special
         AttentionInterface.register(name, sparsekv_attention)
         AttentionMaskInterface.register(name, sparsekv_mask)
         return name
@@ -49,8 +55,8 @@ class AttentionName(str):
     def __hash__(self) -> int:
         return hash(("sparsekv", str(self)))
 
-    def __reduce__(self) -> tuple[type[AttentionName], tuple[str | None]]:
-        return type(self), (self.original,)
+    def __reduce__(self) -> tuple[type[AttentionName], tuple[str | None, bool]]:
+        return type(self), (self.original, self.is_special)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionName:
         return self
@@ -73,6 +79,12 @@ def original_implementation(config: Any) -> str:
     return str(config._attn_implementation or "eager")
 
 
+def _is_special_eager(config: Any) -> bool:
+    """Whether the model has "eager" because nothing else does what its attention does."""
+    name = config._attn_implementation
+    return isinstance(name, AttentionName) and name.is_special and name == "eager"
+
+
 def sparsekv_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -90,56 +102,27 @@ def sparsekv_attention(
     """
     layer = tagged_layer(key, value)
     if layer is None:
-        if attention_mask is not None:  # else it is the model's own business: keys may have room behind the tokens
-            attention_mask = _own_mask(module, query, key, attention_mask)
-        return _dense(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is None:  # it is the model's own business: keys may have room behind the tokens
+            return _dense(module, query, key, value, None, **kwargs)
+        return _over_all(module, query, key, value, attention_mask, **kwargs)
     return _served(layer, module, query, key, value, attention_mask, **kwargs)
 
 
 def sparsekv_mask(
     batch_size: int, q_length: int, kv_length: int, *args: Any, config: Any = None, **kwargs: Any
 ) -> Tensor | None:
-    """The mask that the model's own implementation would get. Of a plain causal one that would be large, only which
-    columns are no padding, `[b, 1, 1, kv_length]` (some models slice masks) in a dtype that no mask has: `_own_mask`
-    makes the rest of it where it is needed after all."""
+    """The mask that the model's own implementation would get. Of a causal one that would be large, with or without a
+    sliding window, only what `columns_only` tells, `[b, 1, 1, kv_length]` (some models slice masks) in a dtype that
+    no mask has: `masks.whole` makes the rest of it where it is needed after all."""
     original = original_implementation(config)
     large = q_length > 1 and batch_size * q_length * kv_length > LARGE_MASK
-    if large and original == "sdpa" and not args and _is_causal_only(q_length, kv_length, **kwargs):
-        return _columns_only(batch_size, q_length, kv_length, kwargs.get("attention_mask"), kwargs.get("device"))
+    served = original == "sdpa" or _is_special_eager(config)
+    if large and served and not args and masks.is_causal_only(q_length, kv_length, **kwargs):
+        return masks.left_out(original, batch_size, q_length, kv_length, **kwargs)
     mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[original](
         batch_size, q_length, kv_length, *args, config=config, **kwargs
     )
     return mask
-
-
-def _is_causal_only(
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> bool:
-    """Whether a mask says no more than padding, and that the last tokens see what is before them. (A static cache has
-    room behind them.)"""
-    newest = isinstance(q_offset, int) and (q_offset + q_length, kv_offset) == (kv_length, 0)
-    known = attention_mask is None or attention_mask.shape[-1] >= kv_length
-    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
-    return newest and known and plain
-
-
-def _columns_only(
-    batch_size: int, q_length: int, kv_length: int, padding: Tensor | None, device: torch.device | str | None
-) -> Tensor | None:
-    visible = None if padding is None else padding[:, :kv_length].bool()
-    if visible is None or bool(visible.all()):
-        if q_length == kv_length:
-            return None  # as sdpa would have it
-        visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    return visible[:, None, None].to(COLUMNS_ONLY)
 
 
 @torch.compiler.disable  # it moves page tables, which no graph can hold
@@ -161,7 +144,20 @@ def _served(
     if isinstance(attended, Tensor):
         return attended.transpose(1, 2).contiguous(), None
     key, value = attended
-    return _dense(module, query, key, value, _own_mask(module, query, key, attention_mask), **kwargs)
+    return _over_all(module, query, key, value, attention_mask, **kwargs)
+
+
+def _over_all(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to all keys and values that there are."""
+    if attention_mask is not None and is_left_out(attention_mask) and _is_ours(module, query, key, value, **kwargs):
+        scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap") or 0.0
+        scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        out = prefill.attend_all(query, key, value, attention_mask, scaling, softcap, kwargs.get("s_aux"))
+        return out.transpose(1, 2).contiguous(), None
+    attention_mask = masks.whole(original_implementation(module.config), query, key, attention_mask, module.config)
+    return _dense(module, query, key, value, attention_mask, **kwargs)
 
 
 def _is_plain(module: torch.nn.Module, **kwargs: Any) -> bool:
@@ -172,6 +168,16 @@ def _is_plain(module: torch.nn.Module, **kwargs: Any) -> bool:
         and not kwargs.get("dropout")
         and not any(x is not None and x is not False for x in special)
     )
+
+
+def _is_ours(module: torch.nn.Module, *tensors: Tensor, **kwargs: Any) -> bool:
+    """Whether `prefill.attend_all` gives all that the model's own implementation would: plain attention, or with
+    softcaps and sinks; and no weights or gradients are asked for."""
+    needs_more = kwargs.get("dropout") or kwargs.get("output_attentions")
+    needs_more = needs_more or getattr(module.config, "output_attentions", False)
+    needs_more = needs_more or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    others = [x for x in _SPECIAL_ARGUMENTS if x != "sliding_window" and kwargs.get(x) is not None]
+    return not needs_more and not others and (_is_special_eager(module.config) or _is_plain(module, **kwargs))
 
 
 def _ask(
@@ -189,7 +195,7 @@ def _ask(
     """What the layer gives: the output, or what the model's own attention is to run over."""
     scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if query.shape[2] > 1:
-        is_plain = _is_plain(module, s_aux=s_aux, softcap=softcap, **kwargs)
+        is_plain = window_of(attention_mask) is None and _is_plain(module, s_aux=s_aux, softcap=softcap, **kwargs)
         return layer.prefill(query, key, value, attention_mask, scaling, is_plain)
     if original_implementation(module.config) == "sdpa":
         softcap = None  # transformers' sdpa path has no softcap: stay equal to it
@@ -206,16 +212,3 @@ def _dense(
     implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     result: tuple[Tensor, Tensor | None] = implementation(module, query, key, value, attention_mask, **kwargs)
     return result
-
-
-def _own_mask(module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The mask for the model's own implementation, made whole where `sparsekv_mask` has left it out."""
-    (b, _, t, _), n = query.shape, key.shape[2]
-    left_out = n > t > 1 if attention_mask is None else attention_mask.dtype == COLUMNS_ONLY
-    if not left_out or original_implementation(module.config) != "sdpa":
-        return attention_mask
-    visible = None if attention_mask is None else attention_mask[:, 0, 0].bool()
-    made: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
-        b, t, n, n - t, attention_mask=visible, device=query.device, config=module.config
-    )
-    return made

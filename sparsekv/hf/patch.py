@@ -102,7 +102,8 @@ class Patch:
             setattr(model, _COMPILED, partial(generation.decode_call, own[_COMPILED], self.decoder))
             setattr(model, _ATTRIBUTE, self)
             config = support.text_config(model)
-            config._attn_implementation_internal = attention.AttentionName(config._attn_implementation)
+            is_special = support.has_sinks_or_softcaps(model)
+            config._attn_implementation_internal = attention.AttentionName(config._attn_implementation, is_special)
         except BaseException:
             self._restore()
             raise

@@ -71,6 +71,13 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def has_sinks_or_softcaps(model: PreTrainedModel) -> bool:
+    """Whether any attention of the language model has sink logits or a softcap, by their names in all families.
+    transformers computes such with "eager" alone, unless an attention of another package is installed."""
+    names = ("sinks", "attn_logit_softcapping")
+    return any(getattr(x, name, None) is not None for x in decoder_of(model).modules() for name in names)
+
+
 def context_of(config: Any) -> int | None:
     """Tokens that a model with this config was made for, if it says."""
     found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

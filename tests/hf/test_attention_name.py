@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,11 @@ def test_a_flash_attention_is_loaded_by_its_plain_name(tiny, prompt, monkeypatch
     with sparsekv.patch(model), pytest.raises(ImportError, match="a test"):
         model(**prompt(40))
     assert [type(name) for name in asked] == [str]
+
+
+def test_a_pickled_name_knows_what_it_knew() -> None:
+    copied = pickle.loads(pickle.dumps(AttentionName("eager", is_special=True)))
+    assert (copied, copied.original, copied.is_special) == ("eager", "eager", True)
 
 
 def test_a_config_that_names_none_names_none_again() -> None:
