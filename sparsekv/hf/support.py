@@ -89,7 +89,7 @@ def examine(model: Any, config: SparseConfig) -> tuple[SparseConfig, list[LayerS
             f"{type(model).__name__} is not a transformers PreTrainedModel. Pass the model itself; of a wrapper "
             "(PEFT, DataParallel, torch.compile) patch the model inside it."
         )
-    reason = _reason_to_refuse(model)
+    reason = reason_to_refuse(model)
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
     config = settings_for(config, model.config)
@@ -97,7 +97,8 @@ def examine(model: Any, config: SparseConfig) -> tuple[SparseConfig, list[LayerS
     return config, [_status(i, place, config, i in dense) for i, place in enumerate(places(model.config))]
 
 
-def _reason_to_refuse(model: PreTrainedModel) -> str | None:
+def reason_to_refuse(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be served, as half a sentence; None: it can."""
     config = text_config(model)
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder, whose decoder also reads a cross-attention cache"
@@ -129,7 +130,10 @@ def _uses_interface(decoder: PreTrainedModel) -> bool:
 
 
 def _reason_in_layers(config: Any) -> str | None:
-    served = places(config)
+    try:
+        served = places(config)
+    except AttributeError as error:
+        return f"transformers can make no cache from its config ({error})"
     if any(place.kind is not None or place.reason is not None for place in served):
         return None
     layers = [place.plain for place in served]
