@@ -29,7 +29,7 @@ from sparsekv.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from sparsekv.hf import Patch, patch, unpatch
+from sparsekv.hf import Patch, Support, patch, supports, unpatch
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 
 __version__ = "0.1.0"
@@ -49,8 +49,10 @@ __all__ = [
     "Policy",
     "SparseConfig",
     "SparseKVError",
+    "Support",
     "UnknownNameError",
     "UnsupportedModelError",
     "patch",
+    "supports",
     "unpatch",
 ]

@@ -1,4 +1,4 @@
-"""The `sparsekv` command: demo, generate, chat, calibrate, eval, lm-eval, bench, doctor."""
+"""The `sparsekv` command: demo, generate, chat, calibrate, eval, lm-eval, bench, models, doctor."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def _parser() -> Parser:
     _add_eval(commands)
     _add_lm_eval(commands)
     _add_bench(commands)
+    _add_models(commands)
     _add_doctor(commands)
     return parser
 
@@ -149,6 +150,19 @@ def _add_lm_eval(commands: Any) -> None:
     )
     command.add_arguments(parser)
     parser.set_defaults(run=command.run)
+
+
+def _add_models(commands: Any) -> None:
+    from sparsekv.commands import models
+
+    parser = commands.add_parser(
+        "models",
+        help="which models decode sparsely, which of their layers, and why not",
+        description=models.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    models.add_arguments(parser)
+    parser.set_defaults(run=with_json(models.run))
 
 
 def _add_doctor(commands: Any) -> None:

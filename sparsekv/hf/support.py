@@ -28,7 +28,7 @@ CACHE = next(name for name in CACHE_NAMES if name in _PARAMETERS)
 _REFUSED_FAMILIES = {
     "doge": "its attention reads the values again after the cache has been updated, beside the attention function",
 }
-_WAY_OUT = "Run it unpatched, or use another model; README.md lists the families that are tested."
+_WAY_OUT = "Run it unpatched, or use another model; `sparsekv models` lists what is served."
 
 
 @dataclass
@@ -96,7 +96,7 @@ def examine(model: Any, config: SparseConfig) -> tuple[SparseConfig, list[LayerS
             f"{type(model).__name__} is not a transformers PreTrainedModel. Pass the model itself; of a wrapper "
             "(PEFT, DataParallel, torch.compile) patch the model inside it."
         )
-    reason = _reason_to_refuse(model)
+    reason = reason_to_refuse(model)
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
     config = settings_for(config, model.config)
@@ -104,7 +104,8 @@ def examine(model: Any, config: SparseConfig) -> tuple[SparseConfig, list[LayerS
     return config, [_status(i, place, config, i in dense) for i, place in enumerate(places(model.config))]
 
 
-def _reason_to_refuse(model: PreTrainedModel) -> str | None:
+def reason_to_refuse(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be served, as half a sentence; None: it can."""
     config = text_config(model)
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder, whose decoder also reads a cross-attention cache"
@@ -122,21 +123,27 @@ def _reason_to_refuse(model: PreTrainedModel) -> str | None:
             f"its attention implementation is {implementation!r}; 'eager', 'sdpa' and flash attention are served, so "
             "after model.set_attn_implementation('sdpa') it can"
         )
-    reason = _reason_in_layers(config)
-    if reason is None and not _uses_interface(decoder_of(model)):
+    return _reason_in_layers(config) or _reason_in_attention(decoder_of(model))
+
+
+def _reason_in_attention(decoder: PreTrainedModel) -> str | None:
+    """Why a decoder's attention cannot be exchanged. It can where code that updates a cache asks which attention it
+    is. A tower beside it, or within, stays as it is."""
+    wanted = {"ALL_ATTENTION_FUNCTIONS", "update"}
+    asking = [module for module in decoder.modules() if wanted <= names_in(type(module).forward)]
+    if not asking:
         return "its code does not use transformers' attention interface, so its attention cannot be exchanged"
-    return reason
-
-
-def _uses_interface(decoder: PreTrainedModel) -> bool:
-    """Whether a decoder's attention can be exchanged: code that updates a cache asks which one it is. A tower beside
-    it, or within, stays as it is."""
-    names = [names_in(type(module).forward) for module in decoder.modules()]
-    return any({"ALL_ATTENTION_FUNCTIONS", "update"} <= used for used in names)
+    text: Any = decoder.config.get_text_config(decoder=True)
+    if not getattr(text, "is_decoder", True) and not any(getattr(module, "is_causal", True) for module in asking):
+        return "its attention is not causal, as is_decoder=False, so it has nothing to decode"
+    return None
 
 
 def _reason_in_layers(config: Any) -> str | None:
-    served = places(config)
+    try:
+        served = places(config)
+    except AttributeError as error:
+        return f"transformers can make no cache from its config ({error})"
     if any(place.kind is not None or place.reason is not None for place in served):
         return None
     layers = [place.plain for place in served]

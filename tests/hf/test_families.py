@@ -179,6 +179,7 @@ def test_refused_with_the_reason(family, reason, state_of) -> None:
     [
         ("mistral", {"sliding_window": 8}, "every layer attends to a sliding window only"),
         ("llama", {"is_causal": False}, "its attention is not causal"),
+        ("camembert", {"is_decoder": False}, "its attention is not causal"),
     ],
 )
 def test_a_served_family_may_have_a_config_that_is_refused(family, setting, reason, tiny, state_of) -> None:
