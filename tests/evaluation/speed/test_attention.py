@@ -126,8 +126,11 @@ def test_the_check_accepts_every_policy(policy: str, listed: int) -> None:
 
 @pytest.mark.parametrize(("context", "read", "budget"), [(1600, 80, 256), (1595, 160, 160), (2400, 500, 1024)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_step_lists_the_pages_that_keys_are_planted_in(context: int, read: int, budget: int, batch: int) -> None:
+def test_a_step_lists_the_pages_that_keys_are_planted_in(
+    context: int, read: int, budget: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And beside them those that it always reads: of every sequence and head as many, wherever the query looks."""
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 100)
     where = point(context, batch, budget, digest="sketch2", group_pooling="share", min_share=0.003, read=read)
     where = replace(where, geometry=replace(where.geometry, head_dim=64))
     check_read(where)
