@@ -333,6 +333,7 @@ class Peer:
                 "question": question["question"],
                 **self._outcome(example["metric"], question, answer, error),
                 **_counts(reads, budget < len(example["document_ids"])),
+                "tokens_read": None,
                 "gpu": self.gpu,
             }
             for question, answer in zip(questions, answers, strict=True)

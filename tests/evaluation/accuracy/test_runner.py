@@ -346,8 +346,11 @@ def test_a_run_is_not_gone_on_with_in_other_words(loaded: Any, tmp_path: Path) -
         run(loaded, tmp_path, **settings, group_pooling="sum")
 
 
-def test_one_run_measures_every_pooling_and_number_of_dense_layers(loaded: Any, tmp_path: Path) -> None:
+def test_one_run_measures_every_pooling_and_number_of_dense_layers(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With those methods to which they make a difference. The first of each are the run's own."""
+    monkeypatch.setattr("sparsekv.config.MAX_WHOLE", 64)
     settings = {"methods": ("dense", "recent", "sketch", "oracle+sum", "oracle+share.2"), "probe": False}
     settings |= {"group_pooling": ("mean_softmax", "max"), "dense_layers": (1, 0)}
     options = RunOptions(**SMALL | settings)
