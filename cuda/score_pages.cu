@@ -40,7 +40,7 @@ __device__ void score_tiles(Scorer& scorer, const WarpShare& share, const u16* q
         if (tile * TILE < count) scorer.score(by_head, [&] { ids.aim(scorer); });
         take(tile, by_head);
     }
-    wait_for_copies();
+    wait_for_copies();  // what a scorer has asked for ahead: none may arrive after the CTA's end
 }
 
 template <typename T, int D, int HEAD_TILES, typename Kind>

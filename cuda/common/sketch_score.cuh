@@ -14,22 +14,21 @@
 // channels.
 //
 // Codes come through shared memory, a few tokens of sixteen pages at a time, and while a warp works on one block the
-// next ones are under way. Were they loaded into registers, a warp would wait for all of them whenever it needs one:
-// it counts loads under way together.
+// next ones are under way. Of copies a warp waits for the oldest alone; loads to registers, which the compiler counts
+// together, it would have to wait for all at once.
 #pragma once
 #include "common/sketch.cuh"
 
 constexpr int QUERY_LIMIT = 124;  // the largest whole number of a rotated query, a multiple of four
 
-// d[16 x 8] = a[16 x 32] b[32 x 8] + c, of bytes, those of b with signs. Of lane l, r = l / 4 and q = l % 4: a0, a2
+// c[16 x 8] += a[16 x 32] b[32 x 8], of bytes, those of b with signs. Of lane l, r = l / 4 and q = l % 4: a0, a2
 // hold row r, a1, a3 row r + 8, b0, b1 column r; a0, a1, b0 the columns (rows of b) from 4 q on, the others those 16
-// later. c and d as in device.cuh.
-__device__ inline void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c0, int c1,
-                                      int c2, int c3) {
+// later. c as in device.cuh.
+__device__ inline void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%10, %11, %12, %13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c0), "r"(c1), "r"(c2), "r"(c3));
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // A query of up to eight heads in shared memory, in the order in which lanes hold the tensor core's operands. Head i
@@ -72,10 +71,10 @@ struct SketchScorer {
     using Query = SketchQuery<D, BITS>;
     static constexpr int N = Query::N, TILES = MAX_HEADS / 4, STAGED = HEAD_TILES * Query::WORDS;
     static constexpr int TOKENS = Layout::TOKENS, SHARE_WORDS = Layout::SHARE / 4;
-    static constexpr int MEAN_WORDS = MeanLayout<D>::WORDS, MEAN_BYTES = MeanLayout<D>::BYTES;
+    static constexpr int MEAN_WORDS = MeanLayout<D>::WORDS;
     static constexpr int AHEAD = TOKENS < TILE ? 2 : 1;  // blocks that are under way; a page has no fewer
-    static constexpr int PITCH =
-        Layout::BLOCK + (D == 96 ? 0 : 16);  // from page to page: lanes meet no other's banks
+    // From page to page in shared memory, so that lanes meet no other's banks.
+    static constexpr int PITCH = Layout::BLOCK + (D == 96 ? 0 : 16);
 
     // What a warp works with in shared memory.
     struct Block {
@@ -254,8 +253,8 @@ struct SketchScorer {
             copy_words(low + 4 * i, block.codes[lane_id() / 4] + at);
             copy_words(high + 4 * i, block.codes[lane_id() / 4 + 8] + at);
         }
-        const u32 *const low_factors = block.factors[lane_id() / 4], *const high_factors =
-                                                                         block.factors[lane_id() / 4 + 8];
+        const u32* const low_factors = block.factors[lane_id() / 4];
+        const u32* const high_factors = block.factors[lane_id() / 4 + 8];
         unrolled<TOKENS>([&](auto token) {
             constexpr int TOKEN = token.value;
             const float factors[2] = {half_of<TOKEN % 2>(low_factors[TOKEN / 2]),
@@ -291,8 +290,7 @@ struct SketchScorer {
             for (int tile = 0; tile < HEAD_TILES; ++tile) {
                 int (&c)[4] = products[tile];
                 if constexpr (j.value == 0) c[0] = c[1] = c[2] = c[3] = 0;
-                multiply_bytes(c, a0, a1, a2, a3, query[tile][j.value][0], query[tile][j.value][1], c[0], c[1], c[2],
-                               c[3]);
+                multiply_bytes(c, a0, a1, a2, a3, query[tile][j.value][0], query[tile][j.value][1]);
             }
         });
     }
