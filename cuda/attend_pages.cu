@@ -36,9 +36,10 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
         if (mine[i] >= 0) atomicMax(&used, i + 1);
     __syncthreads();
 
+    const int unseen = mine ? 0 : pages.first >> UNIT_SHIFT;  // units before all that is seen
     Attention<T, D, HEAD_TILES, Format> attention;
     attention.attend(static_cast<const typename Format::Element*>(kv_pool), pages, staged,
-                     blockIdx.x * num_warps() + warp_id(), gridDim.x * num_warps(), used << pages.unit_shift(),
+                     unseen + blockIdx.x * num_warps() + warp_id(), gridDim.x * num_warps(), used << pages.unit_shift(),
                      Logits(scaling, softcap), [&](int i) { return pages.locate(mine, pages.block_table, i); });
     Partial<D, HEAD_TILES>* const part = partials ? partials + i64(item) * gridDim.x + blockIdx.x : nullptr;
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group, part);

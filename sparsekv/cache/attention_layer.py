@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -55,6 +56,7 @@ class AttentionLayer(DynamicLayer):
         layer_types: transformers' words for the layers that it serves: "full_attention", "sliding_attention", ...
         understands: arguments of an attention that change which keys are seen, and that it takes care of.
         in_pages: whether what it keeps lies in pages.
+        is_sparse: whether the policy decides what it reads.
         is_croppable: whether the last tokens can be dropped (`crop`).
         policy: what decides for it, if it is a layer to decide for; of a dense one, "all".
         length: columns stored, those pending not counted.
@@ -63,6 +65,7 @@ class AttentionLayer(DynamicLayer):
     layer_types: tuple[str, ...] = ()
     understands: tuple[str, ...] = ()
     in_pages = False
+    is_sparse = False
     is_croppable = True
     mode = Mode.NEW
     keys: Any
@@ -108,6 +111,10 @@ class AttentionLayer(DynamicLayer):
         return self.mode is Mode.DENSE
 
     # -- what a kind may do in its own way
+
+    def join(self, store: PageStore) -> None:
+        """Goes on with the store of a cache that has been emptied."""
+        self.store = store
 
     def append(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
         """Stores new tokens `[b, hkv, t, d]`. A kind that does not keep all sees to `crop`, and to `get_mask_sizes`.
@@ -261,5 +268,6 @@ class AttentionLayer(DynamicLayer):
         if self.mode is Mode.NEW:
             self.refuse("its keys or values are transformed between the cache and the attention function")
         else:
-            self.commit(self.store.table.columns())  # nothing is known of a mask
+            columns = F.pad(self.store.table.columns(), (0, self._pending[0].shape[-2]), value=True)
+            self.commit(columns)  # nothing is known of a mask
             self.store.memory.forget()  # no policy was asked

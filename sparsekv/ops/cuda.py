@@ -186,8 +186,8 @@ def attend_pages(
     """See `reference.attend_pages`."""
     kind = _served(query, kv_pool, format)
     if kind is None:
-        where, last = (block_table, seq_lens, slots), (scaling, softcap, sinks, format, first)
-        return reference.attend_pages(query, kv_pool, *where, *last)
+        where = (block_table, seq_lens)
+        return reference.attend_pages(query, kv_pool, *where, slots, scaling, softcap, sinks, format, first)
     (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
     group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
     k = max_pages if slots is None else slots.shape[2]

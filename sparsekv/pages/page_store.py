@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,17 +26,21 @@ from sparsekv.pages.memory import Memory
 from sparsekv.pages.page_pool import PagePool
 from sparsekv.pages.residency import RESIDENCIES, frames_of
 from sparsekv.pages.step_state import Stage, StepState
+from sparsekv.pages.window_table import WindowTable
 from sparsekv.policies import POLICIES
 
 
 class PageStore:
-    """Pages of every layer. The table moves once per forward pass, led by the first layer that appends.
+    """Pages of every layer. The table moves once per forward pass, led by the first layer that appends. Layers that
+    see the last tokens alone have a store within this one for each size of their windows, with a table of its own.
 
     Args:
         config: page size, digest, policy, budgets, format, residency, limit and backend.
         reserve_pages: pages to allocate at once, for a cache of known size.
         arena: lends the tensors; None: they are this store's and its forks' alone.
         dense_layers: those that the policy does not decide for.
+        window: columns that a token sees; None: all.
+        step: where the cache is in a pass; None: at the beginning.
     """
 
     def __init__(
@@ -46,16 +49,23 @@ class PageStore:
         reserve_pages: int = 0,
         arena: Arena | None = None,
         dense_layers: Collection[int] = (),
+        window: int | None = None,
+        step: StepState | None = None,
     ) -> None:
         self.config = config
+        self.windows: dict[int, PageStore] = {}
         self.digest: Digest = DIGESTS.get(config.digest)()
         self.arena, self.loan = arena, Loan(arena)
         self.memory = Memory(POLICIES.get(config.policy)(), self.loan, dense_layers)
         steps = sorted({each.covered_pages for each in config.each if not each.is_fraction}) or [1]
         pool = PagePool(config.page_size, config.max_tokens)
-        self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
+        self._table: BlockTable
+        if window is None:
+            self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
+        else:
+            self._table = WindowTable(pool, window, self.loan.tables)
         self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
-        self.step = StepState()
+        self.step = StepState() if step is None else step
         self.is_torn = False  # the table names pages whose content, or digest, is not what it should be
 
     @property
@@ -71,6 +81,24 @@ class PageStore:
                 "more. Start from a new one, or reset it; other caches and forks are not affected."
             )
         return self._table
+
+    def window(self, size: int) -> PageStore:
+        """The store of layers whose tokens see `size` columns, exactly: its pages are plain, and on the device."""
+        if size not in self.windows:
+            config = self.config.with_(policy="all", page_format="plain", residency="device", max_tokens=None)
+            arena = None if self.arena is None else self.arena.part(size)
+            self.windows[size] = PageStore(config, arena=arena, window=size, step=self.step)
+        return self.windows[size]
+
+    @property
+    def parts(self) -> list[PageStore]:
+        """This store and those within it."""
+        return [self, *self.windows.values()]
+
+    @property
+    def newest(self) -> BlockTable:
+        """Of all tables the first to have moved: between passes all of those in use have the same columns."""
+        return max((part.table for part in self.parts), key=lambda table: table.num_tokens)
 
     @property
     def is_in_place(self) -> bool:
@@ -132,13 +160,14 @@ class PageStore:
         """
         batch_size, _, num_new, _ = key.shape
         leads = length == self.table.num_tokens
-        if leads:
-            self._make_room(batch_size, num_new, visible)
-        elif length + num_new != self.table.num_tokens:
+        goes_on = (length, length + num_new) == (self.step.past, self.step.end)
+        if not goes_on and not (leads and length == self.step.end):
             raise CacheStateError(
-                f"Layer {layer_idx} holds {length} tokens where the cache holds {self.table.num_tokens}: an earlier "
+                f"Layer {layer_idx} holds {length} tokens where the cache holds {self.step.end}: an earlier "
                 "forward pass was interrupted. Start from a new cache."
             )
+        if leads:
+            self._make_room(batch_size, num_new, visible)
         is_new = layer_idx not in self.layers
         try:
             valid = None if self.step.valid is None else self.step.valid.to(key.device)
@@ -149,6 +178,7 @@ class PageStore:
                 self.layers.pop(layer_idx, None)
             if leads:
                 self.table.crop(num_new) if length else self.table.clear()
+                self.step.past = self.step.end = length
             raise
 
     def _pages_of(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None, scored: bool) -> LayerPages:
@@ -170,16 +200,22 @@ class PageStore:
         Raises:
             CacheFullError: no room. OutOfMemoryError: no memory. In both cases the table is what it was.
         """
-        self._advance(self.table.batch_size, 1, None)
+        begun: list[PageStore] = []
+        past = self.step.end
         try:
-            for pages in self.layers.values():
-                self._ensure(pages)
-            for device in self.devices:
-                self.table.on(device)
+            for part in (part for part in self.parts if part.layers):
+                part._advance(part.table.batch_size, 1, None)
+                begun.append(part)
+                for pages in part.layers.values():
+                    part._ensure(pages)
+                for device in part.devices:
+                    part.table.on(device)
             for layer_idx in self.layers if self.memory.is_used else ():
                 self.remembered(layer_idx)
         except BaseException:
-            self.table.crop(1)
+            for part in begun:
+                part.table.crop(1)
+            self.step.past = self.step.end = past
             raise
         self.step.stage = Stage.BEGUN
 
@@ -191,49 +227,69 @@ class PageStore:
     def addresses(self) -> tuple[Any, ...]:
         """Where the tensors lie: as long as it is the same, so is what a captured step reads."""
         tables = [tensor.data_ptr() for device in self.devices for tensor in self.table.on(device)]
-        return *tables, *(pages.addresses for pages in self.layers.values()), *self.memory.addresses
+        own = (*tables, *(pages.addresses for pages in self.layers.values()), *self.memory.addresses)
+        return *own, *(part.addresses() for part in self.windows.values())
 
     def crop(self, num_tokens: int) -> None:
         """Drops the last columns in every layer; digests of pages that became partly filled are made anew.
 
         Raises:
-            CacheFullError: no room for copies of pages that are shared; nothing has changed.
+            CacheStateError: a window does not hold what was before. CacheFullError: no room for copies of pages that
+                are shared. Nothing has changed then.
         """
-        self._renew(self.table.crop(num_tokens))
+        keep = self.newest.num_tokens - num_tokens
+        behind = {part: part.table.num_tokens - keep for part in self.parts if part.table.num_tokens >= keep}
+        for part, count in behind.items():
+            part.table.check_crop(count)
+        for part, count in behind.items():
+            part._renew(part.table.crop(count))
+        self.step.past = self.step.end = keep
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows (repeats share their pages)."""
         self.memory.select(rows)
-        self.table.select(rows)
+        for part in (part for part in self.parts if part.table.batch_size):
+            part.table.select(rows)
 
     def fork(self, config: SparseConfig, dense_layers: Collection[int] = ()) -> PageStore:
         """A store over the same pages; what either appends from now on is its own."""
-        twin = PageStore(config, self.reserve_pages, dense_layers=dense_layers)
+        step = StepState(past=self.step.past, end=self.step.end, valid=self.step.valid)
+        twin = PageStore(config, self.reserve_pages, dense_layers=dense_layers, step=step)
+        for size, part in self.windows.items():
+            twin.window(size)._share(part)
         if not self.layers:  # nothing to share: each decides for itself what its layers keep
             return twin
         width = twin.table.width  # by the twin's own budget
-        twin.digest, twin.loan, twin._table = self.digest, self.loan, self.table.fork()
+        twin._share(self)
         twin.table.width = width
         if config == self.config:
             twin.memory = self.memory.fork()
         else:
             twin.memory = Memory(twin.memory.policy, self.loan, dense_layers)
-        twin.step.valid = self.step.valid
         return twin
 
-    def dense(self, layer_idx: int, num_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    def _share(self, other: PageStore) -> None:
+        """Goes on from the pages of another store."""
+        self.digest, self.loan, self._table = other.digest, other.loan, other.table.fork()
+
+    def dense(self, layer_idx: int, num_tokens: int | None = None, start: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values `[b, hkv, n, d]` in transformers' order; padding is zero.
 
         Args:
             num_tokens: the first so many columns (a layer that has not appended yet lags behind the table);
                 None: all.
+            start: without so many of them; what is before a window is not held.
         """
-        columns = self.table.columns()[:, :num_tokens]
-        keys, values = self.layers[layer_idx].tokens(self.table.first_pages(columns.sum(1).numpy()))
-        if self.table.valid is None:
-            return keys[:, :, : columns.shape[1]], values[:, :, : columns.shape[1]]
+        table = self.table if num_tokens is None else self.table.at(num_tokens)
+        columns = table.columns(start, num_tokens)
+        passed = table.lengths - table.tokens_in(start, table.num_tokens)  # tokens that are held and not asked for
+        keys, values = self.layers[layer_idx].tokens(table.first_pages(passed + columns.sum(1).numpy()))
+        if table.valid is None:
+            here = slice(int(passed.max(initial=0)), int(passed.max(initial=0)) + columns.shape[1])
+            return keys[:, :, here], values[:, :, here]
         real = columns.to(keys.device)
-        position = (real.cumsum(1) - 1).clamp_min(0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        position = real.cumsum(1) - 1 + torch.from_numpy(passed)[:, None].to(keys.device)
+        position = position.clamp(0, keys.shape[2] - 1)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         keys, values = (x.gather(2, position).masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
         return keys, values
 
@@ -245,7 +301,7 @@ class PageStore:
 
     def _ensure(self, pages: LayerPages) -> None:
         pool = self.table.pool
-        pages.ensure(max(pool.num_pages, 1), pool.max_pages, self.reserve_pages)
+        pages.ensure(max(pool.num_pages, self.table.min_pages), pool.max_pages, self.reserve_pages)
 
     def _make_room(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
         """Moves the table on by `num_new` columns."""
@@ -265,8 +321,7 @@ class PageStore:
         self.table.check_batch(batch_size)
         past, valid = self.table.num_tokens, None
         if visible is not None:
-            visible = visible.expand(batch_size, -1).cpu()
-            visible = F.pad(visible, (0, past + num_new - visible.shape[1]), value=True)  # or cut off
+            visible = self.table.told(visible.expand(batch_size, -1).cpu(), num_new)
             visible, valid = visible[:, :past], visible[:, past:]
             valid = None if bool(valid.all()) else valid
         told = past and (visible is not None or self.table.valid is not None)
@@ -275,7 +330,7 @@ class PageStore:
     def _advance(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
         copies = self.table.append(batch_size, num_new, valid)
         self.memory.begin(self.table.num_tokens, is_step=num_new == 1 and valid is None)
-        self.step.valid = valid
+        self.step.past, self.step.end, self.step.valid = self.table.num_tokens - num_new, self.table.num_tokens, valid
         with self._whole_or_torn():
             self._copy(copies)
 
@@ -291,6 +346,8 @@ class PageStore:
     def write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
         """Puts tokens `[b, hkv, t, d]` into the pages that the table has for them; without tokens, only renews the
         digests of partly filled pages."""
+        held = slice(max(key.shape[2] - self.table.max_new, 0), None)
+        key, value, valid = key[:, :, held], value[:, :, held], None if valid is None else valid[:, held]
         pages, table, lengths = self.on(layer_idx)
         content, summary, touched = pages.kv, pages.summary, None
         if not self.is_in_place:
