@@ -22,6 +22,7 @@ from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.store_part import StorePart
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 from sparsekv.registry import Registry
 
@@ -83,7 +84,8 @@ class AttentionLayer(DynamicLayer):
         layer_config: Any = None,
         on_notice: NoticeListener | None = None,
     ) -> None:
-        self.store, self.layer_idx, self.config = store, layer_idx, config
+        self.store: StorePart = store
+        self.layer_idx, self.config = layer_idx, config
         self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
         policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
         self.policy: Policy = POLICIES.get("all")() if is_dense else policy()

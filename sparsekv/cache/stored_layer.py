@@ -14,7 +14,7 @@ from sparsekv.cache.handshake import Mode
 from sparsekv.pages.step_state import Stage
 from sparsekv.policies import Reads
 
-Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what PageStore.accept returns
+Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what StorePart.accept returns
 
 
 def own_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:

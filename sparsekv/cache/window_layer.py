@@ -26,11 +26,11 @@ class WindowLayer(StoredLayer):
     understands = ("sliding_window",)
     is_sliding = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, store: PageStore, *args: Any, **kwargs: Any) -> None:
+        super().__init__(store, *args, **kwargs)
         self.policy = POLICIES.get("all")()
         self.window: int = self.layer_config.sliding_window
-        self.join(self.store)
+        self.join(store)
 
     @classmethod
     def reason_against(cls, layer_type: str, text_config: Any, layer_idx: int) -> str | None:

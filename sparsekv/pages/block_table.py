@@ -49,11 +49,9 @@ class BlockTable:
         lengths: `[b]` int64, tokens each sequence holds.
         valid: `[b, n]` bool for the first n columns, False for padding; None: no padding. Later columns are valid.
         max_new: columns of a pass whose tokens are held: its last.
-        min_pages: pages that there is to be memory for at least.
     """
 
     max_new = sys.maxsize
-    min_pages = 1
 
     def __init__(self, pool: PagePool, width: Width | None = None, tables: DeviceTables | None = None) -> None:
         self.pool, self.width = pool, width
@@ -104,6 +102,11 @@ class BlockTable:
         start = (self.lengths - new) // self.pool.page_size
         pages = [self.pages_of(row)[start[row] :] for row in range(self.batch_size)]
         return np.unique(np.concatenate([NO_PAGES, *pages]))
+
+    @property
+    def min_pages(self) -> int:
+        """Pages that there is to be memory for at least."""
+        return 1
 
     @property
     def first(self) -> NDArray[np.int64] | None:

@@ -45,13 +45,12 @@ class WindowTable(BlockTable):
     def keeps_past(self, wanted: bool) -> None:
         self._beyond = IF_ASKED if wanted else 0
         self.max_new = self.window - 1 + max(self._beyond, OF_LONG)
-        self._ring = (
-            -(-(self.window - 1 + self._beyond) // self.pool.page_size) + 1
-        )  # pages of a row in a step, at most
+        held = self.window - 1 + self._beyond
+        self._ring = -(-held // self.pool.page_size) + 1  # pages of a row in a step, at most
         self.width = partial(_width, ring=self._ring)
 
     @property
-    def min_pages(self) -> int:  # type: ignore[override]
+    def min_pages(self) -> int:
         """Pages for whole windows: their memory need not move while they fill."""
         return max(self.batch_size * self._ring, 1)
 
@@ -88,7 +87,7 @@ class WindowTable(BlockTable):
         if self._before(keep) is None and (held < self._seen(self.window - 1, keep)).any():
             raise CacheStateError(
                 f"The last {num_tokens} tokens cannot be dropped: what is in the sliding window before them is gone. "
-                f"Drop fewer, fork the cache before it goes on, or call its activate_past_recording() first, so that "
+                "Drop fewer, fork the cache before it goes on, or call its activate_past_recording() first, so that "
                 f"{IF_ASKED} tokens more are held."
             )
 
