@@ -6,7 +6,10 @@ stay exactly what they were.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from sparsekv.cache import AttentionLayer, tagged_layer
 from sparsekv.cache.masks import COLUMNS_ONLY, visible_columns
 
 LARGE_MASK = 1 << 24  # elements (of a batch) beyond which no mask is made
+
+_needs_masks: ContextVar[bool] = ContextVar("sparsekv_needs_masks", default=True)
 
 # Arguments that change which keys a query may see, or how: a layer whose kind does not understand them is left dense.
 _SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indices", "sliding_window")
@@ -101,7 +106,9 @@ def sparsekv_mask(
 ) -> Tensor | None:
     """The mask that the model's own implementation would get. Of a plain causal one that would be large, only which
     columns are no padding, `[b, 1, 1, kv_length]` (some models slice masks) in a dtype that no mask has: `_own_mask`
-    makes the rest of it where it is needed after all."""
+    makes the rest of it where it is needed after all. None at all within `without_masks`."""
+    if not _needs_masks.get():
+        return None
     original = original_implementation(config)
     large = q_length > 1 and batch_size * q_length * kv_length > LARGE_MASK
     if large and original == "sdpa" and not args and _is_causal_only(q_length, kv_length, **kwargs):
@@ -110,6 +117,16 @@ def sparsekv_mask(
         batch_size, q_length, kv_length, *args, config=config, **kwargs
     )
     return mask
+
+
+@contextlib.contextmanager
+def without_masks() -> Iterator[None]:
+    """Within it no masks are made: for decode steps of which every layer lives in pages, where no padding is."""
+    before = _needs_masks.set(False)
+    try:
+        yield
+    finally:
+        _needs_masks.reset(before)
 
 
 def _is_causal_only(

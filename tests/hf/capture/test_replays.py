@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import sparsekv
 from sparsekv import PagedCache
@@ -123,6 +124,22 @@ def test_sliding_windows_are_captured(family, window, tiny, prefilled, monkeypat
         assert_same_pages(ours, theirs)
         assert (patch.decoder.captures, patch.decoder.replays) == (1, 13)
         assert patch.stats.as_dict() == wanted
+
+
+def test_a_step_that_is_captured_makes_no_mask(tiny, prefilled, monkeypatch) -> None:
+    """It would be that of one position, and nobody would read it; an eager step makes one beyond a window."""
+    model, made = tiny("gemma3_text"), []
+    with sparsekv.patch(model, **SMALL) as patch:
+        cache, make = prefilled(patch), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        monkeypatch.setitem(
+            ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
+            "sdpa",
+            lambda *args, **kwargs: made.append(1) or make(*args, **kwargs),
+        )
+        loop(patch.decoder, cache, range(5, 6))
+        assert made == []
+        decoded(model, cache, range(6, 7))
+        assert made
 
 
 @pytest.mark.parametrize("change", [put_another_weight, put_another_forward])
