@@ -76,14 +76,15 @@ struct Attention {
     }
 
     // Turns dot products into weights relative to the largest logit so far, as the second product wants them.
-    __device__ void weigh(u32 (&weights)[HEAD_TILES][2], const float (&dots)[2][4], int count, const Logits& logits) {
+    __device__ void weigh(u32 (&weights)[HEAD_TILES][2], const float (&dots)[2][4], const Unit& unit, const Logits& logits) {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float x[4];
             float largest = m[tile];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                x[i] = value_token(i) < count ? logits(dots[i / 2][tile * 2 + i % 2]) : -infinity();
+                const bool is_seen = value_token(i) < unit.count && (unit.skip <= 0 || value_token(i) >= unit.skip);
+                x[i] = is_seen ? logits(dots[i / 2][tile * 2 + i % 2]) : -infinity();
                 largest = fmaxf(largest, x[i]);
             }
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
@@ -170,7 +171,7 @@ struct Attention {
                     keys.load(pool, next.block, 0, page_shift);
             }
             u32 weights[HEAD_TILES][2];
-            weigh(weights, dots, now.count, logits);
+            weigh(weights, dots, now, logits);
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 if (now.count < UNIT) clear_missing_values(now.count);

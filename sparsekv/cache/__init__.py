@@ -7,6 +7,7 @@ from sparsekv.cache.model_check import heads_of, settings_for
 from sparsekv.cache.paged_cache import PagedCache
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.cache.stats import DecodeStats
+from sparsekv.cache.window_layer import WindowLayer
 
 __all__ = [
     "LAYER_KINDS",
@@ -15,6 +16,7 @@ __all__ = [
     "Observer",
     "PagedCache",
     "PagedLayer",
+    "WindowLayer",
     "heads_of",
     "own_layers",
     "places",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -21,6 +22,7 @@ from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.store_part import StorePart
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 from sparsekv.registry import Registry
 
@@ -55,6 +57,7 @@ class AttentionLayer(DynamicLayer):
         layer_types: transformers' words for the layers that it serves: "full_attention", "sliding_attention", ...
         understands: arguments of an attention that change which keys are seen, and that it takes care of.
         in_pages: whether what it keeps lies in pages.
+        is_sparse: whether the policy decides what it reads.
         is_croppable: whether the last tokens can be dropped (`crop`).
         policy: what decides for it, if it is a layer to decide for; of a dense one, "all".
         length: columns stored, those pending not counted.
@@ -63,6 +66,7 @@ class AttentionLayer(DynamicLayer):
     layer_types: tuple[str, ...] = ()
     understands: tuple[str, ...] = ()
     in_pages = False
+    is_sparse = False
     is_croppable = True
     mode = Mode.NEW
     keys: Any
@@ -80,7 +84,8 @@ class AttentionLayer(DynamicLayer):
         layer_config: Any = None,
         on_notice: NoticeListener | None = None,
     ) -> None:
-        self.store, self.layer_idx, self.config = store, layer_idx, config
+        self.store: StorePart = store
+        self.layer_idx, self.config = layer_idx, config
         self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
         policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
         self.policy: Policy = POLICIES.get("all")() if is_dense else policy()
@@ -108,6 +113,10 @@ class AttentionLayer(DynamicLayer):
         return self.mode is Mode.DENSE
 
     # -- what a kind may do in its own way
+
+    def join(self, store: PageStore) -> None:
+        """Goes on with the store of a cache that has been emptied."""
+        self.store = store
 
     def append(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
         """Stores new tokens `[b, hkv, t, d]`. A kind that does not keep all sees to `crop`, and to `get_mask_sizes`.
@@ -261,5 +270,6 @@ class AttentionLayer(DynamicLayer):
         if self.mode is Mode.NEW:
             self.refuse("its keys or values are transformed between the cache and the attention function")
         else:
-            self.commit(self.store.table.columns())  # nothing is known of a mask
+            columns = F.pad(self.store.table.columns(), (0, self._pending[0].shape[-2]), value=True)
+            self.commit(columns)  # nothing is known of a mask
             self.store.memory.forget()  # no policy was asked

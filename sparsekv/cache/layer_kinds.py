@@ -48,8 +48,8 @@ def places(model_config: PretrainedConfig) -> list[Place]:
 
 
 def plain_layers(model_config: PretrainedConfig) -> list[int]:
-    """The indices of the layers that can live in pages: of plain full attention. `model_config` is as in `places`."""
-    return [i for i, place in enumerate(places(model_config)) if place.kind is not None and place.kind.in_pages]
+    """The indices of the layers that can be sparse: of plain full attention. `model_config` is as in `places`."""
+    return [i for i, place in enumerate(places(model_config)) if place.kind is not None and place.kind.is_sparse]
 
 
 def own_layers(model_config: PretrainedConfig) -> dict[int, str]:

@@ -40,6 +40,14 @@ def visible_columns(attention_mask: Tensor | None) -> Tensor | None:
     return row > -1 if row.is_floating_point() else row.bool()
 
 
+def seen_columns(attention_mask: Tensor | None) -> Tensor | None:
+    """Which kv positions any query of a mask may see, `[b or 1, n]` bool: through a window its last one does not see
+    all that are no padding."""
+    if attention_mask is None or attention_mask.ndim < 4:
+        return visible_columns(attention_mask)
+    return visible_columns(attention_mask.amax(-2, keepdim=True))
+
+
 def is_causal(attention_mask: Tensor | None, num_new: int) -> bool:
     """Whether a mask of the newest tokens says no more than padding, and that each sees the tokens up to itself."""
     if attention_mask is None or is_left_out(attention_mask):

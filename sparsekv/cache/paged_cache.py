@@ -21,6 +21,7 @@ from sparsekv.cache.model_check import check_digests, settings_for
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import Step
+from sparsekv.cache.stored_layer import StoredLayer
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.pages.arena import Arena
@@ -34,9 +35,9 @@ class PagedCache(DynamicCache):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
-    `past_key_values`. Sliding-window, linear and other special layers stay transformers' own, unless a kind is
-    registered for them (`sparsekv.cache.LAYER_KINDS`). Of layers in pages `layers[i].keys`, `.values` and iteration
-    give copies.
+    `past_key_values`. Of sliding windows the last tokens are in pages. Linear and other special layers stay
+    transformers' own, unless a kind is registered for them (`sparsekv.cache.LAYER_KINDS`). Of layers in pages
+    `layers[i].keys`, `.values` and iteration give copies.
 
     >>> from transformers import LlamaConfig
     >>> cache = PagedCache(LlamaConfig(num_hidden_layers=4), budget=512)
@@ -121,8 +122,13 @@ class PagedCache(DynamicCache):
 
     @property
     def paged_layers(self) -> list[PagedLayer]:
-        """The layers that live, or may come to live, in pages."""
+        """The layers that live, or may come to live, in pages, and of which a policy may choose some."""
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def stored_layers(self) -> list[StoredLayer]:
+        """All layers that live, or may come to live, in pages: those with sliding windows, too."""
+        return [layer for layer in self.layers if isinstance(layer, StoredLayer)]
 
     @property
     def _asked_layers(self) -> list[AttentionLayer]:
@@ -137,7 +143,7 @@ class PagedCache(DynamicCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all pages, digests and growth slack (of forks: together)."""
-        return sum(pages.nbytes for pages in self._store.layers.values())
+        return sum(pages.nbytes for part in self._store.parts for pages in part.layers.values())
 
     def check_room(self, batch_size: int, num_new: int, visible: Tensor | None = None) -> None:
         """Raises CacheFullError if `num_new` more tokens per sequence would go beyond `max_tokens`, CacheStateError
@@ -148,19 +154,20 @@ class PagedCache(DynamicCache):
     @property
     def visible(self) -> Tensor | None:
         """`[b, n]` bool on the CPU, False for padding: the mask of what is stored; None if nothing is."""
-        return self._store.table.columns() if self._store.table.batch_size else None
+        table = self._store.newest
+        return table.columns() if table.batch_size else None
 
     @property
     def is_steady(self) -> bool:
         """Whether a decode step changes nothing but tensors where they are: every layer lives in pages and holds the
         same tokens."""
-        num_tokens = self._store.table.num_tokens
-        return all(isinstance(x, PagedLayer) and x.is_paged and x.length == num_tokens for x in self.layers)
+        num_tokens = self._store.newest.num_tokens
+        return all(isinstance(x, StoredLayer) and x.is_paged and x.length == num_tokens for x in self.layers)
 
     def step(self) -> Step:
         """A decode step of every layer, to be entered: room for its token is made before any layer runs."""
         self._settle()
-        return Step(self.config, self._store, self.paged_layers)
+        return Step(self.config, self._store, self.stored_layers)
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -222,12 +229,12 @@ class PagedCache(DynamicCache):
         if stuck:
             kind = type(stuck[0]).__name__
             raise CacheStateError(f"Layer {stuck[0].layer_idx} of this cache is a {kind}, which cannot drop tokens.")
-        stored = min(count, self._store.table.num_tokens)
+        stored = min(count, self._store.newest.num_tokens)
         if stored:
             self._store.crop(stored)
             # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
-            for layer in (layer for layer in self.paged_layers if layer.is_paged):
-                layer.length = min(layer.length, self._store.table.num_tokens)
+            for layer in (layer for layer in self.stored_layers if layer.is_paged):
+                layer.length = min(layer.length, self._store.newest.num_tokens)
         for layer in self._other_layers():
             layer.crop(-count)
 
@@ -255,7 +262,7 @@ class PagedCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; the repeats share their pages."""
-        rows = np.arange(self._store.table.batch_size).repeat(repeats)
+        rows = np.arange(self._store.newest.batch_size).repeat(repeats)
         self._select(rows, "batch_repeat_interleave", repeats)
 
     def reset(self) -> None:
@@ -264,15 +271,15 @@ class PagedCache(DynamicCache):
         for layer in self.layers:
             layer.reset()
             if isinstance(layer, AttentionLayer):
-                layer.store = self._store
+                layer.join(self._store)
 
     def __repr__(self) -> str:
         if self._store.is_torn:
             return "PagedCache(not whole any more: start from a new one)"
-        table = self._store.table
+        table, num_layers = self._store.newest, sum(len(part.layers) for part in self._store.parts)
         return (
             f"PagedCache({table.batch_size} sequences, {table.num_tokens} tokens, "
-            f"{len(self._store.layers)} of {len(self.layers)} layers in pages, {self.nbytes / 2**20:.1f} MiB)"
+            f"{num_layers} of {len(self.layers)} layers in pages, {self.nbytes / 2**20:.1f} MiB)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
@@ -312,11 +319,11 @@ class PagedCache(DynamicCache):
         return twin
 
     def _other_layers(self) -> Iterable[Any]:
-        return [x for x in self.layers if not isinstance(x, PagedLayer) or x.is_dense]
+        return [x for x in self.layers if not isinstance(x, StoredLayer) or x.is_dense]
 
     def _select(self, rows: Any, method: str, argument: Any) -> None:
         self._settle()
-        batch_size = self._store.table.batch_size
+        batch_size = self._store.newest.batch_size
         if batch_size:
             wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
             self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from typing import Any
 
 import torch
@@ -11,48 +9,23 @@ from torch import Tensor
 
 from sparsekv.cache import prefill, prompt_blocks
 from sparsekv.cache.attention_layer import LAYER_KINDS, Attended
-from sparsekv.cache.contents import ReadableLayer
-from sparsekv.cache.handshake import Mode
 from sparsekv.cache.layer_kinds import why_not_paged
 from sparsekv.cache.masks import is_causal, is_left_out, visible_columns
-from sparsekv.pages.step_state import Stage
-from sparsekv.policies import DecodeStep, Policy, PromptChunk, Reads
-
-Accepted = tuple[Tensor, Tensor, "Tensor | None"]  # what PageStore.accept returns
-
-
-def _own_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Keeps autocast out of the ops, which say themselves what is float32."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+from sparsekv.cache.stored_layer import Accepted, StoredLayer, own_precision
+from sparsekv.policies import DecodeStep, Policy, PromptChunk
 
 
 @LAYER_KINDS.register("pages")
-class PagedLayer(ReadableLayer):
+class PagedLayer(StoredLayer):
     """Full attention over pages: dense for several tokens, by the policy for one. Arguments as `AttentionLayer`."""
 
     layer_types = ("full_attention",)
+    is_sparse = True
 
     @classmethod
     def reason_against(cls, layer_type: str, text_config: Any, layer_idx: int) -> str | None:
         """Why it cannot live in pages: see `why_not_paged`."""
         return why_not_paged(text_config, layer_idx)
-
-    def commit(self, visible: Tensor | None) -> None:
-        """Stores the tokens of the last `update` in pages: the handshake, and the append of every step.
-
-        Args:
-            visible: `[b, n]` bool for the first n columns, False for padding; later ones, or None: no padding. Of
-                what is stored only the last tokens of a row may have become padding.
-
-        Raises:
-            CacheStateError: batch or mask do not continue what is stored, or a paged layer's keys and values differ
-                in shape. CacheFullError: there is no room.
-        """
-        accepted = self._accept(visible)
-        if accepted is not None:
-            self._write(accepted)
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_plain: bool
@@ -94,7 +67,7 @@ class PagedLayer(ReadableLayer):
             self._write(accepted)  # some rows' token is padding, or what a step reads is no place to write to
             accepted = None
         step = self._step(query.squeeze(2), scaling, accepted)
-        with torch.no_grad(), _own_precision(query.device):
+        with torch.no_grad(), own_precision(query.device):
             out, slots = self.policy.decode(step, softcap, sinks)
             if accepted is not None:
                 self._count_tokens(accepted[0])
@@ -106,23 +79,6 @@ class PagedLayer(ReadableLayer):
         return out.unsqueeze(2)
 
     # -- how
-
-    def _accept(self, visible: Tensor | None) -> Accepted | None:
-        """Room for the tokens of the last `update`, which are to be written next; None if there are none to store."""
-        if self._pending is None or self.is_dense:
-            return None
-        key, value = self._pending
-        if key.shape != value.shape:
-            self.refuse(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
-            return None
-        self._pending = None  # also if the store refuses the tokens: they must not come back with the next ones
-        scored = self.policy.reads is Reads.DIGESTS
-        with torch.no_grad(), _own_precision(key.device):
-            accepted = self.store.accept(self.layer_idx, self.length, key, value, visible, scored)
-        if self.length <= self._tracked_from:
-            is_tracked = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-            self._tracked_from = self.length if is_tracked else math.inf
-        return accepted
 
     def _is_left_out(self, mask: Tensor | None, num_new: int) -> bool:
         """Whether a mask was not made because of its size. (A prompt that needs none is the model's own business.)"""
@@ -149,18 +105,6 @@ class PagedLayer(ReadableLayer):
             name = self.config.policy
             self.on_notice(f"a prompt is read densely, whatever policy {name!r} chooses of it: {reason}")
 
-    def _write(self, accepted: Accepted) -> None:
-        with torch.no_grad(), _own_precision(accepted[0].device):
-            self.store.write(self.layer_idx, *accepted)
-        self._count_tokens(accepted[0])
-
-    def _count_tokens(self, key: Tensor) -> None:
-        """Counts tokens that were written; those of a captured step are counted when it is replayed."""
-        if self.store.step.stage is Stage.CAPTURED:
-            return
-        self.mode = Mode.SERVED
-        self.length += key.shape[-2]
-
     def _step(self, query: Tensor, scaling: float, new: Accepted | None = None) -> DecodeStep:
         pages, block_table, seq_lens = self.store.on(self.layer_idx)
         ordinal, memory = self.store.remembered(self.layer_idx)
@@ -184,30 +128,3 @@ class PagedLayer(ReadableLayer):
             phase=self.store.memory.phase,
             memory=memory,
         )
-
-    def _record(self, slots: Tensor | None, new: bool) -> None:
-        """Counts what a step read: the listed pages, or all, and what it took to choose them."""
-        if self.store.step.stage is Stage.CAPTURED:
-            self.store.step.reads.append((self.layer_idx, slots))
-            return
-        self.record_step(slots is None, self.store.table.total_pages, new)
-        if slots is not None:
-            self.stats.count_listed((self.layer_idx,), slots[None], self.page_nbytes)
-
-    @property
-    def page_nbytes(self) -> int:
-        """Bytes of a page's keys and values in one kv head."""
-        return self.store.layers[self.layer_idx].page_nbytes
-
-    def record_step(self, read_all: bool, num_pages: int, new: bool) -> None:
-        """Counts what is known of a step without asking the device: all but the pages that it listed.
-
-        Args:
-            read_all: whether it read every page.
-            num_pages: pages of all sequences.
-            new: False if another module has read the same step's cache already (shared KV).
-        """
-        pages = self.store.layers[self.layer_idx]
-        num_kv_heads = pages.kv.shape[2]
-        cost = 0 if read_all else pages.nbytes_to_choose(self.policy.reads) * num_pages * num_kv_heads
-        self.stats.record_step(self.layer_idx, read_all, num_pages * num_kv_heads, pages.page_nbytes, cost, new)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparsekv.cache.paged_layer import PagedLayer
+from sparsekv.cache.stored_layer import StoredLayer
 from sparsekv.config import SparseConfig
 from sparsekv.pages.page_store import PageStore
 from sparsekv.pages.step_state import Read, Stage
@@ -27,15 +27,15 @@ class Step:
         layers: the cache's layers that have some.
     """
 
-    def __init__(self, config: SparseConfig, store: PageStore, layers: Sequence[PagedLayer]) -> None:
+    def __init__(self, config: SparseConfig, store: PageStore, layers: Sequence[StoredLayer]) -> None:
         self.config, self._store = config, store
         self._layers = {layer.layer_idx: layer for layer in layers}
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Batch size and width of the page table, and the phase of the policy."""
-        device = next(iter(self._store.layers.values())).kv.device
-        return *self._store.table.on(device)[0].shape, self._store.memory.phase
+        """Batch size and width of every page table, and the phase of the policy."""
+        tables = [part.table.on(device)[0] for part in self._store.parts for device in part.devices]
+        return *(size for table in tables for size in table.shape), self._store.memory.phase
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ class Step:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._store.step.stage = Stage.EAGER
-        if kind is not None and all(x.length < self._store.table.num_tokens for x in self._layers.values()):
+        if kind is not None and all(x.length < x.store.table.num_tokens for x in self._layers.values()):
             self._drop_pending()
             self._store.crop(1)
 
@@ -66,14 +66,14 @@ class Step:
 
     def follow(self, reads: Sequence[Read]) -> None:
         """Brings lengths and counters to where a replayed step has left the tensors."""
-        num_pages = self._store.table.total_pages
+        num_pages = {part: part.table.total_pages for part in self._store.parts}
         for layer in self._layers.values():
             layer.length += 1
         seen: set[int] = set()
         listed: defaultdict[Any, list[Any]] = defaultdict(list)  # of many layers at once: few launches
         for layer_idx, slots in reads:
             layer = self._layers[layer_idx]
-            layer.record_step(slots is None, num_pages, layer_idx not in seen)
+            layer.record_step(slots is None, num_pages[layer.store], layer_idx not in seen)
             seen.add(layer_idx)
             if slots is not None:
                 listed[layer.stats, layer.page_nbytes, slots.shape, slots.device].append((layer_idx, slots))

@@ -6,7 +6,10 @@ exactly what they were; only where a mask would be large, and we know all that t
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +24,8 @@ from sparsekv.cache.masks import is_left_out, visible_columns, window_of
 from sparsekv.hf import masks
 
 LARGE_MASK = 1 << 24  # elements (of a batch) beyond which no mask is made
+
+_needs_masks: ContextVar[bool] = ContextVar("sparsekv_needs_masks", default=True)
 
 # Arguments that change which keys a query may see, or how: a layer whose kind does not understand them is left dense.
 _SPECIAL_ARGUMENTS = ("position_bias", "indices", "block_indices", "sparse_indices", "sliding_window")
@@ -113,7 +118,10 @@ def sparsekv_mask(
 ) -> Tensor | None:
     """The mask that the model's own implementation would get. Of a causal one that would be large, with or without a
     sliding window, only what `columns_only` tells, `[b, 1, 1, kv_length]` (some models slice masks) in a dtype that
-    no mask has: `masks.whole` makes the rest of it where it is needed after all."""
+    no mask has: `masks.whole` makes the rest of it where it is needed after all. None at all within
+    `without_masks`."""
+    if not _needs_masks.get():
+        return None
     original = original_implementation(config)
     large = q_length > 1 and batch_size * q_length * kv_length > LARGE_MASK
     served = original == "sdpa" or _is_special_eager(config)
@@ -123,6 +131,16 @@ def sparsekv_mask(
         batch_size, q_length, kv_length, *args, config=config, **kwargs
     )
     return mask
+
+
+@contextlib.contextmanager
+def without_masks() -> Iterator[None]:
+    """Within it no masks are made: for decode steps of which every layer lives in pages, where no padding is."""
+    before = _needs_masks.set(False)
+    try:
+        yield
+    finally:
+        _needs_masks.reset(before)
 
 
 @torch.compiler.disable  # it moves page tables, which no graph can hold

@@ -169,6 +169,8 @@ def _status(layer_idx: int, place: Place, config: SparseConfig, is_dense: bool) 
     kind = place.kind.__name__
     if not place.kind.in_pages:
         return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_paged=False, kind=kind)
+    if not place.kind.is_sparse:
+        return LayerStatus(layer_idx, False, f"sliding window of {place.plain.sliding_window}, in pages", kind=kind)
     if is_dense:
         asked = "budget=1.0" if config.at(layer_idx).reads_all else f"dense_layers={config.dense_layers}"
         return LayerStatus(layer_idx, False, f"{asked}, in pages", is_asked_for=True, kind=kind)

@@ -181,11 +181,13 @@ def attend_pages(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     format: str = "plain",
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attend_pages`."""
     kind = _served(query, kv_pool, format)
     if kind is None:
-        return reference.attend_pages(query, kv_pool, block_table, seq_lens, slots, scaling, softcap, sinks, format)
+        where = (block_table, seq_lens)
+        return reference.attend_pages(query, kv_pool, *where, slots, scaling, softcap, sinks, format, first)
     (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
     group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
     k = max_pages if slots is None else slots.shape[2]
@@ -195,9 +197,9 @@ def attend_pages(
     out, lse = _outputs(query)
     partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
     sinks, wide = _sink_logits(sinks, query)
-    slots = None if slots is None else _int32s(slots)
-    args: list[Any] = [query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), slots, sinks, out, lse]
-    args += [partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide]
+    slots, first = (None if x is None else _int32s(x) for x in (slots, first))
+    args: list[Any] = [query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), first, slots, sinks]
+    args += [out, lse, partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide]
     launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.cluster)
     if partials is not None:
         args = [partials, sinks, out, lse, split.ctas, group, wide]

@@ -259,6 +259,7 @@ def attend_pages(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     format: str = "plain",
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence over the listed pages.
 
@@ -268,6 +269,7 @@ def attend_pages(
         scaling: factor on the dot products; softcap: `softcap * tanh(x / softcap)` where not 0.
         sinks: `[hq]`, one extra logit per head that takes mass but has no value (gpt-oss).
         format: name of the pages' format.
+        first: `[b]` int32, the first token of a sequence that is seen (of a sliding window); None: 0.
 
     Returns:
         output `[b, hq, d]` in the query's dtype and log-sum-exp `[b, hq]` float32 (natural log; the sink is in it).
@@ -282,7 +284,7 @@ def attend_pages(
     chunk = max(1, CHUNK_ELEMENTS // (slots.shape[0] * num_kv_heads * page_size * head_dim))
     parts = []
     for some in slots.split(chunk, dim=-1):
-        *stored, valid = _gather_pages(kv_pool, block_table, seq_lens, some)
+        *stored, valid = _gather_pages(kv_pool, block_table, seq_lens, some, first)
         keys, values = (
             coded.decode(x, head_dim, query.dtype, which).flatten(2, 3).to(wide) for which, x in enumerate(stored)
         )
@@ -324,19 +326,21 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None) 
 
 
 def _gather_pages(
-    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor
+    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor, first: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the listed pages hold of keys and of values, `[b, hkv, k, p, record]`, and which tokens of them exist,
+    """What the listed pages hold of keys and of values, `[b, hkv, k, p, record]`, and which tokens of them are seen,
     `[b, hkv, k * p]`."""
     num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
     heads = torch.arange(num_kv_heads, device=slots.device)[None, :, None]
     table = block_table[:, None].expand(-1, num_kv_heads, -1)
     pages = table.gather(2, slots.clamp_min(0).long())
     position = slots[..., None] * page_size + torch.arange(page_size, device=slots.device)
-    valid = ((slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])).flatten(2)
+    valid = (slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])
+    if first is not None:
+        valid &= position >= first[:, None, None, None]
     key_rows = pages * (2 * num_kv_heads) + heads  # one head's keys, or values, of one page
     by_head = kv_pool.flatten(0, 2)
-    return _take_rows(by_head, key_rows), _take_rows(by_head, key_rows + num_kv_heads), valid
+    return _take_rows(by_head, key_rows), _take_rows(by_head, key_rows + num_kv_heads), valid.flatten(2)
 
 
 def listed(slots: Tensor, num_pages: int) -> Tensor:

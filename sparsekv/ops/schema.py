@@ -31,7 +31,8 @@ SCHEMAS = {
     ),
     "attend_pages": (
         "(Tensor query, Tensor kv_pool, Tensor block_table, Tensor seq_lens, Tensor? slots, "
-        "float scaling, float softcap=0.0, Tensor? sinks=None, str format='plain') -> (Tensor, Tensor)"
+        "float scaling, float softcap=0.0, Tensor? sinks=None, str format='plain', Tensor? first=None) "
+        "-> (Tensor, Tensor)"
     ),
     "sparse_decode": (
         "(Tensor query, Tensor? key, Tensor? value, Tensor block_table, Tensor seq_lens, Tensor(a!) kv_pool, "

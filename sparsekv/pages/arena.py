@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import defaultdict
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._kept: Loan | None = None
+        self._parts: defaultdict[int, Arena] = defaultdict(Arena)
 
     def take(self) -> Loan | None:
         """What is kept, which from now on is not."""
@@ -34,9 +36,15 @@ class Arena:
         self._kept = Loan()
         self._kept.layers, self._kept.tables, self._kept.memories = layers, tables, memories
 
+    def part(self, window: int) -> Arena:
+        """The arena of layers that see so many tokens."""
+        return self._parts[window]
+
     def clear(self) -> None:
         """Gives the memory back. What is lent stays lent."""
         self._kept = None
+        for part in self._parts.values():
+            part.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Arena:
         """A copied model starts with nothing kept."""

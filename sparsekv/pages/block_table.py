@@ -7,12 +7,14 @@ not (`seq_lens`), and `valid` leads from one to the other.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,7 +48,10 @@ class BlockTable:
         num_tokens: columns of the batch so far, padding counted (transformers' sequence length).
         lengths: `[b]` int64, tokens each sequence holds.
         valid: `[b, n]` bool for the first n columns, False for padding; None: no padding. Later columns are valid.
+        max_new: columns of a pass whose tokens are held: its last.
     """
+
+    max_new = sys.maxsize
 
     def __init__(self, pool: PagePool, width: Width | None = None, tables: DeviceTables | None = None) -> None:
         self.pool, self.width = pool, width
@@ -98,14 +103,33 @@ class BlockTable:
         pages = [self.pages_of(row)[start[row] :] for row in range(self.batch_size)]
         return np.unique(np.concatenate([NO_PAGES, *pages]))
 
+    @property
+    def min_pages(self) -> int:
+        """Pages that there is to be memory for at least."""
+        return 1
+
+    @property
+    def first(self) -> NDArray[np.int64] | None:
+        """`[b]`, the first token that is held and that the newest one sees; None: all see all."""
+        return None
+
+    def at(self, num_tokens: int) -> BlockTable:
+        """The table that names what was held when there were so many columns."""
+        return self
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`block_table [b, width]` and `seq_lens [b]`, both int32, on a device. They are changed in place."""
+        table = self.device_table(device)
+        return table.pages, table.lengths
+
+    def device_table(self, device: torch.device) -> DeviceTable:
+        """The copy on a device, up to date."""
         width = self.max_pages if self.width is None else self.width(self.max_pages, device)
         table = self._current.get(device)
         if table is None or not table.is_of(self) or table.shape != (self.batch_size, width):
             table = self._current[device] = self._take_table(device, width)
-        table.sync(self._pages, self.lengths)
-        return table.pages, table.lengths
+        table.sync(self._pages, self.lengths, self.first)
+        return table
 
     def _take_table(self, device: torch.device, width: int) -> DeviceTable:
         key = device, self.batch_size, width
@@ -152,12 +176,27 @@ class BlockTable:
         lengths, new = self._lengths_and_new(batch_size, num_new, valid)
         self._check_room(lengths, new, np.zeros_like(new) if hidden is None else hidden.numpy())
 
-    def columns(self) -> Tensor:
-        """`[b, num_tokens]` bool on the CPU, False for padding."""
-        columns = torch.ones(self.batch_size, self.num_tokens, dtype=torch.bool, device="cpu")
+    def columns(self, start: int = 0, end: int | None = None) -> Tensor:
+        """`[b, n]` bool on the CPU, False for padding: of all columns, or of those from `start` to before `end`."""
+        end = self.num_tokens if end is None else end
+        columns = torch.ones(self.batch_size, end - start, dtype=torch.bool, device="cpu")
         if self.valid is not None:
-            columns[:, : self.valid.shape[1]] = self.valid
+            known = self.valid[:, start:end]
+            columns[:, : known.shape[1]] = known
         return columns
+
+    def tokens_in(self, start: int, end: int) -> NDArray[np.int64]:
+        """`[b]`, how many tokens the sequences have in columns from `start` to before `end`."""
+        if self.valid is None or start >= self.valid.shape[1]:
+            return np.full(self.batch_size, end - start)
+        counts: NDArray[np.int64] = self.columns(start, end).sum(1).numpy()
+        return counts
+
+    def told(self, visible: Tensor, num_new: int) -> Tensor:
+        """What a mask says of all columns and `num_new` more, `[b, n]` bool on the CPU. `visible [b, m]` is of the
+        first m of them; what it leaves out is visible."""
+        missing = self.num_tokens + num_new - visible.shape[1]
+        return F.pad(visible, (0, missing), value=True)  # or cut off
 
     def hide(self, counts: Tensor, num_new: int, valid: Tensor | None = None) -> PageCopies:
         """Makes padding of the last `counts [b]` tokens of the rows. Pages become this table's own as in `crop`.
@@ -170,6 +209,11 @@ class BlockTable:
         self.valid = without_last(self.columns(), counts)
         return copies
 
+    def check_crop(self, num_tokens: int) -> None:
+        """Raises what `crop` would, and changes nothing."""
+        removed = self.tokens_in(self.num_tokens - num_tokens, self.num_tokens)
+        self._check_room(self.lengths, np.zeros_like(removed), removed)
+
     def crop(self, num_tokens: int) -> PageCopies:
         """Drops the last `num_tokens` columns. A page that becomes partly filled is made this table's own, since its
         digest will change.
@@ -178,7 +222,7 @@ class BlockTable:
             CacheFullError: the pool's limit is reached; nothing has changed.
         """
         keep = self.num_tokens - num_tokens
-        removed = self.columns()[:, keep:].sum(1).numpy()
+        removed = self.tokens_in(keep, self.num_tokens)
         copies = self._shorten(removed, np.zeros_like(removed))
         known = None if self.valid is None else self.valid[:, :keep]
         self.num_tokens, self.valid = keep, None if known is None or bool(known.all()) else known
@@ -209,8 +253,8 @@ class BlockTable:
     # -- how
 
     def _twin(self, pool: PagePool) -> BlockTable:
-        twin = BlockTable(pool, self.width, self._tables if pool is self.pool else None)
-        twin.num_tokens, twin.valid = self.num_tokens, self.valid
+        twin = copy.copy(self)
+        twin.pool, twin._tables, twin._current = pool, self._tables if pool is self.pool else {}, {}
         twin.lengths, twin._pages = self.lengths.copy(), self._pages.copy()
         pool.share(self._all_pages())
         return twin

@@ -20,12 +20,14 @@ class DeviceTable:
     Attributes:
         pages: `[b, width]` int32; entries past a sequence's end are valid page ids and nothing more.
         lengths: `[b]` int32, tokens of each sequence.
+        first: `[b]` int32, the first of them that the newest token sees.
     """
 
     def __init__(self, batch_size: int, width: int, device: torch.device) -> None:
         with torch.inference_mode(False), torch.no_grad():  # else nothing could be written outside of it later
             self.pages = torch.zeros(batch_size, width, dtype=torch.int32, device=device)
             self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+            self.first = torch.zeros_like(self.lengths)
         self._owner: weakref.ref[object] | None = None
         self.forget()
 
@@ -62,7 +64,9 @@ class DeviceTable:
         self._changes.append(rows * self.shape[1] + columns)
         self._all_stale = sum(map(len, self._changes)) > FEW_CHANGES
 
-    def sync(self, pages: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+    def sync(
+        self, pages: NDArray[np.int32], lengths: NDArray[np.int64], first: NDArray[np.int64] | None = None
+    ) -> None:
         """Sends what has changed. Nothing waits for the device."""
         if self._all_stale:
             known = np.zeros(self.shape, np.int32)
@@ -76,6 +80,8 @@ class DeviceTable:
             self.pages.view(-1).index_copy_(0, sent[0], sent[1].int())
         if self._lengths_stale:
             self.lengths.copy_(torch.from_numpy(lengths.astype(np.int32)), non_blocking=True)
+            if first is not None:
+                self.first.copy_(torch.from_numpy(first.astype(np.int32)), non_blocking=True)
         self._all_stale = self._lengths_stale = False
         self._changes = []
 

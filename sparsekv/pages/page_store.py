@@ -1,43 +1,27 @@
-"""All layers' pages under one block table: what a paged cache stores, and the operations on whole sequences."""
+"""All pages of a cache: what is done to whole sequences, in every layer."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator
-from functools import partial
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sparsekv import ops
 from sparsekv.config import SparseConfig
-from sparsekv.digests import DIGESTS, Digest
-from sparsekv.errors import CacheStateError
-from sparsekv.pages.arena import Arena, Loan
-from sparsekv.pages.block_table import BlockTable, PageCopies
-from sparsekv.pages.device_table import width_for
-from sparsekv.pages.formats import FORMATS
-from sparsekv.pages.layer_pages import LayerPages
-from sparsekv.pages.masks import hidden_last
+from sparsekv.pages.arena import Arena
+from sparsekv.pages.block_table import BlockTable
 from sparsekv.pages.memory import Memory
-from sparsekv.pages.page_pool import PagePool
-from sparsekv.pages.residency import RESIDENCIES, frames_of
 from sparsekv.pages.step_state import Stage, StepState
-from sparsekv.policies import POLICIES
+from sparsekv.pages.store_part import StorePart
 
 
-class PageStore:
-    """Pages of every layer. The table moves once per forward pass, led by the first layer that appends.
+class PageStore(StorePart):
+    """The pages of layers that hold all tokens, and a part for the layers of each size of sliding windows, which hold
+    the last ones.
 
     Args:
-        config: page size, digest, policy, budgets, format, residency, limit and backend.
-        reserve_pages: pages to allocate at once, for a cache of known size.
-        arena: lends the tensors; None: they are this store's and its forks' alone.
-        dense_layers: those that the policy does not decide for.
+        config, reserve_pages, arena, dense_layers, step: as in `StorePart`.
     """
 
     def __init__(
@@ -46,122 +30,28 @@ class PageStore:
         reserve_pages: int = 0,
         arena: Arena | None = None,
         dense_layers: Collection[int] = (),
+        step: StepState | None = None,
     ) -> None:
-        self.config = config
-        self.digest: Digest = DIGESTS.get(config.digest)()
-        self.arena, self.loan = arena, Loan(arena)
-        self.memory = Memory(POLICIES.get(config.policy)(), self.loan, dense_layers)
-        steps = sorted({each.covered_pages for each in config.each if not each.is_fraction}) or [1]
-        pool = PagePool(config.page_size, config.max_tokens)
-        self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
-        self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
-        self.step = StepState()
-        self.is_torn = False  # the table names pages whose content, or digest, is not what it should be
+        super().__init__(config, reserve_pages, arena, dense_layers, step=step)
+        self.windows: dict[int, StorePart] = {}
+
+    def window(self, size: int) -> StorePart:
+        """The part of layers whose tokens see `size` columns, exactly: its pages are plain, and on the device."""
+        if size not in self.windows:
+            config = self.config.with_(policy="all", page_format="plain", residency="device", max_tokens=None)
+            arena = None if self.arena is None else self.arena.part(size)
+            self.windows[size] = StorePart(config, arena=arena, window=size, step=self.step)
+        return self.windows[size]
 
     @property
-    def table(self) -> BlockTable:
-        """Which pages hold each sequence.
-
-        Raises:
-            CacheStateError: it names pages whose content is missing; nothing of this store can be used any more.
-        """
-        if self.is_torn:
-            raise CacheStateError(
-                "A copy of pages that sequences share broke off (memory ran out?), so this cache is not whole any "
-                "more. Start from a new one, or reset it; other caches and forks are not affected."
-            )
-        return self._table
+    def parts(self) -> list[StorePart]:
+        """This one and those of windows."""
+        return [self, *self.windows.values()]
 
     @property
-    def is_in_place(self) -> bool:
-        """Whether pages lie where the ops read and write them."""
-        return RESIDENCIES.get(self.config.residency).in_place
-
-    @property
-    def layers(self) -> dict[int, LayerPages]:
-        """The pages of each layer that has stored something."""
-        return self.loan.layers
-
-    @property
-    def ops(self) -> Any:
-        """The namespace of the ops."""
-        return ops.for_backend(self.config.backend)
-
-    def on(self, layer_idx: int) -> tuple[LayerPages, Tensor, Tensor]:
-        """A layer's tensors, and `block_table`, `seq_lens` on their device."""
-        pages = self.layers[layer_idx]
-        return pages, *self.table.on(pages.kv.device)
-
-    def remembered(self, layer_idx: int) -> tuple[int, list[Tensor]]:
-        """How many of the layers that the policy decides for come before one, and the memory of that one."""
-        ordinal, keeper = self.memory.place_of(layer_idx)
-        if keeper is None:
-            return ordinal, []
-        batch_size, width = self.on(keeper)[1].shape
-        kept = self.memory.of(keeper, batch_size, self.config.at(keeper).selection_width(width), width)
-        return ordinal, [tensor.to(self.layers[layer_idx].kv.device) for tensor in kept]
-
-    def is_covered(self, config: SparseConfig) -> bool:
-        """Whether a layer's fraction, rounded up to pages, covers every sequence of the length that it has. A step
-        that may be captured must not depend on lengths: there it is never so, and only the width of the table counts.
-
-        Args:
-            config: the layer's.
-        """
-        lengths = self.table.lengths
-        if not config.is_fraction or self.step.stage is not Stage.EAGER:
-            return False
-        if config.min_share and lengths.max(initial=0) > config.whole_tokens:
-            return False
-        return all(self.table.num_pages <= [config.budget_pages(int(length)) for length in lengths])
-
-    def accept(
-        self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Makes room for a layer's new tokens, which are then to be written: returns what `write` wants.
-
-        Args:
-            length: columns this layer holds already.
-            key, value: `[b, hkv, t, d]`.
-            visible: `[b, n]` bool for the first n columns, False for padding; later ones, or None: no padding.
-            scored: whether the layer needs digests.
-
-        Raises:
-            CacheStateError: batch or mask do not continue what is stored. CacheFullError: no room. OutOfMemoryError:
-                no memory. The table is what it was.
-        """
-        batch_size, _, num_new, _ = key.shape
-        leads = length == self.table.num_tokens
-        if leads:
-            self._make_room(batch_size, num_new, visible)
-        elif length + num_new != self.table.num_tokens:
-            raise CacheStateError(
-                f"Layer {layer_idx} holds {length} tokens where the cache holds {self.table.num_tokens}: an earlier "
-                "forward pass was interrupted. Start from a new cache."
-            )
-        is_new = layer_idx not in self.layers
-        try:
-            valid = None if self.step.valid is None else self.step.valid.to(key.device)
-            pages = self._pages_of(layer_idx, key, value, valid, scored)
-            return key.to(pages.no_tokens.dtype), value.to(pages.no_tokens.dtype), valid
-        except BaseException:
-            if is_new:
-                self.layers.pop(layer_idx, None)
-            if leads:
-                self.table.crop(num_new) if length else self.table.clear()
-            raise
-
-    def _pages_of(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None, scored: bool) -> LayerPages:
-        """A layer's pages, made for its first tokens, with memory for all that the table names."""
-        if layer_idx not in self.layers:
-            wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
-            if not self.layers:
-                self.loan.draw()
-            digest = self.digest if scored else None
-            kind = FORMATS.get(self.config.page_format), RESIDENCIES.get(self.config.residency)
-            self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest, *kind))
-        self._ensure(self.layers[layer_idx])
-        return self.layers[layer_idx]
+    def newest(self) -> BlockTable:
+        """Of all tables the first to have moved: between passes all of those in use have the same columns."""
+        return max((part.table for part in self.parts), key=lambda table: table.num_tokens)
 
     def begin_step(self) -> None:
         """Makes room for one more token of every sequence before any layer runs, so that the layers' part of the
@@ -170,148 +60,63 @@ class PageStore:
         Raises:
             CacheFullError: no room. OutOfMemoryError: no memory. In both cases the table is what it was.
         """
-        self._advance(self.table.batch_size, 1, None)
+        begun: list[StorePart] = []
+        past = self.step.end
         try:
-            for pages in self.layers.values():
-                self._ensure(pages)
-            for device in self.devices:
-                self.table.on(device)
+            for part in (part for part in self.parts if part.layers):
+                part._advance(part.table.batch_size, 1, None)
+                begun.append(part)
+                for pages in part.layers.values():
+                    part._ensure(pages)
+                for device in part.devices:
+                    part.table.on(device)
             for layer_idx in self.layers if self.memory.is_used else ():
                 self.remembered(layer_idx)
         except BaseException:
-            self.table.crop(1)
+            for part in begun:
+                part.table.crop(1)
+            self.step.past = self.step.end = past
             raise
         self.step.stage = Stage.BEGUN
 
-    @property
-    def devices(self) -> set[torch.device]:
-        """Where layers have stored something."""
-        return {pages.kv.device for pages in self.layers.values()}
-
     def addresses(self) -> tuple[Any, ...]:
-        """Where the tensors lie: as long as it is the same, so is what a captured step reads."""
-        tables = [tensor.data_ptr() for device in self.devices for tensor in self.table.on(device)]
-        return *tables, *(pages.addresses for pages in self.layers.values()), *self.memory.addresses
+        """Those of all parts."""
+        return *super().addresses(), *(part.addresses() for part in self.windows.values())
 
     def crop(self, num_tokens: int) -> None:
         """Drops the last columns in every layer; digests of pages that became partly filled are made anew.
 
         Raises:
-            CacheFullError: no room for copies of pages that are shared; nothing has changed.
+            CacheStateError: a window does not hold what was before. CacheFullError: no room for copies of pages that
+                are shared. Nothing has changed then.
         """
-        self._renew(self.table.crop(num_tokens))
+        keep = self.newest.num_tokens - num_tokens
+        behind = {part: part.table.num_tokens - keep for part in self.parts if part.table.num_tokens > keep}
+        for part, count in behind.items():
+            part.table.check_crop(count)
+        for part, count in behind.items():
+            part._renew(part.table.crop(count))
+        self.step.past = self.step.end = keep
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Makes the batch these rows (repeats share their pages)."""
         self.memory.select(rows)
-        self.table.select(rows)
+        for part in (part for part in self.parts if part.table.batch_size):
+            part.table.select(rows)
 
     def fork(self, config: SparseConfig, dense_layers: Collection[int] = ()) -> PageStore:
         """A store over the same pages; what either appends from now on is its own."""
-        twin = PageStore(config, self.reserve_pages, dense_layers=dense_layers)
+        step = StepState(past=self.step.past, end=self.step.end, valid=self.step.valid)
+        twin = PageStore(config, self.reserve_pages, dense_layers=dense_layers, step=step)
+        for size, part in self.windows.items():
+            twin.window(size)._share(part)
         if not self.layers:  # nothing to share: each decides for itself what its layers keep
             return twin
         width = twin.table.width  # by the twin's own budget
-        twin.digest, twin.loan, twin._table = self.digest, self.loan, self.table.fork()
+        twin._share(self)
         twin.table.width = width
         if config == self.config:
             twin.memory = self.memory.fork()
         else:
             twin.memory = Memory(twin.memory.policy, self.loan, dense_layers)
-        twin.step.valid = self.step.valid
         return twin
-
-    def dense(self, layer_idx: int, num_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values `[b, hkv, n, d]` in transformers' order; padding is zero.
-
-        Args:
-            num_tokens: the first so many columns (a layer that has not appended yet lags behind the table);
-                None: all.
-        """
-        columns = self.table.columns()[:, :num_tokens]
-        keys, values = self.layers[layer_idx].tokens(self.table.first_pages(columns.sum(1).numpy()))
-        if self.table.valid is None:
-            return keys[:, :, : columns.shape[1]], values[:, :, : columns.shape[1]]
-        real = columns.to(keys.device)
-        position = (real.cumsum(1) - 1).clamp_min(0)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        keys, values = (x.gather(2, position).masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
-        return keys, values
-
-    def sequence(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
-        keys, values = self.layers[layer_idx].tokens(self.table.pages_of(row)[None])
-        length = int(self.table.lengths[row])
-        return keys[:, :, :length], values[:, :, :length]
-
-    def _ensure(self, pages: LayerPages) -> None:
-        pool = self.table.pool
-        pages.ensure(max(pool.num_pages, 1), pool.max_pages, self.reserve_pages)
-
-    def _make_room(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
-        """Moves the table on by `num_new` columns."""
-        valid, hidden = self._told_by(batch_size, num_new, visible)
-        if hidden is not None:
-            self._renew(self.table.hide(hidden, num_new, valid))
-        self._advance(batch_size, num_new, valid)
-
-    def check(self, batch_size: int, num_new: int, visible: Tensor | None) -> None:
-        """Raises what `accept` of the first layer would (CacheStateError, CacheFullError), and changes nothing."""
-        valid, hidden = self._told_by(batch_size, num_new, visible)
-        self.table.check_room(batch_size, num_new, valid, hidden)
-
-    def _told_by(self, batch_size: int, num_new: int, visible: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What a mask says of new columns, `[b, num_new]` (None: no padding), and how many last tokens of each row it
-        hides, `[b]` (None: none)."""
-        self.table.check_batch(batch_size)
-        past, valid = self.table.num_tokens, None
-        if visible is not None:
-            visible = visible.expand(batch_size, -1).cpu()
-            visible = F.pad(visible, (0, past + num_new - visible.shape[1]), value=True)  # or cut off
-            visible, valid = visible[:, :past], visible[:, past:]
-            valid = None if bool(valid.all()) else valid
-        told = past and (visible is not None or self.table.valid is not None)
-        return valid, hidden_last(self.table.columns(), visible) if told else None
-
-    def _advance(self, batch_size: int, num_new: int, valid: Tensor | None) -> None:
-        copies = self.table.append(batch_size, num_new, valid)
-        self.memory.begin(self.table.num_tokens, is_step=num_new == 1 and valid is None)
-        self.step.valid = valid
-        with self._whole_or_torn():
-            self._copy(copies)
-
-    def _renew(self, copies: PageCopies) -> None:
-        """Follows a table that was cut: digests of pages that became partly filled are made anew."""
-        self.memory.forget()
-        with self._whole_or_torn():
-            self._copy(copies)
-            for layer_idx, pages in self.layers.items():
-                no_tokens = pages.no_tokens.expand(self.table.batch_size, -1, -1, -1)
-                self.write(layer_idx, no_tokens, no_tokens, None)
-
-    def write(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-        """Puts tokens `[b, hkv, t, d]` into the pages that the table has for them; without tokens, only renews the
-        digests of partly filled pages."""
-        pages, table, lengths = self.on(layer_idx)
-        content, summary, touched = pages.kv, pages.summary, None
-        if not self.is_in_place:
-            touched = self.table.touched_pages(key.shape[2] if valid is None else valid.sum(1).cpu().numpy())
-            content, summary = pages.read(touched)
-            table = frames_of(torch.from_numpy(touched).to(table.device), table)
-        where = (table, lengths, content, summary, pages.state)
-        self.ops.append_kv(key, value, valid, *where, self.config.digest, self.config.page_format)
-        if touched is not None:
-            pages.write(touched, content, summary)
-
-    def _copy(self, copies: PageCopies) -> None:
-        for pages in self.layers.values() if len(copies.source) else ():
-            self._ensure(pages)
-            pages.copy_pages(copies)
-
-    @contextlib.contextmanager
-    def _whole_or_torn(self) -> Iterator[None]:
-        """Around what brings the pages to where the table is already."""
-        try:
-            yield
-        except BaseException:
-            self.is_torn = True
-            raise

@@ -25,9 +25,12 @@ class StepState:
     Attributes:
         stage: what is being done.
         reads: of a step that is being captured, what its layers have read so far; a replay writes to the same slots.
+        past, end: columns before it and after it.
         valid: `[b, t]` bool of its columns, False for padding; None: no padding. The first layer finds it out.
     """
 
     stage: Stage = Stage.EAGER
     reads: list[Read] = field(default_factory=list)
+    past: int = 0
+    end: int = 0
     valid: Tensor | None = None

@@ -6,17 +6,20 @@ import numpy as np
 import torch
 
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.store_part import StorePart
 
 
 def assert_consistent(*stores: PageStore) -> None:
     """Checks all stores of one pool: every page has as many references as tables that hold it, and every digest is
     the one that the page's tokens give."""
     assert_references(*stores)
+    for size in stores[0].windows:
+        assert_references(*(store.windows[size] for store in stores))
     for store in stores:
         assert_digests_fresh(store)
 
 
-def assert_references(*stores: PageStore) -> None:
+def assert_references(*stores: StorePart) -> None:
     """A page counts the sequences that hold it, no more and no fewer; these stores are all that use the pool."""
     pool = stores[0].table.pool
     held = [store.table.pages_of(row) for store in stores for row in range(store.table.batch_size)]
@@ -30,7 +33,7 @@ def assert_references(*stores: PageStore) -> None:
             assert len(set(pages.tolist())) == len(pages), "a sequence holds a page twice"
 
 
-def assert_digests_fresh(store: PageStore) -> None:
+def assert_digests_fresh(store: StorePart) -> None:
     """The digest of every page in the tables equals one made anew from the tokens that the table says are there; on a
     GPU, of every full page: `sparse_decode` leaves the digest of a last page for when it is full."""
     page_size = store.config.page_size

@@ -126,6 +126,7 @@ def attend_pages(
     scaling: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention token by token: output `[b, hq, d]` and log-sum-exp `[b, hq]`, both float64."""
     b, hq, d = query.shape
@@ -136,6 +137,7 @@ def attend_pages(
         keys, values = (x.double().cpu() for x in pages.tokens(row))
         for head in range(hq):
             positions = listed_positions(pages, None if slots is None else slots[row, head // group], row)
+            positions = [i for i in positions if first is None or i >= int(first[row])]
             q = query[row, head].double().cpu()
             logits = [capped(float(q @ keys[i, head // group]) * scaling, softcap) for i in positions]
             sink = [] if sinks is None else [float(sinks[head])]

@@ -43,7 +43,7 @@ class Played(CapturedStep):
         """As CapturedStep's."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
-        with Step(cache.config, cache._store, cache.paged_layers).capturing() as reads:
+        with Step(cache.config, cache._store, cache.stored_layers).capturing() as reads:
             played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
         for (_, slots), (_, listed) in zip(self.reads, reads, strict=True):
             if slots is not None and listed is not None:
@@ -68,9 +68,9 @@ def played() -> Iterator[None]:
 def decoded(forward: Callable[..., Any], cache: PagedCache, tokens: range) -> list[Tensor]:
     """Logits of some tokens, one after the other in every row."""
     found = []
-    device = next(iter(cache._store.devices))
+    device = next(iter(set.union(*(part.devices for part in cache._store.parts))))
     for token in tokens:
-        ids = torch.full((cache._store.table.batch_size, 1), token, dtype=torch.int64, device=device)
+        ids = torch.full((cache._store.newest.batch_size, 1), token, dtype=torch.int64, device=device)
         inputs = {"input_ids": ids, "position_ids": torch.full_like(ids, cache.get_seq_length())}
         found.append(forward(**inputs, **{CACHE: cache}, use_cache=True).logits.clone())
     return found

@@ -44,6 +44,7 @@ def plain_attention(
     scaling: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed pages in a few lines of torch, in the query's dtype: output and log-sum-exp."""
     b, hq, _ = query.shape
@@ -53,6 +54,7 @@ def plain_attention(
         keys, values = pages.tokens(row)
         for head in range(hq):
             positions = listed_positions(pages, None if slots is None else slots[row, head // group], row)
+            positions = [i for i in positions if first is None or i >= int(first[row])]
             logits = keys[positions, head // group] @ query[row, head] * scaling
             logits = softcap * torch.tanh(logits / softcap) if softcap else logits
             full = logits if sinks is None else torch.cat([logits, sinks[head, None].to(logits.dtype)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import sparsekv
-from sparsekv.cache import LAYER_KINDS
+from sparsekv.cache import LAYER_KINDS, WindowLayer
 from sparsekv.errors import CacheStateError, UnsupportedModelError
 
 FULL: dict[str, Any] = {"budget": 4096, "page_size": 4, "dense_layers": 0}
@@ -36,6 +36,7 @@ Window = load(Path(__file__).with_name("window_layer.py"))
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
+    """In front of the kind that ships."""
     LAYER_KINDS.register("window")(Window)
     yield
     LAYER_KINDS.remove("window")
@@ -85,11 +86,13 @@ def test_the_report_names_the_kind() -> None:
 def test_out_of_the_registry_the_layers_are_transformers_own() -> None:
     model = tiny("gemma3_text")
     LAYER_KINDS.remove("window")
+    LAYER_KINDS.remove("sliding_window")
     with sparsekv.patch(model, **FULL) as patch:
         assert "layer 0: dense (sliding window of 8)" in str(patch)
         layers = answer(model).past_key_values.layers
     with pytest.raises(UnsupportedModelError, match="every layer attends to a sliding window only"):
         sparsekv.patch(tiny("mistral"), **FULL)
+    LAYER_KINDS.register("sliding_window")(WindowLayer)
     LAYER_KINDS.register("window")(Window)
     assert [type(layer).__name__ for layer in layers] == ["DynamicSlidingWindowLayer", "PagedLayer"] * 2
 

@@ -42,14 +42,14 @@ def models() -> dict[str, PreTrainedModel]:
 
 @torch.no_grad()
 def left_dense_at_first_use(model: PreTrainedModel) -> set[int]:
-    """The layers that the patch holds for sparse, and that a prompt and a token show not to be."""
+    """The layers that the patch says it serves, and that a prompt and a token show not to be served."""
     patch = sparsekv.patch(model, budget=4096, page_size=4, dense_layers=0)
-    before = {status.layer_idx for status in patch.layers if status.is_sparse}
+    before = {status.layer_idx for status in patch.layers if status.kind is not None}
     cache = patch.new_cache()
     for ids in ([[5, 6, 7]], [[8]]):
         model(torch.tensor(ids), use_cache=True, **{CACHE: cache})
     patch.undo()
-    return before - {status.layer_idx for status in patch.layers if status.is_sparse}
+    return before - {status.layer_idx for status in patch.layers if status.kind is not None}
 
 
 @pytest.mark.wide

@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     MllamaForCausalLM,
 )
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import sparsekv
@@ -40,7 +40,18 @@ def full_attention_layers(model: Any) -> list[int]:
 def pages_of_decoding(model: Any, lengths: tuple[int, ...], page_size: int) -> int:
     """Pages that dense decoding reads: no padding in them, one read per step, sequence, kv head and layer."""
     per_head = sum(math.ceil((n + step) / page_size) for n in lengths for step in range(1, NEW_TOKENS))
-    return per_head * model.config.num_key_value_heads * len(full_attention_layers(model))
+    full = per_head * model.config.num_key_value_heads * len(full_attention_layers(model))
+    return full + pages_of_windows(model, lengths, page_size)
+
+
+def pages_of_windows(model: Any, lengths: tuple[int, ...], page_size: int) -> int:
+    """Those of layers with sliding windows: from where the window begins."""
+    layers, window = DynamicCache(config=model.config).layers, getattr(model.config, "sliding_window", None)
+    num_windows = sum(type(layer) is DynamicSlidingWindowLayer for layer in layers)
+    steps = [n + step for n in lengths for step in range(1, NEW_TOKENS)] if num_windows else []
+    passed = [max(n - window, 0) // page_size for n in steps]
+    per_head = sum(math.ceil(n / page_size) - first for n, first in zip(steps, passed, strict=True))
+    return per_head * model.config.num_key_value_heads * num_windows
 
 
 @pytest.mark.parametrize("lengths", [(40,), PADDED], ids=["single", "padded"])
@@ -83,7 +94,8 @@ def test_a_small_budget_reads_the_pages_quest_would(
     assert (patch.stats.sparse_steps, patch.stats.dense_steps) == (NEW_TOKENS - 1, 0)
     assert patch.stats.pages_total == pages_of_decoding(model, PADDED, page_size=4)
     steps = (NEW_TOKENS - 1) * len(full_attention_layers(model))
-    assert patch.stats.pages_read == 16 // 4 * steps * model.config.num_key_value_heads * len(PADDED)
+    chosen = 16 // 4 * steps * model.config.num_key_value_heads * len(PADDED)
+    assert patch.stats.pages_read == chosen + pages_of_windows(model, PADDED, page_size=4)
     assert patch.stats.share < 1
 
 
@@ -177,9 +189,9 @@ def test_refused_with_the_reason(family, reason, state_of) -> None:
 @pytest.mark.parametrize(
     ("family", "setting", "reason"),
     [
-        ("mistral", {"sliding_window": 8}, "every layer attends to a sliding window only"),
         ("llama", {"is_causal": False}, "its attention is not causal"),
         ("camembert", {"is_decoder": False}, "its attention is not causal"),
+        ("llama", {"layer_types": ["linear_attention"] * 4}, "it has no plain full-attention layer"),
     ],
 )
 def test_a_served_family_may_have_a_config_that_is_refused(family, setting, reason, tiny, state_of) -> None:

@@ -248,11 +248,11 @@ def test_the_report_says_what_each_layer_does(tiny, prompt, decode) -> None:
     patch = sparsekv.patch(model, **SMALL | {"dense_layers": 1})
     assert str(patch).splitlines() == [
         "sparsekv patch of Gemma3ForCausalLM (budget 16 tokens, page_size 4)",
-        "  layer 0: dense (sliding window of 8)",
+        "  layer 0: dense (sliding window of 8, in pages)",
         "  layer 1: dense (dense_layers=1, in pages)",
-        "  layer 2: dense (sliding window of 8)",
+        "  layer 2: dense (sliding window of 8, in pages)",
         "  layer 3: sparse (top_k over minmax digests)",
-        "  layer 4: dense (sliding window of 8)",
+        "  layer 4: dense (sliding window of 8, in pages)",
         "  layer 5: sparse (top_k over minmax digests)",
         "  decode steps on cpu: plain torch (there are kernels for CUDA, and the device is cpu)",
         "  decode loop of generate: eager (CUDA graphs need a GPU, and the device is cpu)",

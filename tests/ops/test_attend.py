@@ -14,8 +14,10 @@ ATTEND = torch.ops.sparsekv.attend_pages
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def attend(query: Tensor, pages: Pages, slots: Tensor | None, *options: object) -> tuple[Tensor, Tensor]:
-    out, lse = ATTEND(query, pages.kv_pool, pages.block_table, pages.seq_lens, slots, *options)
+def attend(
+    query: Tensor, pages: Pages, slots: Tensor | None, *options: object, **more: object
+) -> tuple[Tensor, Tensor]:
+    out, lse = ATTEND(query, pages.kv_pool, pages.block_table, pages.seq_lens, slots, *options, **more)
     return out, lse
 
 
@@ -30,10 +32,10 @@ def random_slots(pages: Pages, k: int, seed: int = 0) -> Tensor:
     return slots
 
 
-def check(query: Tensor, pages: Pages, slots: Tensor | None, *options: object) -> None:
-    out, lse = attend(query, pages, slots, *options)
-    exact_out, exact_lse = naive.attend_pages(query, pages, slots, *options)
-    plain_out, plain_lse = plain_attention(query, pages, slots, *options)
+def check(query: Tensor, pages: Pages, slots: Tensor | None, *options: object, **more: object) -> None:
+    out, lse = attend(query, pages, slots, *options, **more)
+    exact_out, exact_lse = naive.attend_pages(query, pages, slots, *options, **more)
+    plain_out, plain_lse = plain_attention(query, pages, slots, *options, **more)
     assert (out.dtype, lse.dtype) == (query.dtype, torch.float32)
     assert_as_good_as(out, plain_out, exact_out)
     assert_as_good_as(lse, plain_lse, exact_lse)
@@ -69,6 +71,15 @@ def test_softcap_and_sinks(dtype: torch.dtype, softcap: float, with_sinks: bool,
     query = (3 * torch.randn(len(pages.lengths), 4, 16)).to(dtype)
     sinks = torch.tensor([-1.0, 0.0, 2.0, 9.0], dtype=dtype) if with_sinks else None
     check(query, pages, None if k is None else random_slots(pages, k), 0.5, softcap, sinks)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_tokens_before_the_first_one_are_not_seen(k: int | None) -> None:
+    """Of a sliding window: within a page, at its edge, pages before, and past a sequence's end."""
+    pages = random_pages([5, 16, 30, 30, 61, 9], page_size=8)
+    first = torch.tensor([0, 8, 3, 13, 40, 9], dtype=torch.int32)
+    slots = None if k is None else random_slots(pages, k)
+    check(torch.randn(6, 4, 16), pages, slots, 0.3, 3.0, torch.randn(4), first=first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

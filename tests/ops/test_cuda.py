@@ -71,6 +71,21 @@ def test_attention_is_as_exact_as_plain_torch(dtype: torch.dtype, softcap: float
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
+def test_tokens_before_the_first_one_are_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a unit of sixteen tokens, at its edge, units before, and past a sequence's end; by one launch or two."""
+    pages = random_pages([5, 32, 60, 60, 300, 17, 700], head_dim=64, dtype=torch.bfloat16)
+    query, first = torch.randn(7, 8, 64).bfloat16(), torch.tensor([0, 16, 3, 29, 90, 17, 183], dtype=torch.int32)
+    plain, _ = plain_attention(query, pages, None, 0.25, first=first)
+    exact, exact_lse = naive.attend_pages(query, pages, None, 0.25, first=first)
+    for split in (Split(1, True, 8), Split(4, True, 8), Split(5, False, 8)):
+        monkeypatch.setattr(
+            cuda, "attend_plan", lambda *args, split=split: plans.planned_attention(split, *args[1:2], 64, 4)
+        )
+        out, lse = on_gpu(OPS.attend_pages, query, pages, None, 0.25, 0.0, None, "plain", first)
+        assert_as_good_as(out, plain, exact)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
 def on_gpu(op: Any, query: Tensor, pages: Pages, slots: Tensor | None, *args: Any) -> list[Tensor]:
     moved = pages.to(CUDA)
     slots = None if slots is None else slots.cuda()

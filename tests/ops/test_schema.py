@@ -81,6 +81,7 @@ CASES: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("attend_pages", lambda: attend_arguments(2, 5.0, sinks=True)),
     ("attend_pages", lambda: attend_arguments(3, 0.0, sinks=False, dtype=torch.bfloat16)),
     ("attend_pages", lambda: attend_arguments(2, 5.0, sinks=True, dtype=torch.float64)),
+    ("attend_pages", lambda: (*attend_arguments(None, 5.0, sinks=True), "plain", torch.tensor([9, 0, 1]).int())),
     ("sparse_decode", lambda: step_arguments("minmax", 2)),
     ("sparse_decode", lambda: step_arguments("minmax", 9, dtype=torch.bfloat16)),
     ("sparse_decode", lambda: step_arguments("sign_sketch", 2, limited=True)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -21,6 +21,7 @@ from torch import Tensor
 from sparsekv.cache import PagedCache
 from sparsekv.cache.steps import Step
 from sparsekv.config import SparseConfig
+from sparsekv.hf.attention import without_masks
 from sparsekv.hf.capture.fusion import fused
 from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
 from sparsekv.hf.support import CACHE, LayerStatus
@@ -182,9 +183,11 @@ class CapturedDecoder:
             self._sites[device] = Site(device)
         return self._sites[device]
 
-    def _as_captured(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _as_captured(self) -> Iterator[None]:
         """How the model's forward runs when it is captured, and in the steps that prepare and check that."""
-        return fused(self.model) if self.fuse else contextlib.nullcontext()
+        with without_masks(), fused(self.model) if self.fuse else contextlib.nullcontext():
+            yield
 
     def _keep(self, key: Any, step: CapturedStep) -> None:
         self._steps[key] = step

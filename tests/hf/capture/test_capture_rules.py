@@ -78,7 +78,7 @@ def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, pr
         ("llama", {}, {}, None),
         ("llama", {"capture": False}, {}, "capture=False"),
         ("llama", {}, {"model": 0, "lm_head": 1}, "the model lies on several devices"),
-        ("gemma3_text", {}, {}, "not in pages: layers 0, 2"),
+        ("gemma3n_text", {}, {}, "not in pages: layers 3, 4, 5"),
     ],
 )
 def test_the_report_and_the_decode_step_give_the_same_reason(family, settings, device_map, reason, tiny) -> None:

@@ -432,11 +432,25 @@ def test_capture_is_a_setting(model, ids) -> None:
 
 
 def test_layers_that_are_not_in_pages_run_eagerly(model, ids) -> None:
-    made, inputs = model("gemma3_text", sliding_window=64), ids(300)
+    made, inputs = model("gemma3n_text", num_hidden_layers=6), ids(300)
     with sparsekv.patch(made, **SETTINGS) as patch:
         assert torch.equal(tokens(made, inputs), eager(made, inputs))
         assert patch.decoder.replays == 0
-        assert "decode loop of generate: eager (not in pages: layers 0" in str(patch)
+        assert "decode loop of generate: eager (not in pages: layers 3" in str(patch)
+
+
+@pytest.mark.parametrize("lengths", [(300,), (20,), (300, 41)], ids=str)
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "mistral"])
+def test_sliding_windows_are_captured(family, lengths, model, ids) -> None:
+    """Full ones and such as fill; a window's pages change hands behind one graph."""
+    made, inputs = model(family, sliding_window=64), ids(*lengths)
+    with sparsekv.patch(made, **SETTINGS) as patch:
+        captured, counted = tokens(made, inputs, 120), patch.stats.as_dict()
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs, 120))
+        assert patch.decoder.refusal is None
+        assert patch.decoder.replays > 100
+        assert patch.stats.as_dict() == counted
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])

@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import sparsekv
 from sparsekv import PagedCache
 from sparsekv.hf.capture.decoder import CapturedDecoder, Run
 from sparsekv.hf.support import CACHE
+from sparsekv.pages import window_table
 from sparsekv.policies import DecodeStep
 from sparsekv.testing.consistency import assert_consistent
 from sparsekv.testing.playing import Played, decoded, played
@@ -102,6 +104,42 @@ def test_a_loop_warms_up_captures_compares_and_replays(settings, tiny, prefilled
         assert (patch.decoder.captures, patch.decoder.replays) == (1, 5)
         assert patch.stats.as_dict() == wanted
         assert wanted["pages_read"] == read[0] < wanted["pages_total"]
+
+
+@pytest.mark.parametrize(
+    ("family", "window"), [("gemma3_text", 8), ("gemma3_text", 40), ("gpt_oss", 20), ("mistral", 20)]
+)
+def test_sliding_windows_are_captured(family, window, tiny, prefilled, monkeypatch) -> None:
+    """Also where they are all there is. Pages change hands while a window moves on, and a graph stays."""
+    as_on_a_gpu: Callable[..., int] = lambda num_pages, device, ring: max(num_pages, ring)  # noqa: E731
+    monkeypatch.setattr(window_table, "_width", as_on_a_gpu)
+    model = tiny(family, sliding_window=window)
+    with sparsekv.patch(model, **SMALL) as patch:
+        ours, theirs = prefilled(patch), prefilled(patch)
+        patch.stats.reset()
+        expected, wanted = decoded(model, theirs, range(5, 20)), patch.stats.as_dict()
+        patch.stats.reset()
+        found = loop(patch.decoder, ours, range(5, 20))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert_same_pages(ours, theirs)
+        assert (patch.decoder.captures, patch.decoder.replays) == (1, 13)
+        assert patch.stats.as_dict() == wanted
+
+
+def test_a_step_that_is_captured_makes_no_mask(tiny, prefilled, monkeypatch) -> None:
+    """It would be that of one position, and nobody would read it; an eager step makes one beyond a window."""
+    model, made = tiny("gemma3_text"), []
+    with sparsekv.patch(model, **SMALL) as patch:
+        cache, make = prefilled(patch), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        monkeypatch.setitem(
+            ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
+            "sdpa",
+            lambda *args, **kwargs: made.append(1) or make(*args, **kwargs),
+        )
+        loop(patch.decoder, cache, range(5, 6))
+        assert made == []
+        decoded(model, cache, range(6, 7))
+        assert made
 
 
 @pytest.mark.parametrize("change", [put_another_weight, put_another_forward])
