@@ -27,6 +27,7 @@ CACHE = next(name for name in CACHE_NAMES if name in _PARAMETERS)
 # Families that came out wrong although everything the checks below look at is in order.
 _REFUSED_FAMILIES = {
     "doge": "its attention reads the values again after the cache has been updated, beside the attention function",
+    "moshi": "its layers slide, and the masks that it makes for them do not",
 }
 _WAY_OUT = "Run it unpatched, or use another model; `sparsekv models` lists what is served."
 
@@ -144,14 +145,12 @@ def _reason_in_layers(config: Any) -> str | None:
         served = places(config)
     except AttributeError as error:
         return f"transformers can make no cache from its config ({error})"
-    if any(place.kind is not None or place.reason is not None for place in served):
-        return None
     layers = [place.plain for place in served]
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
     if any(_is_sparse_of_its_own(layer) for layer in layers):
         return f"it has a sparse attention of its own (its cache consists of {kinds})"
-    if layers and all(getattr(layer, "is_sliding", False) for layer in layers):
-        return "every layer attends to a sliding window only, so there is nothing to save"
+    if any(place.kind is not None or place.reason is not None for place in served):
+        return None
     return f"it has no plain full-attention layer (its cache consists of {kinds})"
 
 
