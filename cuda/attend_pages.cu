@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
-    const Pages pages = {block_table + i64(row) * max_pages, seq_lens[row], page_shift, num_kv_heads, head,
-                         first ? first[row] : 0};
+    const Pages pages = {
+        block_table + i64(row) * max_pages, seq_lens[row], page_shift, num_kv_heads, head, first ? first[row] : 0};
     const int* const mine = slots ? slots + i64(item) * k : nullptr;
     if (threadIdx.x == 0) used = mine ? 0 : min(pages.count(), max_pages);
     for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
@@ -39,8 +39,9 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     const int unseen = mine ? 0 : pages.first >> UNIT_SHIFT;  // units before all that is seen
     Attention<T, D, HEAD_TILES, Format> attention;
     attention.attend(static_cast<const typename Format::Element*>(kv_pool), pages, staged,
-                     unseen + blockIdx.x * num_warps() + warp_id(), gridDim.x * num_warps(), used << pages.unit_shift(),
-                     Logits(scaling, softcap), [&](int i) { return pages.locate(mine, pages.block_table, i); });
+                     unseen + blockIdx.x * num_warps() + warp_id(), gridDim.x * num_warps(),
+                     used << pages.unit_shift(), Logits(scaling, softcap),
+                     [&](int i) { return pages.locate(mine, pages.block_table, i); });
     Partial<D, HEAD_TILES>* const part = partials ? partials + i64(item) * gridDim.x + blockIdx.x : nullptr;
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group, part);
     cluster_wait();

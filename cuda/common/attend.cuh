@@ -76,7 +76,8 @@ struct Attention {
     }
 
     // Turns dot products into weights relative to the largest logit so far, as the second product wants them.
-    __device__ void weigh(u32 (&weights)[HEAD_TILES][2], const float (&dots)[2][4], const Unit& unit, const Logits& logits) {
+    __device__ void weigh(u32 (&weights)[HEAD_TILES][2], const float (&dots)[2][4], const Unit& unit,
+                          const Logits& logits) {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float x[4];

@@ -146,9 +146,6 @@ __device__ inline u32 load4(const void* p) {
     return v;
 }
 
-// A line into the L2 cache, without waiting.
-__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory"); }
-
 // 4, 8 or 16 bytes from memory to shared memory that nobody waits for until wait_for_copies.
 template <int BYTES>
 __device__ inline void copy_async(void* shared, const void* global) {

@@ -76,13 +76,13 @@ struct KeySums {
     }
 };
 
-// The ids of pages, tile by tile. A lane loads from two, slots lane / 4 and lane / 4 + 8, and asks for one of the
-// tile after, slot lane % 16. They are read a tile ahead, so that no load of a digest waits for one of the table.
+// The ids of pages, tile by tile. A lane loads from two, slots lane / 4 and lane / 4 + 8. They are read a tile ahead,
+// so that no load of a digest waits for one of the table.
 struct TileIds {
     const int* table;       // [max_pages]
     int count, last, step;  // pages that exist, the table's last entry, slots from tile to tile
     int tile;               // the first slot of the tile that is aimed at next
-    int low, high, ahead;   // the ids of its two pages, and of the page after
+    int low, high;          // the ids of its two pages
 
     __device__ TileIds(const int* table, int count, int max_pages, int first, int step)
         : table(table), count(count), last(max_pages - 1), step(step), tile(first) {
@@ -92,14 +92,12 @@ struct TileIds {
         const int slot = tile + lane_id() / 4;
         low = table[min(slot, last)];
         high = table[min(slot + 8, last)];
-        ahead = table[min(tile + step + lane_id() % TILE, last)];
     }
     template <typename Scorer>
     __device__ void aim(Scorer& scorer) {
         const int slot = tile + lane_id() / 4;
         scorer.aim(slot < count ? low : -1, slot + 8 < count ? high : -1);  // entries past the end may be anything
         tile += step;
-        if (tile + lane_id() % TILE < count) scorer.prefetch_page(ahead);
         read();
     }
 };

@@ -97,8 +97,6 @@ struct MinMaxScorer {
     }
     __device__ void use(const uint4* staged) { query = staged; }
 
-    __device__ void prefetch_page(int) const {}  // enough is under way
-
     // This lane's two pages of the next tile.
     __device__ void aim(int low_id, int high_id) {
         low_page = digests + (i64(max(low_id, 0)) * num_kv_heads + head) * 2 * D + digest_channel(0, lane_id());

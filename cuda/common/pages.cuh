@@ -4,8 +4,9 @@
 
 constexpr int UNIT = 16, UNIT_SHIFT = 4;  // tokens that a warp attends to at a time
 
-// Sixteen tokens of one page: how many of them exist, and how many of these come before what is seen. `block` counts such pieces of keys and values through the
-// whole pool; a piece of values lies `values_after` blocks behind that of its keys.
+// Sixteen tokens of one page: how many of them exist, and how many of these come before what is seen. `block` counts
+// such pieces of keys and values through the whole pool; a piece of values lies `values_after` blocks behind that of
+// its keys.
 struct Unit {
     int block, count, skip;
 };

@@ -150,13 +150,6 @@ struct SketchScorer {
         }
     }
 
-    // Far ahead, as far as L2. A lane asks for every other line of the page of its number.
-    __device__ void prefetch_page(int id) const {
-        const char* const page = record_of(id);
-#pragma unroll 1
-        for (int i = lane_id() / TILE * 128; i < record.bytes; i += 256) prefetch(page + i);
-    }
-
     // The next tile: this lane's two pages are these. Their means are asked for, once those at hand were used.
     // Nothing is asked for where there is no page: many warps would ask for the same at once.
     __device__ void aim(int low_id, int high_id) {

@@ -49,7 +49,6 @@ struct PeakScorer {
         begin();
     }
     __device__ void use(const uint4* staged) { query = reinterpret_cast<const float*>(staged); }
-    __device__ void prefetch_page(int) const {}
     __device__ void aim(int low_id, int high_id) {
         low_page = peaks + (i64(max(low_id, 0)) * num_kv_heads + head) * D;
         high_page = peaks + (i64(max(high_id, 0)) * num_kv_heads + head) * D;

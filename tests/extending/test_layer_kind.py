@@ -90,7 +90,7 @@ def test_out_of_the_registry_the_layers_are_transformers_own() -> None:
     with sparsekv.patch(model, **FULL) as patch:
         assert "layer 0: dense (sliding window of 8)" in str(patch)
         layers = answer(model).past_key_values.layers
-    with pytest.raises(UnsupportedModelError, match="every layer attends to a sliding window only"):
+    with pytest.raises(UnsupportedModelError, match="it has no plain full-attention layer"):
         sparsekv.patch(tiny("mistral"), **FULL)
     LAYER_KINDS.register("sliding_window")(WindowLayer)
     LAYER_KINDS.register("window")(Window)
