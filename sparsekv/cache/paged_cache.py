@@ -111,6 +111,14 @@ class PagedCache(DynamicCache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Columns so far, padding counted, of one layer or of the first that counts them. Asked for one layer while a
+        step is captured, it is a tensor `[]` int32 that every replay finds up to date."""
+        layer = None if layer_idx is None else self.layers[layer_idx]
+        if isinstance(layer, StoredLayer) and self._store.step.stage is Stage.CAPTURED:
+            return layer.captured_length
+        return super().get_seq_length(layer_idx or 0)
+
     @property
     def observers(self) -> list[Observer]:
         """Called after every decode step of a layer: see the class."""

@@ -128,7 +128,7 @@ class BlockTable:
         table = self._current.get(device)
         if table is None or not table.is_of(self) or table.shape != (self.batch_size, width):
             table = self._current[device] = self._take_table(device, width)
-        table.sync(self._pages, self.lengths, self.first)
+        table.sync(self._pages, self.lengths, self.first, self.num_tokens)
         return table
 
     def _take_table(self, device: torch.device, width: int) -> DeviceTable:

@@ -27,6 +27,8 @@ from sparsekv.pages.step_state import Stage, StepState
 from sparsekv.pages.window_table import WindowTable
 from sparsekv.policies import POLICIES
 
+Window = tuple[type[WindowTable], int]
+
 
 class StorePart:
     """Pages of layers that hold the same tokens. The table moves once per forward pass, led by the first layer that
@@ -37,7 +39,7 @@ class StorePart:
         reserve_pages: pages to allocate at once, for a cache of known size.
         arena: lends the tensors; None: they are this part's and its forks' alone.
         dense_layers: those that the policy does not decide for.
-        window: columns that a token sees; None: all.
+        window: what kind of table says which columns a token sees, and how many at most; None: all.
         step: where the cache is in a pass; None: at the beginning.
     """
 
@@ -47,7 +49,7 @@ class StorePart:
         reserve_pages: int = 0,
         arena: Arena | None = None,
         dense_layers: Collection[int] = (),
-        window: int | None = None,
+        window: Window | None = None,
         step: StepState | None = None,
     ) -> None:
         self.config = config
@@ -60,7 +62,8 @@ class StorePart:
         if window is None:
             self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
         else:
-            self._table = WindowTable(pool, window, self.loan.tables)
+            kind, size = window
+            self._table = kind(pool, size, self.loan.tables)
         self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
         self.step = StepState() if step is None else step
         self.is_torn = False  # the table names pages whose content, or digest, is not what it should be
