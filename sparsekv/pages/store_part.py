@@ -15,13 +15,14 @@ from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
 from sparsekv.errors import CacheStateError
 from sparsekv.pages.arena import Arena, Loan
-from sparsekv.pages.block_table import BlockTable, PageCopies
+from sparsekv.pages.block_table import BlockTable
 from sparsekv.pages.device_table import width_for
 from sparsekv.pages.formats import FORMATS
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.pages.masks import hidden_last
 from sparsekv.pages.memory import Memory
 from sparsekv.pages.page_pool import PagePool
+from sparsekv.pages.page_rows import PageCopies
 from sparsekv.pages.residency import RESIDENCIES, frames_of
 from sparsekv.pages.step_state import Stage, StepState
 from sparsekv.pages.window_table import WindowTable
