@@ -27,12 +27,12 @@ from .attention_check import Check, Choice, ways_to_decode
 from .attention_inputs import Inputs
 from .attention_points import PART_OVER_L2, LayerPoint
 from .competitors import COMPETITORS, DENSE_COMPETITORS
-from .graph_timer import Spread, Step, Timer, free, read_tb_per_s
+from .graph_timer import Spread, Step, Timer, free, free_bytes, read_tb_per_s
 from .plots import step_figure
 from .tables import print_steps, step_line
 
 H200_TB_PER_S = 4.39  # measured: a maximum over 4 GB, many times; a run's own measurement scatters by a percent
-CPU_CACHE_BYTES, CPU_FREE_BYTES = 32 << 20, 1 << 28  # supposed, not asked: enough for layers to take turns in memory
+CPU_CACHE_BYTES = 32 << 20  # supposed, not asked
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ class Machine:
     @classmethod
     def of(cls, device: torch.device, options: Options) -> Machine:
         """Measures the memory."""
-        measured = read_tb_per_s(device, Timer(device, options.replays), min(4 << 30, free_bytes(device) // 4))
+        measured = read_tb_per_s(device, Timer(device, options.replays))
         gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         usual = H200_TB_PER_S if gpu is not None and "H200" in gpu.name else measured
         l2_bytes = CPU_CACHE_BYTES if gpu is None else gpu.L2_cache_size
@@ -73,11 +73,6 @@ class Machine:
     def floor_us(self, num_bytes: float) -> float:
         """Microseconds in which so many bytes can be read."""
         return num_bytes / self.tb_per_s / 1e6
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of the device's memory that may be filled."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_FREE_BYTES
 
 
 class LayerBench:

@@ -12,7 +12,7 @@ from sparsekv import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
 from sparsekv.policies import POLICIES, Reads
 
-from .geometry import GEOMETRIES, Geometry
+from .geometry import Geometry, named
 
 K, M = 1 << 10, 1 << 20
 
@@ -185,7 +185,7 @@ PRESETS: dict[str, list[tuple[list[str], list[tuple[int, int]], list[int]]]] = {
 def preset_points(name: str, configs: Sequence[SparseConfig] = (SparseConfig(),)) -> list[LayerPoint]:
     """The points of a preset with these settings, but for its budgets if it has any."""
     return [
-        LayerPoint(GEOMETRIES[geometry], batch, context, config)
+        LayerPoint(named(geometry), batch, context, config)
         for names, pairs, budgets in PRESETS[name]
         for geometry, (batch, context) in product(names, pairs)
         for config in ([configs[0].with_(budget=budget) for budget in budgets] or configs)

@@ -39,7 +39,7 @@ from . import attention_bench, generate_bench, generate_points
 from .attention_points import PRESETS, K, LayerPoint, grid, preset_points
 from .competitors import COMPETITORS
 from .generate_points import add_share_options
-from .geometry import GEOMETRIES, Geometry, named
+from .geometry import NAMES, Geometry, named
 from .planted_keys import check_read
 
 _HEADS = ("q_heads", "kv_heads", "head_dim")
@@ -106,7 +106,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     layers.add_argument("--model", metavar="ID_OR_PATH", help="layers like those of this model, whose config is read")
     layers.add_argument(
         "--geometry", nargs="+", metavar="NAME",
-        help=f"layers like those of {', '.join(GEOMETRIES)} (default on a GPU: the first)",
+        help=f"layers like those of {', '.join(NAMES)} (default on a GPU: the first)",
     )  # fmt: skip
     parser.add_argument("--q-heads", type=positive, help="query heads (default on a CPU: 8)")
     parser.add_argument("--kv-heads", type=positive, help="kv heads (default on a CPU: 2)")

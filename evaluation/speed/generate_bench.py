@@ -1,8 +1,10 @@
 """How long a token of `model.generate` takes, sparse beside the unpatched model, on the same prompts in one run.
 
 Every mode generates greedily from the same random tokens. The device is waited for at three tokens only (the first,
-one past capture and warm-up, the last), so a token takes what it takes without a clock. The counters must say that
-the sparse path ran, and on a GPU that captured steps were replayed; else no speed is printed.
+one past capture and warm-up, the last), so a token takes what it takes without a clock. A short call in every mode
+comes first and counts for nothing; the unpatched model is then measured before the patched one and after it, and its
+faster time counts. The counters must say that the sparse path ran, and on a GPU that captured steps were replayed;
+else no speed is printed.
 """
 
 from __future__ import annotations
@@ -19,33 +21,41 @@ from transformers import LogitsProcessorList
 
 import sparsekv
 from sparsekv import POLICIES, Patch
+from sparsekv.cache import plain_layers
 from sparsekv.command_line import choose_device, new_console
 from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms
 from .generate_file import ResultFile
-from .generate_model import Subject, whole_models
+from .generate_model import Subject
 from .generate_points import CAPTURED, DTYPES, MIN_NEW_TOKENS, MODES, Options, Point, options_of
-from .graph_timer import free
+from .generate_rows import Row, around, compare, failure, is_out_of_memory
+from .graph_timer import Timer, free, read_tb_per_s
+from .known_models import MODELS
 from .plots import tokens_figure
 from .tables import print_tokens, token_line
 
-Row = dict[str, Any]
 Result = TypeVar("Result")
 
 _WARMUP_BEYOND = 64  # tokens by which the warm-up's prompt exceeds the budget
+_READS = 20  # of the memory, of which the median is its speed
 _TIMES = ("ms_per_token", "first_token_s", "first_steps_s", "tokens_per_s")
 
 
 class GenerateBench:
     """Times a model's `generate`, mode by mode.
 
+    Args:
+        tb_per_s: at which the device's memory was seen to be read; None: no row says how long its weights take.
+
     Attributes:
         is_warm: whether nothing has been forgotten since `warm_up`.
     """
 
-    def __init__(self, subject: Subject, options: Options, device: torch.device) -> None:
-        self.subject, self.options, self.device = subject, options, device
+    def __init__(
+        self, subject: Subject, options: Options, device: torch.device, tb_per_s: float | None = None
+    ) -> None:
+        self.subject, self.options, self.device, self.tb_per_s = subject, options, device, tb_per_s
         self.is_warm = False
 
     def warm_up(self) -> None:
@@ -70,7 +80,7 @@ class GenerateBench:
         row: Row = {"model": self.subject.name, "batch": where.batch, "context": where.context, "mode": name}
         config = self.options.config
         row |= {"digest": config.digest, "budget": config.as_dict()["budget"], **dict.fromkeys(_TIMES)}
-        why_not = self.options.why_not(name, where)
+        why_not = self.options.why_not(name, where) or (self.subject.why_not_static if name == "static" else None)
         if why_not is not None:
             return {**row, "note": why_not}
         try:
@@ -132,12 +142,20 @@ class GenerateBench:
         """The bytes of the cache, and those that a token reads: weights, and of the cache what the counters say."""
         num_tokens = where.batch * (where.context + self.options.new_tokens)
         size = self.subject.cache_bytes(num_tokens, None if patch is None else patch.config)
-        weights, read = self.subject.step_bytes, size
+        weights, read = self.subject.step_bytes(where.batch), size
         if patch is not None:
             read = patch.stats.bytes_read // max(patch.stats.sparse_steps + patch.stats.dense_steps, 1)
         total = None if weights is None or read is None else weights + read
         speed = total / ms / 1e9 if total is not None and self.device.type == "cuda" else None
-        return {"cache_bytes": size, "bytes_per_token": total, "tb_per_s": speed}
+        weights_ms = weights / self.tb_per_s / 1e9 if weights and self.tb_per_s else None
+        return {
+            "cache_bytes": size,
+            "bytes_per_token": total,
+            "tb_per_s": speed,
+            "memory_tb_per_s": self.tb_per_s,
+            "weights_ms": weights_ms,
+            "over_weights": weights_ms and ms / weights_ms,
+        }
 
     def _proof(self, where: Point, name: str, patch: Patch, clock: Clock, ms: float) -> Row:
         """The counters, checked, and where a captured step's time goes.
@@ -146,17 +164,26 @@ class GenerateBench:
             SparseKVError: the mode did not do what it promises.
         """
         decoder, config = patch.decoder, patch.config
-        chooses = not (POLICIES.get(config.policy).reads_all or self.options.fits(where))
+        asked = not (POLICIES.get(config.policy).reads_all or self.options.fits(where))
+        why_dense = self._why_dense(patch) if asked else None
+        chooses = asked and why_dense is None
         promised = ["sparse_steps"] if chooses else []
         promised += ["replays"] if config.capture and self.device.type == "cuda" else []
         counted = {key: clock.counted[key] for key in promised}
-        notes = [check_counts(counted, self.options.timed_tokens, _why_eager(patch)), self._why_little(chooses)]
-        row: Row = {"note": "; ".join(filter(None, notes)) or None}
+        why_eager = check_counts(counted, self.options.timed_tokens, _why_eager(patch))
+        row: Row = {"note": "; ".join(filter(None, (why_dense, why_eager, self._why_little(chooses)))) or None}
         row |= {"captures": decoder.captures, "replays": decoder.replays, "refusal": decoder.refusal}
         row |= {"stats": patch.stats.as_dict()}
         if self.options.split and name in CAPTURED:
             row["split_ms"] = split_ms(decoder, ms, self.device)
         return row
+
+    def _why_dense(self, patch: Patch) -> str | None:
+        """Why no step is sparse, if that was known before the first one."""
+        plain = plain_layers(self.subject.config)
+        if len(patch.config.dense_among(plain)) < len(plain):
+            return None
+        return f"decodes densely: {', '.join(sorted({status.reason for status in patch.layers}))}"
 
     def _why_little(self, chooses: bool) -> str | None:
         """What a reader should know of how much was read where pages may be left out: attention is nowhere peaked."""
@@ -193,18 +220,6 @@ def prompt(where: Point, vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, (where.batch, where.context), generator=generator)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Also where a library or a compiler has wrapped it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
-def failure(error: Exception) -> Row:
-    """A failed mode's part of its row."""
-    if is_out_of_memory(error):
-        return {"error": "out of memory"}
-    return {"error": "failed", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
-
-
 def _start_memory(device: torch.device) -> int:
     """Bytes in use, from where the peak is counted."""
     if device.type != "cuda":
@@ -214,26 +229,20 @@ def _start_memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def compare(rows: Sequence[Row]) -> None:
-    """Fills in what the rows of one point say together: how much faster each is than the faster unpatched mode."""
-    unpatched = [row["ms_per_token"] for row in rows if not MODES[row["mode"]].is_patched and row["ms_per_token"]]
-    best = min(unpatched, default=None)
-    for row in rows:
-        row["best_unpatched_ms"] = best
-        row["speedup"] = best / row["ms_per_token"] if best and row["ms_per_token"] else None
-
-
 def sweep(bench: GenerateBench, save: Callable[[Sequence[Row]], object], console: Console) -> list[Row]:
     """A row per point and mode. What is known is saved after each: a run that is cut short has told it."""
     rows: list[Row] = []
     for where in bench.options.points:
+        found: dict[str, Row] = {}
         here: list[Row] = []
         if not bench.is_warm:
             bench.warm_up()
-        for name in bench.options.modes:
-            here.append(bench.row(where, name))
+        for name in bench.options.order:
+            row = bench.row(where, name)
+            console.print(token_line(row), markup=False)
+            found[name] = around(found.get(name), row)
+            here = [found[mode] for mode in bench.options.modes if mode in found]
             compare(here)
-            console.print(token_line(here[-1]), markup=False)
             save([*rows, *here])
         rows += here
     return rows
@@ -245,13 +254,15 @@ def run(args: argparse.Namespace, command: str) -> Row:
     options = options_of(args, device)
     on_gpu = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
-    subject = Subject(args.model, args.geometry or whole_models()[0 if on_gpu else -1], dtype)
+    subject = Subject(args.model, args.geometry or list(MODELS)[0 if on_gpu else -1], dtype)
     subject.check(max(where.context for where in options.points), options.new_tokens)
     if device.index is not None and on_gpu:
         torch.cuda.set_device(device)
     file, console = ResultFile(subject, options, device, command), new_console()
+    tb_per_s = read_tb_per_s(device, Timer(device, _READS))
+    free(device)
     subject.load(device)
-    rows = sweep(GenerateBench(subject, options, device), file.save, console)
+    rows = sweep(GenerateBench(subject, options, device, tb_per_s), file.save, console)
     print_tokens(console, rows)
     path = file.save(rows)
     if path is not None:

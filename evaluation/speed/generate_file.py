@@ -57,6 +57,7 @@ class ResultFile:
         settings = {
             **self.settings,
             "random_weights": self.subject.source is None,
+            "sizes_of": self.subject.sizes,
             "weight_bytes": self.subject.weight_bytes,
             "timed_tokens": options.timed_tokens,
             "num_points": len(_points(rows) | {(where.batch, where.context) for where in options.points}),

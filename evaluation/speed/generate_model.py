@@ -6,23 +6,19 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StaticCache
 
 from sparsekv import POLICIES, SparseConfig
 from sparsekv.cache import heads_of
 from sparsekv.digests import DIGESTS
-from sparsekv.errors import ConfigError
+from sparsekv.errors import ConfigError, UnknownNameError
+from sparsekv.evaluation import testbed  # noqa: F401  (which has a name among models)
 from sparsekv.hf.models import pretrained
 from sparsekv.hf.support import context_of
 
-from .geometry import GEOMETRIES, named
+from .known_models import MODELS
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def whole_models() -> list[str]:
-    """Names of the geometries of which not one layer alone is known."""
-    return [name for name, geometry in GEOMETRIES.items() if geometry.model]
 
 
 class Subject:
@@ -30,8 +26,11 @@ class Subject:
 
     Args:
         model: id on the hub or folder; None: random weights in the sizes of `geometry`.
-        geometry: the name of one whose whole model is known.
+        geometry: the name of a known model.
         dtype: of the weights.
+
+    Attributes:
+        sizes: whose they are, and what is left out, of a known model; None: the model's own.
 
     Raises:
         ConfigError: there is no such geometry, or no such model.
@@ -39,7 +38,10 @@ class Subject:
 
     def __init__(self, model: str | None, geometry: str, dtype: torch.dtype = torch.float32) -> None:
         self.source, self.name, self.dtype = model, model or geometry, dtype
-        self.config = named(geometry, whole_models()).config if model is None else pretrained(AutoConfig, model)
+        if model is None and geometry not in MODELS:
+            raise UnknownNameError("--geometry", geometry, MODELS)
+        self.config = MODELS[geometry].make() if model is None else pretrained(AutoConfig, model)
+        self.sizes = MODELS[geometry].source if model is None else None
         self.model: Any = None
 
     @property
@@ -73,11 +75,21 @@ class Subject:
         self.model.eval()
         self.model.generation_config = GenerationConfig(pad_token_id=0)
 
+    @property
+    def why_not_static(self) -> str | None:
+        """Why there is no static cache of this model; None: there is."""
+        try:
+            StaticCache(config=self.text, max_cache_len=1)
+        except Exception as error:  # whatever transformers raises for a kind of layer that has none
+            return f"not measured (transformers makes no static cache for it: {error!r})"
+        return None
+
     def cache_bytes(self, num_tokens: int, config: SparseConfig | None) -> int | None:
         """Bytes of the keys and values of so many tokens, and of the digests that a patch with `config` keeps (None:
         unpatched); None where the layers are not all alike."""
         text, heads = self.text, heads_of(self.config)
-        if heads is None or set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        types = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if heads is None or types != {"full_attention"} or getattr(text, "kv_lora_rank", None):
             return None
         num_layers, itemsize = int(text.num_hidden_layers), self.model.dtype.itemsize
         pairs = 2 * heads.num_kv_heads * heads.head_dim * itemsize * num_layers * num_tokens  # keys and values
@@ -92,11 +104,18 @@ class Subject:
     def weight_bytes(self) -> int:
         return sum(p.nbytes for p in self.model.parameters())
 
-    @property
-    def step_bytes(self) -> int | None:
-        """Bytes of weights that a step reads: all but the embedding, of which it reads rows; None with experts."""
-        if any(getattr(self.text, name, None) for name in _EXPERTS):
-            return None
+    def step_bytes(self, batch: int) -> int | None:
+        """Bytes of weights that a step of so many sequences reads: not the embedding, of which it reads rows, nor
+        experts without a token, which are few in a large batch: tokens are supposed to go to all alike. None where
+        it is not known which weights are experts'."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         is_tied = head is not None and head.weight is embedding.weight
-        return self.weight_bytes - (0 if is_tied else embedding.weight.nbytes)
+        read = self.weight_bytes - (0 if is_tied else embedding.weight.nbytes)
+        num_experts = next(filter(None, (getattr(self.text, name, None) for name in _EXPERTS)), None)
+        if num_experts is None:
+            return read
+        expert_bytes = sum(p.nbytes for p in self.model.parameters() if p.ndim == 3 and len(p) == num_experts)
+        chosen = getattr(self.text, "num_experts_per_tok", None)
+        if not expert_bytes or not chosen:
+            return None
+        return read - int(expert_bytes * (1 - chosen / num_experts) ** batch)

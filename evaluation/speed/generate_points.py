@@ -17,7 +17,7 @@ from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.report import short
 from sparsekv.policies import POLICIES
 
-from .generate_model import whole_models
+from .known_models import MODELS
 
 MIN_NEW_TOKENS = 8
 MIN_FIRST_TOKENS = 4  # tokens that are not timed: an eager step, one that is captured, and one that is compared
@@ -43,7 +43,7 @@ class Mode:
         return self.settings is not None
 
 
-# In the order in which they are measured.
+# In the order of tables.
 MODES = {
     "sparse": Mode("sparsekv", {}),
     "sparse-unfused": Mode("sparsekv, fuse=False", {"fuse": False}),
@@ -131,6 +131,12 @@ class Options:
         return max(self.new_tokens // 3, MIN_FIRST_TOKENS)
 
     @property
+    def order(self) -> list[str]:
+        """The modes as they are measured: the unpatched one before the patched ones, and again after them."""
+        is_around = "default" in self.modes and any(MODES[name].is_patched for name in self.modes)
+        return [*(["default"] if is_around else []), *self.modes]
+
+    @property
     def timed_tokens(self) -> int:
         return self.new_tokens - self.first_tokens
 
@@ -155,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="ID_OR_PATH", help="model id on the hub, or a folder")
     model.add_argument(
         "--geometry", metavar="NAME",
-        help=f"random weights in the sizes of {', '.join(whole_models())} (default: the first, on a CPU the last)",
+        help=f"random weights in the sizes of {', '.join(MODELS)} (default: the first, on a CPU the last)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16, on a CPU float32)")

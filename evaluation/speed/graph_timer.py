@@ -15,6 +15,7 @@ import torch
 # calls that is captured quickly.
 MIN_GRAPH_US, MAX_CALLS = 500.0, 256
 WARMUP_REPLAYS = 3
+CPU_FREE_BYTES = 1 << 28  # supposed, not asked: enough for layers to take turns in memory
 
 Step = Callable[[int], object]
 
@@ -98,8 +99,14 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def read_tb_per_s(device: torch.device, timer: Timer, num_bytes: int = 4 << 30) -> float:
+def free_bytes(device: torch.device) -> int:
+    """Of the device's memory that may be filled."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_FREE_BYTES
+
+
+def read_tb_per_s(device: torch.device, timer: Timer, num_bytes: int | None = None) -> float:
     """Terabytes per second that a maximum over a large tensor reads: what the memory gives, not what it promises."""
+    num_bytes = num_bytes or min(4 << 30, free_bytes(device) // 4)
     numbers = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     at_least_us = num_bytes / 10e6  # 10 TB/s: so that few calls make a graph
     return num_bytes / timer(lambda i: numbers.max(), 1, at_least_us).median / 1e6

@@ -7,11 +7,12 @@ from sparsekv.cache.model_check import heads_of, settings_for
 from sparsekv.cache.paged_cache import PagedCache
 from sparsekv.cache.paged_layer import PagedLayer
 from sparsekv.cache.stats import DecodeStats
-from sparsekv.cache.window_layer import WindowLayer
+from sparsekv.cache.window_layer import ChunkLayer, WindowLayer
 
 __all__ = [
     "LAYER_KINDS",
     "AttentionLayer",
+    "ChunkLayer",
     "DecodeStats",
     "Observer",
     "PagedCache",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, NoticeListener, Observer
+from sparsekv.cache.batch_rows import BatchRows
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
 from sparsekv.cache.handshake import attention_of, not_patched, warn_fallback
 from sparsekv.cache.layer_kinds import places, plain_layers
@@ -31,7 +31,7 @@ from sparsekv.pages.step_state import Stage
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens", "page_format", "residency")
 
 
-class PagedCache(DynamicCache):
+class PagedCache(BatchRows):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
@@ -110,6 +110,14 @@ class PagedCache(DynamicCache):
         self._check_patched()
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
+
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Columns so far, padding counted, of one layer or of the first that counts them. Asked for one layer while a
+        step is captured, it is a tensor `[]` int32 that every replay finds up to date."""
+        layer = None if layer_idx is None else self.layers[layer_idx]
+        if isinstance(layer, StoredLayer) and self._store.step.stage is Stage.CAPTURED:
+            return layer.captured_length
+        return super().get_seq_length(layer_idx or 0)
 
     @property
     def observers(self) -> list[Observer]:
@@ -238,33 +246,6 @@ class PagedCache(DynamicCache):
         for layer in self._other_layers():
             layer.crop(-count)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Makes row i what row `beam_idx[i]` was.
-
-        Args:
-            beam_idx: `[b]` int64.
-
-        Raises:
-            IndexError: there is no such row.
-        """
-        self._select(beam_idx, "reorder_cache", beam_idx)
-
-    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Keeps these rows, in this order.
-
-        Args:
-            indices: int64, negative ones count from the end; or a bool per row, `[b]`.
-
-        Raises:
-            IndexError: there is no such row, or not so many.
-        """
-        self._select(indices, "batch_select_indices", indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row `repeats` times; the repeats share their pages."""
-        rows = np.arange(self._store.newest.batch_size).repeat(repeats)
-        self._select(rows, "batch_repeat_interleave", repeats)
-
     def reset(self) -> None:
         """Empties the cache."""
         self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena, self.dense_layers)
@@ -320,12 +301,3 @@ class PagedCache(DynamicCache):
 
     def _other_layers(self) -> Iterable[Any]:
         return [x for x in self.layers if not isinstance(x, StoredLayer) or x.is_dense]
-
-    def _select(self, rows: Any, method: str, argument: Any) -> None:
-        self._settle()
-        batch_size = self._store.newest.batch_size
-        if batch_size:
-            wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
-            self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would
-        for layer in self._other_layers():
-            getattr(layer, method)(argument)

@@ -43,6 +43,11 @@ class StoredLayer(ReadableLayer):
             self._write(accepted)
 
     @property
+    def captured_length(self) -> Tensor:
+        """`[]` int32, where a captured step finds the columns before its token: the table has made room for that."""
+        return self.store.table.device_table(self.store.layers[self.layer_idx].kv.device).num_tokens - 1
+
+    @property
     def page_nbytes(self) -> int:
         """Bytes of a page's keys and values in one kv head."""
         return self.store.layers[self.layer_idx].page_nbytes

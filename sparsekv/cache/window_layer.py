@@ -1,4 +1,4 @@
-"""The layer kind of sliding windows: the last tokens in pages, all of which a decode step reads."""
+"""The layer kinds of sliding windows and of chunks: the last tokens in pages, all of which a decode step reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from sparsekv.cache.attention_layer import LAYER_KINDS, Attended
 from sparsekv.cache.layer_kinds import why_not_paged
 from sparsekv.cache.masks import seen_columns
 from sparsekv.cache.stored_layer import StoredLayer, own_precision
+from sparsekv.pages.chunk_table import ChunkTable
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.window_table import WindowTable
 from sparsekv.policies import POLICIES
 
 
@@ -20,16 +22,22 @@ class WindowLayer(StoredLayer):
     """Sliding-window attention over pages that hold the window and little more. Arguments as `AttentionLayer`.
 
     As in transformers, a window is one of columns: padding in it counts.
+
+    Attributes:
+        table: what says which of the tokens held a new one sees.
+        setting: the config's name for the most tokens that one sees.
     """
 
     layer_types = ("sliding_attention",)
     understands = ("sliding_window",)
     is_sliding = True
+    table: type[WindowTable] = WindowTable
+    setting = "sliding_window"
 
     def __init__(self, store: PageStore, *args: Any, **kwargs: Any) -> None:
         super().__init__(store, *args, **kwargs)
         self.policy = POLICIES.get("all")()
-        self.window: int = self.layer_config.sliding_window
+        self.window: int = getattr(self.layer_config, self.setting)
         self.join(store)
 
     @classmethod
@@ -39,7 +47,7 @@ class WindowLayer(StoredLayer):
 
     def join(self, store: PageStore) -> None:
         """Goes on with the store of a cache that has been emptied."""
-        self.store = store.window(self.window)
+        self.store = store.window((self.table, self.window))
 
     @property
     def record_past(self) -> bool:
@@ -99,3 +107,12 @@ class WindowLayer(StoredLayer):
         start = max(num_tokens - self.window + 1, 0)
         keys, values = self._untracked(*self.store.dense(self.layer_idx, num_tokens, start), before=num_tokens)
         return keys, values
+
+
+@LAYER_KINDS.register("chunk")
+class ChunkLayer(WindowLayer):
+    """Attention within chunks of a sequence (Llama 4), over pages that hold one and little more."""
+
+    layer_types = ("chunked_attention",)
+    table = ChunkTable
+    setting = "attention_chunk_size"

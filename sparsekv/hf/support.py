@@ -161,15 +161,16 @@ def _is_sparse_of_its_own(layer: Any) -> bool:
 
 
 def _status(layer_idx: int, place: Place, config: SparseConfig, is_dense: bool) -> LayerStatus:
+    size, is_chunked = getattr(place.plain, "sliding_window", None), place.layer_type == "chunked_attention"
+    window = f"chunks of {size}" if is_chunked else f"sliding window of {size}"
     if place.kind is None:
-        window = getattr(place.plain, "sliding_window", None)
-        reason = f"sliding window of {window}" if window else f"transformers' {type(place.plain).__name__}"
+        reason = window if size else f"transformers' {type(place.plain).__name__}"
         return LayerStatus(layer_idx, False, place.reason or reason, is_paged=False)
     kind = place.kind.__name__
     if not place.kind.in_pages:
         return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_paged=False, kind=kind)
     if not place.kind.is_sparse:
-        return LayerStatus(layer_idx, False, f"sliding window of {place.plain.sliding_window}, in pages", kind=kind)
+        return LayerStatus(layer_idx, False, f"{window}, in pages", kind=kind)
     if is_dense:
         asked = "budget=1.0" if config.at(layer_idx).reads_all else f"dense_layers={config.dense_layers}"
         return LayerStatus(layer_idx, False, f"{asked}, in pages", is_asked_for=True, kind=kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._kept: Loan | None = None
-        self._parts: defaultdict[int, Arena] = defaultdict(Arena)
+        self._parts: defaultdict[Hashable, Arena] = defaultdict(Arena)
 
     def take(self) -> Loan | None:
         """What is kept, which from now on is not."""
@@ -36,8 +37,8 @@ class Arena:
         self._kept = Loan()
         self._kept.layers, self._kept.tables, self._kept.memories = layers, tables, memories
 
-    def part(self, window: int) -> Arena:
-        """The arena of layers that see so many tokens."""
+    def part(self, window: Hashable) -> Arena:
+        """The arena of layers that see such a window."""
         return self._parts[window]
 
     def clear(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 WIDTH_STEP = 512  # pages; tables on a GPU grow in such steps
 FEW_CHANGES = 1024  # entries, up to which single ones are sent instead of the whole table
@@ -19,17 +20,26 @@ class DeviceTable:
 
     Attributes:
         pages: `[b, width]` int32; entries past a sequence's end are valid page ids and nothing more.
-        lengths: `[b]` int32, tokens of each sequence.
         first: `[b]` int32, the first of them that the newest token sees.
     """
 
     def __init__(self, batch_size: int, width: int, device: torch.device) -> None:
         with torch.inference_mode(False), torch.no_grad():  # else nothing could be written outside of it later
             self.pages = torch.zeros(batch_size, width, dtype=torch.int32, device=device)
-            self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-            self.first = torch.zeros_like(self.lengths)
+            self._counts = torch.zeros(batch_size + 1, dtype=torch.int32, device=device)  # sent at once
+            self.first = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self._owner: weakref.ref[object] | None = None
         self.forget()
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[b]` int32, tokens of each sequence."""
+        return self._counts[:-1]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """`[]` int32, columns of the batch, padding counted."""
+        return self._counts[-1]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,7 +75,11 @@ class DeviceTable:
         self._all_stale = sum(map(len, self._changes)) > FEW_CHANGES
 
     def sync(
-        self, pages: NDArray[np.int32], lengths: NDArray[np.int64], first: NDArray[np.int64] | None = None
+        self,
+        pages: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        first: NDArray[np.int64] | None = None,
+        num_tokens: int = 0,
     ) -> None:
         """Sends what has changed. Nothing waits for the device."""
         if self._all_stale:
@@ -79,7 +93,8 @@ class DeviceTable:
             sent = torch.from_numpy(np.stack([where, values])).to(self.pages.device)
             self.pages.view(-1).index_copy_(0, sent[0], sent[1].int())
         if self._lengths_stale:
-            self.lengths.copy_(torch.from_numpy(lengths.astype(np.int32)), non_blocking=True)
+            counts = np.append(lengths, num_tokens).astype(np.int32)
+            self._counts.copy_(torch.from_numpy(counts), non_blocking=True)
             if first is not None:
                 self.first.copy_(torch.from_numpy(first.astype(np.int32)), non_blocking=True)
         self._all_stale = self._lengths_stale = False

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparsekv.digests import Digest
 from sparsekv.pages import residency
-from sparsekv.pages.block_table import PageCopies
 from sparsekv.pages.formats import KEYS, VALUES, PageFormat, Plain
 from sparsekv.pages.page_pool import PageIds
+from sparsekv.pages.page_rows import PageCopies
 from sparsekv.policies import Reads
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom

@@ -13,12 +13,12 @@ from sparsekv.pages.arena import Arena
 from sparsekv.pages.block_table import BlockTable
 from sparsekv.pages.memory import Memory
 from sparsekv.pages.step_state import Stage, StepState
-from sparsekv.pages.store_part import StorePart
+from sparsekv.pages.store_part import StorePart, Window
 
 
 class PageStore(StorePart):
-    """The pages of layers that hold all tokens, and a part for the layers of each size of sliding windows, which hold
-    the last ones.
+    """The pages of layers that hold all tokens, and a part for the layers of each kind and size of windows, which
+    hold the last ones.
 
     Args:
         config, reserve_pages, arena, dense_layers, step: as in `StorePart`.
@@ -33,15 +33,15 @@ class PageStore(StorePart):
         step: StepState | None = None,
     ) -> None:
         super().__init__(config, reserve_pages, arena, dense_layers, step=step)
-        self.windows: dict[int, StorePart] = {}
+        self.windows: dict[Window, StorePart] = {}
 
-    def window(self, size: int) -> StorePart:
-        """The part of layers whose tokens see `size` columns, exactly: its pages are plain, and on the device."""
-        if size not in self.windows:
+    def window(self, window: Window) -> StorePart:
+        """The part of layers whose tokens see such a window, exactly: its pages are plain, and on the device."""
+        if window not in self.windows:
             config = self.config.with_(policy="all", page_format="plain", residency="device", max_tokens=None)
-            arena = None if self.arena is None else self.arena.part(size)
-            self.windows[size] = StorePart(config, arena=arena, window=size, step=self.step)
-        return self.windows[size]
+            arena = None if self.arena is None else self.arena.part(window)
+            self.windows[window] = StorePart(config, arena=arena, window=window, step=self.step)
+        return self.windows[window]
 
     @property
     def parts(self) -> list[StorePart]:
@@ -108,8 +108,8 @@ class PageStore(StorePart):
         """A store over the same pages; what either appends from now on is its own."""
         step = StepState(past=self.step.past, end=self.step.end, valid=self.step.valid)
         twin = PageStore(config, self.reserve_pages, dense_layers=dense_layers, step=step)
-        for size, part in self.windows.items():
-            twin.window(size)._share(part)
+        for window, part in self.windows.items():
+            twin.window(window)._share(part)
         if not self.layers:  # nothing to share: each decides for itself what its layers keep
             return twin
         width = twin.table.width  # by the twin's own budget

@@ -15,17 +15,20 @@ from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
 from sparsekv.errors import CacheStateError
 from sparsekv.pages.arena import Arena, Loan
-from sparsekv.pages.block_table import BlockTable, PageCopies
+from sparsekv.pages.block_table import BlockTable
 from sparsekv.pages.device_table import width_for
 from sparsekv.pages.formats import FORMATS
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.pages.masks import hidden_last
 from sparsekv.pages.memory import Memory
 from sparsekv.pages.page_pool import PagePool
+from sparsekv.pages.page_rows import PageCopies
 from sparsekv.pages.residency import RESIDENCIES, frames_of
 from sparsekv.pages.step_state import Stage, StepState
 from sparsekv.pages.window_table import WindowTable
 from sparsekv.policies import POLICIES
+
+Window = tuple[type[WindowTable], int]
 
 
 class StorePart:
@@ -37,7 +40,7 @@ class StorePart:
         reserve_pages: pages to allocate at once, for a cache of known size.
         arena: lends the tensors; None: they are this part's and its forks' alone.
         dense_layers: those that the policy does not decide for.
-        window: columns that a token sees; None: all.
+        window: what kind of table says which columns a token sees, and how many at most; None: all.
         step: where the cache is in a pass; None: at the beginning.
     """
 
@@ -47,7 +50,7 @@ class StorePart:
         reserve_pages: int = 0,
         arena: Arena | None = None,
         dense_layers: Collection[int] = (),
-        window: int | None = None,
+        window: Window | None = None,
         step: StepState | None = None,
     ) -> None:
         self.config = config
@@ -60,7 +63,8 @@ class StorePart:
         if window is None:
             self._table = BlockTable(pool, partial(width_for, steps=steps), self.loan.tables)
         else:
-            self._table = WindowTable(pool, window, self.loan.tables)
+            kind, size = window
+            self._table = kind(pool, size, self.loan.tables)
         self.reserve_pages = min(reserve_pages, pool.max_pages or reserve_pages)
         self.step = StepState() if step is None else step
         self.is_torn = False  # the table names pages whose content, or digest, is not what it should be

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekv.errors import CacheStateError
-from sparsekv.pages.block_table import BlockTable, DeviceTables, PageCopies
+from sparsekv.pages.block_table import BlockTable, DeviceTables
 from sparsekv.pages.page_pool import NO_PAGES, PagePool
+from sparsekv.pages.page_rows import PageCopies
 
 # Columns that are held beyond a window, so that the last tokens can be dropped: of a long pass, and of every pass if
 # asked for.

@@ -13,8 +13,8 @@ def assert_consistent(*stores: PageStore) -> None:
     """Checks all stores of one pool: every page has as many references as tables that hold it, and every digest is
     the one that the page's tokens give."""
     assert_references(*stores)
-    for size in stores[0].windows:
-        assert_references(*(store.windows[size] for store in stores))
+    for window in stores[0].windows:
+        assert_references(*(store.windows[window] for store in stores))
     for store in stores:
         assert_digests_fresh(store)
 

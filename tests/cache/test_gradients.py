@@ -137,10 +137,10 @@ def test_a_reset_cache_has_forgotten() -> None:
 
 
 def _with_other_layers() -> PagedCache:
-    """Linear, chunked, in pages, and fallen back, each filled outside of `no_grad`."""
+    """Linear, crossing, in pages, and fallen back, each filled outside of `no_grad`."""
     config = tiny_config(num_layers=4)
-    config.layer_types = ["linear_attention", "chunked_attention", "full_attention", "full_attention"]
-    config.attention_chunk_size = 8
+    config.layer_types = ["linear_attention"] + ["full_attention"] * 3
+    config.cross_attention_layers = [1]
     cache = PagedCache(config, on_fallback=lambda layer, why: None, **SMALL)
     cache.update_conv_state(torch.ones(1, 8, 4, requires_grad=True) * 2, 0)
     for i in (1, 2, 3):

@@ -69,6 +69,23 @@ def captured(pair: CachePair, work: Work = layers) -> list[Tensor]:
     return out
 
 
+def test_a_captured_step_asks_for_lengths_where_a_replay_finds_them() -> None:
+    pair, asked = prefilled(), []
+
+    def work(pair: CachePair) -> list[Tensor]:
+        asked.append((pair.paged.get_seq_length(), pair.paged.get_seq_length(1)))
+        return layers(pair)
+
+    where = set()
+    for expected in (18, 19):
+        captured(pair, work)
+        assert pair.paged.get_seq_length(1) == expected + 1
+        assert asked[-1] == (expected, torch.tensor(expected))
+        where.add(pair.paged._store.table.device_table(torch.device("cpu")).num_tokens.data_ptr())
+    assert isinstance(asked[-1][1], Tensor)
+    assert len(where) == 1
+
+
 def state(pair: CachePair) -> dict[str, Any]:
     """Everything that a step changes."""
     cache, table = pair.paged, pair.paged._store.table

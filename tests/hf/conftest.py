@@ -63,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"num_key_value_heads": 4},
     "gpt_oss": {"num_local_experts": 4, "sliding_window": 8},
     "llama": {},
+    "llama4_text": {"attention_chunk_size": 8, "no_rope_layers": [1, 0, 1, 0], "num_local_experts": 4}
+    | {"intermediate_size_mlp": 96, "floor_scale": 16},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4},
     "olmo2": {},

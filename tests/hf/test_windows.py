@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,13 @@ from sparsekv.testing.consistency import assert_consistent
 
 FULL: dict[str, Any] = {"budget": 4096, "page_size": 4, "dense_layers": 1}
 LONG = 150  # more than a window and what is held beyond it
-FAMILIES = ["gemma3_text", "gemma2", "gpt_oss", "mistral", "gemma3n_text"]
+FAMILIES = ["gemma3_text", "gemma2", "gpt_oss", "mistral", "gemma3n_text", "llama4_text"]
 
 
-@pytest.fixture
-def model(tiny) -> Any:
-    return tiny("gemma3_text")
+@pytest.fixture(params=["gemma3_text", "llama4_text"])
+def model(tiny, request) -> Any:
+    """With sliding windows, and with chunks."""
+    return tiny(request.param)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,6 +175,6 @@ def test_a_pass_that_broke_off_is_noticed(model, monkeypatch) -> None:
 def test_the_report_and_the_counters_tell_of_windows(model, prompt, decode) -> None:
     with sparsekv.patch(model, **FULL) as patch:
         decode(model, prompt(40))
-        assert "layer 0: dense (sliding window of 8, in pages)" in str(patch)
+        assert re.search(r"layer 0: dense \((sliding window|chunks) of 8, in pages\)", str(patch))
     assert [status.is_paged for status in patch.layers] == [True] * 4
     assert set(patch.stats.shares) == {0, 1, 2, 3}

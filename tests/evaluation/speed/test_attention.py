@@ -24,7 +24,7 @@ from sparsekv.evaluation.speed.attention_check import Check, same_pages
 from sparsekv.evaluation.speed.attention_inputs import Inputs
 from sparsekv.evaluation.speed.attention_points import K, LayerPoint, M, grid, preset_points
 from sparsekv.evaluation.speed.competitors import COMPETITORS, Unavailable
-from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry
+from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry, named
 from sparsekv.evaluation.speed.graph_timer import Spread, Timer, read_tb_per_s
 from sparsekv.evaluation.speed.planted_keys import check_read
 from sparsekv.ops import reference
@@ -59,7 +59,7 @@ def check_of(where: LayerPoint) -> Check:
     ],
 )
 def test_floors_are_those_worked_out_for_an_h200(batch: int, context: int, sparse_us: float, dense_us: float) -> None:
-    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [batch], [context], [SparseConfig(budget=2 * K)])
+    (where,) = grid([named("llama-3.1-8b")], [batch], [context], [SparseConfig(budget=2 * K)])
     h200 = Machine(CPU, 60 << 20, 4.39, 4.39)
     assert h200.floor_us(where.sparse_bytes) == pytest.approx(sparse_us, rel=0.02)
     assert h200.floor_us(where.dense_bytes) == pytest.approx(dense_us, rel=0.02)
@@ -74,7 +74,7 @@ def test_a_context_within_the_budget_is_read_in_full() -> None:
 
 
 def test_layers_reach_past_the_l2_cache_and_stay_within_memory() -> None:
-    (where,) = grid([GEOMETRIES["llama-3.1-8b"]], [1], [128 * K], [SparseConfig(budget=2 * K)])
+    (where,) = grid([named("llama-3.1-8b")], [1], [128 * K], [SparseConfig(budget=2 * K)])
     l2, much = 60 << 20, 140 << 30
     assert where.num_layers(l2, much) * where.sparse_bytes >= 4 * l2
     assert where.num_layers(l2, 3 << 30) < where.num_layers(l2, much)
@@ -85,7 +85,7 @@ def test_layers_reach_past_the_l2_cache_and_stay_within_memory() -> None:
 def test_presets_name_known_shapes_and_quests_own_times_belong_to_one_of_them() -> None:
     full = preset_points("full")
     assert len({str(p.describe()) for p in full}) == len(full)
-    assert {p.geometry.name for p in full} == set(GEOMETRIES) - {"tiny"}
+    assert {p.geometry.name for p in full} == {*GEOMETRIES, "llama-3.1-8b", "qwen3-32b"}
     quest = {p.context: p.quest_us for p in full if p.quest_us}
     assert quest == {32 * K: 64.9, 128 * K: 183.7}
     assert len(preset_points("quick")) == 3
@@ -462,6 +462,9 @@ def test_a_models_layers_are_read_from_its_config(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=2).save_pretrained(tmp_path)
     found = Geometry.of(str(tmp_path))
     assert (found.num_q_heads, found.num_kv_heads, found.head_dim, found.group) == (8, 2, 64, 4)
+    assert replace(named("gpt-oss-20b"), name="gpt-oss") == GEOMETRIES["gpt-oss"]  # sink logits and all
+    with pytest.raises(ConfigError, match="deepseek-v2-lite: its config does not tell the keys and values"):
+        named("deepseek-v2-lite")
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:

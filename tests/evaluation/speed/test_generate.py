@@ -6,25 +6,26 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import GPT2Config
+from transformers import GPT2Config, PretrainedConfig
 
 from sparsekv import SparseConfig
+from sparsekv.cache import plain_layers
 from sparsekv.cli import main
 from sparsekv.command_line import circumstances
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.evaluation import speed
 from sparsekv.evaluation.speed import generate_bench, generate_file
-from sparsekv.evaluation.speed.generate_bench import GenerateBench, compare, sweep
+from sparsekv.evaluation.speed.generate_bench import GenerateBench, sweep
 from sparsekv.evaluation.speed.generate_clock import Clock, check_counts, parts
 from sparsekv.evaluation.speed.generate_model import Subject
 from sparsekv.evaluation.speed.generate_points import MODES, PRESETS, Options, Point, add_arguments, options_of, point
-from sparsekv.evaluation.speed.geometry import GEOMETRIES, Geometry
+from sparsekv.evaluation.speed.generate_rows import around, compare
+from sparsekv.evaluation.speed.known_models import MODELS, KnownModel
 from sparsekv.evaluation.speed.plots import memory_figure, split_figure, tokens_figure
 from sparsekv.evaluation.speed.tables import print_tokens
 from sparsekv.evaluation.testbed import MODEL_DIR
@@ -64,6 +65,8 @@ def test_the_whole_command_prints_and_writes(tmp_path: Path, capsys: pytest.Capt
     ]
     for row in rows:
         assert min(row[name] for name in ("ms_per_token", "first_token_s", "first_steps_s")) > 0
+        assert row["over_weights"] == pytest.approx(row["ms_per_token"] / row["weights_ms"])
+        assert row["best_unpatched_ms"] == min(row["unpatched_ms"])  # before the others, and after them
         assert row["tokens_per_s"] == pytest.approx(row["batch"] * 1e3 / row["ms_per_token"])
         assert row["speedup"] == pytest.approx(row["best_unpatched_ms"] / row["ms_per_token"])
     for sparse, all_pages, default in (rows[:3], rows[3:]):
@@ -356,8 +359,7 @@ def test_the_committed_file_can_be_added_to() -> None:
 
 
 def test_learned_positions_must_hold_the_new_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpt2 = Geometry("gpt2", 12, 12, 64, model=lambda **sizes: GPT2Config(n_positions=256))
-    monkeypatch.setitem(GEOMETRIES, "gpt2", gpt2)
+    monkeypatch.setitem(MODELS, "gpt2", KnownModel("gpt2", lambda: GPT2Config(n_positions=256)))
     Subject(None, "gpt2").check(200, 56)
     Subject(None, "tiny").check(1 << 20, 64)  # rotary ones may go on
     with pytest.raises(ConfigError, match="gpt2 takes 256 tokens, and 257"):
@@ -370,7 +372,7 @@ def test_geometries_have_the_sizes_of_their_namesakes(name: str, billions: float
     subject.load(torch.device("meta"))
     assert subject.weight_bytes / 2e9 == pytest.approx(billions, rel=0.01)
     text = subject.text
-    assert subject.step_bytes == subject.weight_bytes - 2 * text.vocab_size * text.hidden_size
+    assert subject.step_bytes(1) == subject.weight_bytes - 2 * text.vocab_size * text.hidden_size
     tokens, config = 1 << 15, SparseConfig()
     kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * tokens
     assert subject.cache_bytes(tokens, None) == subject.cache_bytes(tokens, config.with_(policy="all")) == kv
@@ -381,13 +383,78 @@ def test_geometries_have_the_sizes_of_their_namesakes(name: str, billions: float
     assert subject.cache_bytes(tokens, config.with_(digest="sign_sketch")) == kv + sketches
 
 
-def test_what_a_model_reads_is_not_guessed() -> None:
-    subject = Subject(None, "tiny")
-    subject.model = SimpleNamespace(dtype=torch.bfloat16)
-    subject.config.num_experts = 8
-    assert subject.step_bytes is None
-    subject.config.layer_types = ["sliding_attention", "full_attention"] * 2
-    assert subject.cache_bytes(100, None) is None
+@pytest.mark.parametrize(
+    ("name", "whole", "billions", "active"),
+    [
+        ("qwen3-30b-a3b", {"num_hidden_layers": 48}, 30.5, 3.3),
+        ("gemma-3-12b", {"num_hidden_layers": 48}, 11.8, 11.8),
+        ("gpt-oss-20b", {}, 20.9, 4.2),
+        ("qwen3-next", {"num_hidden_layers": 48, "num_experts": 512}, 79.7, 3.9),
+        ("llama-4-scout", {"num_hidden_layers": 48, "num_local_experts": 16}, 107.8, 17.2),
+        ("granite-4-h-tiny", {}, 6.94, 1.47),
+        ("deepseek-v2-lite", {}, 15.7, 2.66),
+    ],
+)
+def test_models_are_known_by_what_a_token_reads(
+    name: str, whole: dict[str, int], billions: float, active: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch so large that every expert has a token, all is read."""
+    known = MODELS[name]
+    monkeypatch.setitem(MODELS, name, KnownModel(known.source, lambda: known.make(**whole)))
+    subject = Subject(None, name, torch.bfloat16)
+    subject.load(torch.device("meta"))
+    text, embedding = subject.text, subject.model.get_input_embeddings().weight.nbytes
+    unread = 0 if text.tie_word_embeddings else embedding
+    assert subject.weight_bytes / 2e9 == pytest.approx(billions, rel=0.01)
+    assert (subject.step_bytes(1) + unread) / 2e9 == pytest.approx(active, rel=0.02)
+    assert subject.step_bytes(10_000) == subject.weight_bytes - unread
+    is_alike = name == "qwen3-30b-a3b"
+    assert (subject.cache_bytes(100, None) is None) == (not is_alike)  # windows, states and latents
+
+
+def test_experts_that_cannot_be_told_are_not_guessed(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.config, "num_experts", 8, raising=False)
+    assert tiny.step_bytes(1) is None
+
+
+FEW: dict[str, dict[str, Any]] = {
+    "gemma-3-12b": {"sliding_window": 32},  # of six layers only one is full, and two would have to be dense
+    "gpt-oss-20b": {"num_local_experts": 4, "sliding_window": 32},
+    "qwen3-next": {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "moe_intermediate_size": 32,
+                   "shared_expert_intermediate_size": 32, "num_experts": 16,
+                   "layer_types": ["linear_attention"] * 3 + ["full_attention"] * 3},
+    "deepseek-v2-lite": {"kv_lora_rank": 32, "moe_intermediate_size": 32, "n_routed_experts": 8},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:sparsekv")
+@pytest.mark.parametrize("name", FEW)
+def test_known_models_are_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones of their kinds. One of which no layer can be sparse says so instead."""
+    sizes = {"hidden_size": 64, "vocab_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 64, "num_hidden_layers": 6} | FEW[name]
+    config: PretrainedConfig = MODELS[name].make(**sizes)
+    monkeypatch.setitem(MODELS, name, KnownModel("small", lambda: config))
+    subject = Subject(None, name)
+    subject.load(CPU)
+    sparse, default = rows_of(GenerateBench(subject, options(modes=["sparse", "default"]), CPU, tb_per_s=0.01))
+    assert sparse["ms_per_token"] * default["ms_per_token"] * sparse["over_weights"] > 0
+    is_dense = len(plain_layers(config)) <= SparseConfig().dense_layers
+    assert (sparse["stats"]["sparse_steps"] == 0) == ("decodes densely" in (sparse["note"] or "")) == is_dense
+
+
+def test_of_two_times_of_the_unpatched_model_the_faster_counts() -> None:
+    rows = [made_row(1, 1024, "default", ms) for ms in (5.0, 4.0, None)]
+    assert around(rows[0], rows[1])["ms_per_token"] == around(rows[1], rows[2])["ms_per_token"] == 4.0
+    both = [made_row(1, 1024, "sparse", 2.0), around(*rows[:2])]
+    compare(both)
+    assert [(row["unpatched_ms"], row["speedup"]) for row in both] == [([5.0, 4.0], 2.0), ([5.0, 4.0], 1.0)]
+
+
+def test_a_static_cache_that_cannot_be_made_is_left_out(tiny: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.config, "layer_types", ["a kind of their own"] * 4, raising=False)
+    row = GenerateBench(tiny, options(modes=["static"]), CPU).row(Point(1, 200), "static")
+    assert "transformers makes no static cache for it: KeyError" in row["note"]
 
 
 def test_a_step_is_split_by_the_names_of_its_kernels() -> None:
@@ -400,7 +467,7 @@ def test_a_step_is_split_by_the_names_of_its_kernels() -> None:
 def made_row(batch: int, context: int, mode: str, ms: float | None, **changes: Any) -> dict[str, Any]:
     where = {"model": "llama-3.1-8b", "batch": batch, "context": context, "mode": mode, "budget": 2048}
     times = {"ms_per_token": ms, "first_token_s": 123.45, "first_steps_s": 41.5}
-    sizes = {"peak_bytes": 40 << 30, "cache_bytes": 30 << 30, "tb_per_s": 3.21}
+    sizes = {"peak_bytes": 40 << 30, "cache_bytes": 30 << 30, "tb_per_s": 3.21, "over_weights": 1.5}
     return where | times | sizes | {"tokens_per_s": ms and batch * 1e3 / ms} | changes
 
 
@@ -424,7 +491,19 @@ def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
     assert "…" not in text
     assert "out of memory" in text
     (line,) = [line for line in text.splitlines() if "7.7x" in line]
-    assert line.split()[3:] == ["sparse", "6.00", "7.7x", "167", "123.45", "41.50", "8.0%", "3.21", "42.9", "10.7"]
+    assert line.split()[3:] == [
+        "sparse",
+        "6.00",
+        "7.7x",
+        "1.50x",
+        "167",
+        "123.45",
+        "41.50",
+        "8.0%",
+        "3.21",
+        "42.9",
+        "10.7",
+    ]
     (line,) = [line for line in text.splitlines() if line.split()[-1:] == ["6.00"]]
     assert line.split()[3:] == ["sparse", "0.60", "4.00", "1.00", "0.40", "6.00"]
     assert "static: not measured (--static-up-to 32k) (1 x 128k)" in text

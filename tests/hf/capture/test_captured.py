@@ -440,10 +440,12 @@ def test_layers_that_are_not_in_pages_run_eagerly(model, ids) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(300,), (20,), (300, 41)], ids=str)
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "mistral", "llama4_text"])
 def test_sliding_windows_are_captured(family, lengths, model, ids) -> None:
-    """Full ones and such as fill; a window's pages change hands behind one graph."""
-    made, inputs = model(family, sliding_window=64), ids(*lengths)
+    """Full ones and such as fill, and chunks; a window's pages change hands behind one graph. Llama 4's attention
+    counts tokens, too: every 16th changes what it computes."""
+    size = "attention_chunk_size" if family == "llama4_text" else "sliding_window"
+    made, inputs = model(family, **{size: 64}), ids(*lengths)
     with sparsekv.patch(made, **SETTINGS) as patch:
         captured, counted = tokens(made, inputs, 120), patch.stats.as_dict()
         patch.stats.reset()

@@ -107,13 +107,14 @@ def test_a_loop_warms_up_captures_compares_and_replays(settings, tiny, prefilled
 
 
 @pytest.mark.parametrize(
-    ("family", "window"), [("gemma3_text", 8), ("gemma3_text", 40), ("gpt_oss", 20), ("mistral", 20)]
+    ("family", "window"),
+    [("gemma3_text", 8), ("gemma3_text", 40), ("gpt_oss", 20), ("mistral", 20), ("llama4_text", 40)],
 )
 def test_sliding_windows_are_captured(family, window, tiny, prefilled, monkeypatch) -> None:
-    """Also where they are all there is. Pages change hands while a window moves on, and a graph stays."""
+    """Also where they are all there is, and chunks. Pages change hands while a window moves on, and a graph stays."""
     as_on_a_gpu: Callable[..., int] = lambda num_pages, device, ring: max(num_pages, ring)  # noqa: E731
     monkeypatch.setattr(window_table, "_width", as_on_a_gpu)
-    model = tiny(family, sliding_window=window)
+    model = tiny(family, **{"attention_chunk_size" if family == "llama4_text" else "sliding_window": window})
     with sparsekv.patch(model, **SMALL) as patch:
         ours, theirs = prefilled(patch), prefilled(patch)
         patch.stats.reset()
