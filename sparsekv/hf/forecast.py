@@ -96,7 +96,7 @@ def supports(
     Gemma3ForCausalLM (gemma3_text): some layers sparse
       10 sliding_attention: dense (sliding window of 4096)
       2 full_attention: sparse (top_k over minmax digests)
-      decode loop of generate on a GPU: eager (not in pages: layers 0, 1, 2, 3, 4, 6, 7, 8, 9, 10)
+      decode loop of generate on a GPU: CUDA graphs
 
     Args:
         model_or_config: a model; or its config, which says as much: the model is then built without weights.
