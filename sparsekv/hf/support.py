@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from sparsekv.cache import heads_of, places, plain_layers, settings_for
+from sparsekv.cache import BesideState, heads_of, places, plain_layers, settings_for
 from sparsekv.cache.layer_kinds import Place
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
@@ -27,6 +27,7 @@ CACHE = next(name for name in CACHE_NAMES if name in _PARAMETERS)
 # Families that came out wrong although everything the checks below look at is in order.
 _REFUSED_FAMILIES = {
     "doge": "its attention reads the values again after the cache has been updated, beside the attention function",
+    "recurrent_gemma": "it keeps its states in its modules, not in its cache",
 }
 _WAY_OUT = "Run it unpatched, or use another model; `sparsekv models` lists what is served."
 
@@ -34,14 +35,21 @@ _WAY_OUT = "Run it unpatched, or use another model; `sparsekv models` lists what
 @dataclass
 class LayerStatus:
     """What a layer of a patched model does when it decodes. It may turn dense at its first use (the handshake).
-    `kind` names the class that serves it; None: it is transformers' own."""
+    `kind` names the class that answers its attention; None: there is none.
+
+    Attributes:
+        is_in_place: whether a step that it takes part in can be captured.
+        is_asked_for: whether it is dense by `dense_layers`, or a budget of 1.0.
+        shares: the layer whose keys and values it reads, if it keeps none.
+    """
 
     layer_idx: int
     is_sparse: bool
     reason: str
-    is_paged: bool = True
-    is_asked_for: bool = False  # by `dense_layers`, or a budget of 1.0
+    is_in_place: bool = True
+    is_asked_for: bool = False
     kind: str | None = None
+    shares: int | None = None
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -101,7 +109,16 @@ def examine(model: Any, config: SparseConfig) -> tuple[SparseConfig, list[LayerS
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
     config = settings_for(config, model.config)
     dense = config.dense_among(plain_layers(model.config))
-    return config, [_status(i, place, config, i in dense) for i, place in enumerate(places(model.config))]
+    found: list[LayerStatus] = []
+    for i, place in enumerate(places(model.config)):
+        if place.shares is None:
+            found.append(_status(i, place, config, i in dense))
+        else:
+            shared, reason = found[place.shares], f"{found[place.shares].reason}, of layer {place.shares}"
+            found.append(replace(shared, layer_idx=i, reason=reason, kind=None, shares=place.shares))
+        if place.kind is not None and issubclass(place.kind, BesideState):
+            found[i].reason += ", beside a state"
+    return config, found
 
 
 def reason_to_refuse(model: PreTrainedModel) -> str | None:
@@ -144,7 +161,7 @@ def _reason_in_layers(config: Any) -> str | None:
         served = places(config)
     except AttributeError as error:
         return f"transformers can make no cache from its config ({error})"
-    if any(place.kind is not None or place.reason is not None for place in served):
+    if any(place.attends or place.reason is not None for place in served):
         return None
     layers = [place.plain for place in served]
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
@@ -162,15 +179,19 @@ def _is_sparse_of_its_own(layer: Any) -> bool:
 
 
 def _status(layer_idx: int, place: Place, config: SparseConfig, is_dense: bool) -> LayerStatus:
+    window = getattr(place.plain, "sliding_window", None)
+    if place.is_empty:
+        return LayerStatus(layer_idx, False, "no attention")
     if place.kind is None:
-        window = getattr(place.plain, "sliding_window", None)
         reason = f"sliding window of {window}" if window else f"transformers' {type(place.plain).__name__}"
-        return LayerStatus(layer_idx, False, place.reason or reason, is_paged=False)
-    kind = place.kind.__name__
+        return LayerStatus(layer_idx, False, place.reason or reason, is_in_place=False)
+    kind, is_in_place = place.kind.__name__, place.kind.is_in_place
+    if not place.kind.attends:
+        return LayerStatus(layer_idx, False, "a state, in place", is_in_place)
     if not place.kind.in_pages:
-        return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_paged=False, kind=kind)
+        return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_in_place, kind=kind)
     if not place.kind.is_sparse:
-        return LayerStatus(layer_idx, False, f"sliding window of {place.plain.sliding_window}, in pages", kind=kind)
+        return LayerStatus(layer_idx, False, f"sliding window of {window}, in pages", kind=kind)
     if is_dense:
         asked = "budget=1.0" if config.at(layer_idx).reads_all else f"dense_layers={config.dense_layers}"
         return LayerStatus(layer_idx, False, f"{asked}, in pages", is_asked_for=True, kind=kind)
