@@ -152,3 +152,8 @@ class WindowBesideState(BesideState, WindowLayer):
     """A sliding window in pages, and a state."""
 
     layer_types = ("hybrid_sliding",)
+
+    def activate_past_recording(self) -> None:
+        """Both keep more from now on."""
+        super().activate_past_recording()
+        self.state.activate_past_recording()

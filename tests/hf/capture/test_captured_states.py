@@ -21,7 +21,7 @@ from sparsekv.testing.playing import Played, decoded, played
 
 SMALL: dict[str, Any] = {"budget": 48, "page_size": 16, "sinks": 2, "recent": 4, "dense_layers": 1, "fuse": False}
 HYBRIDS = """
-    qwen3_next qwen3_5_text olmo_hybrid bamba granitemoehybrid nemotron_h jamba lfm2_moe falcon_h1 zamba zaya
+    qwen3_next qwen3_5_text olmo_hybrid bamba granitemoehybrid nemotron_h jamba lfm2_moe falcon_h1 zamba zamba2 zaya
 """.split()
 
 
