@@ -46,12 +46,15 @@ _MORE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2, "num_expert_group": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8, "num_layers": 2},
     "mamba2": {"head_dim": 32},
     "mistral": {"sliding_window": None},  # as its checkpoints since 0.2
     "mimo_v2_flash": {"v_head_dim": 8, "swa_v_head_dim": 8},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_headdim": 32, "n_mamba_heads": 4}
+    | {"attention_head_dim": 32, "num_key_value_heads": 4, "adapter_rank": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Channels of a head that turn with time, height and width: 16 in all, or half of them.

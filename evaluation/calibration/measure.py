@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from sparsekv import POLICIES, PagedCache, Patch, SparseConfig
-from sparsekv.cache import AttentionLayer
+from sparsekv.cache import AttentionLayer, BesideState, CacheLayer
 from sparsekv.cache.gradients import untracked_copy
 from sparsekv.errors import SparseKVError
 from sparsekv.evaluation.accuracy.asking import PromptTurn, Row, decode, prefill, stepper
@@ -98,11 +98,13 @@ def _with_digest(cache: PagedCache, config: SparseConfig) -> PagedCache:
     """A cache of the same tokens, without padding, whose digests are others."""
     twin = PagedCache(cache.model_config, config)
     for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, AttentionLayer):
+        if not isinstance(layer, CacheLayer):
             twin.layers[i] = untracked_copy(layer)
-        elif layer.is_served:
+        elif isinstance(layer, AttentionLayer) and layer.is_served:
             twin.update(*layer.content(), i)
             twin.layers[i].commit(None)
         else:
             layer.fork(twin.layers[i])
+        if isinstance(layer, BesideState):
+            layer.state.fork(twin.layers[i].state)
     return twin

@@ -100,7 +100,7 @@ class Session:
 
     def _search(self, search: Search, ledger: Ledger, patch: Patch) -> None:
         """Look after look, then layer after layer. A setting that meets the tolerance is on the disk at once."""
-        layers = [status.layer_idx for status in patch.layers if status.is_sparse]
+        layers = [status.layer_idx for status in patch.layers if status.is_sparse and status.shares is None]
         if not layers:
             raise ConfigError(f"--model {self.args.model}: no layer chooses pages, so there is nothing to calibrate.")
         per_look = sum(math.log2(len(line) + 1) for line in search.lines) + 1  # settings, and dense

@@ -201,8 +201,8 @@ def _count(patch: Patch | None) -> Counts:
 
 def _why_eager(patch: Patch) -> str | None:
     """What keeps a model's steps from being captured, as far as its patch knows."""
-    not_paged = [str(status.layer_idx) for status in patch.layers if not status.is_paged]
-    layers = f"layers {', '.join(not_paged)} are not in pages" if not_paged else None
+    moving = [str(status.layer_idx) for status in patch.layers if not status.is_in_place]
+    layers = f"layers {', '.join(moving)} are not in pages" if moving else None
     return patch.decoder.refusal or layers
 
 

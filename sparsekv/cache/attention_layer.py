@@ -7,7 +7,6 @@ all keys and values and lets the model's own attention run over them; it overrid
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from sparsekv.cache.cache_layer import CacheLayer, FallbackListener, NoticeListener, Observer
 from sparsekv.cache.gradients import untracked_tensors
 from sparsekv.cache.handshake import Mode, tagged
 from sparsekv.cache.masks import visible_columns
@@ -22,51 +22,27 @@ from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
 from sparsekv.pages.page_store import PageStore
-from sparsekv.pages.store_part import StorePart
-from sparsekv.policies import POLICIES, DecodeStep, Policy
-from sparsekv.registry import Registry
+from sparsekv.policies import POLICIES, Policy
 
-# Called with a layer's decode step and the slots that it has read, `[b, hkv, k]` int32; None: all pages.
-Observer = Callable[[DecodeStep, "Tensor | None"], None]
-FallbackListener = Callable[[int, str], None]
-NoticeListener = Callable[[str], None]
 # An output `[b, hq, t, d]`; or keys and values `[b, hkv, n, d]`, over which the model's own attention is to run.
 Attended = Tensor | tuple[Tensor, Tensor]
 
-LAYER_KINDS: Registry[AttentionLayer] = Registry("layer kind")
 _FROM_CACHE = "store layer_idx config stats observers on_fallback on_notice policy layer_config".split()
 
 
-class AttentionLayer(DynamicLayer):
+class AttentionLayer(CacheLayer, DynamicLayer):
     """Keeps a layer's keys and values, and is asked by its attention: `prefill` for several tokens, `decode` for one.
     Both store the tokens that `update` has noted (`commit`). If the attention never asks, it becomes a plain dynamic
-    layer, for good, and says so.
-
-    Args:
-        store: the pages, shared by the layers of a cache.
-        layer_idx: the layer.
-        config: the settings in force.
-        stats: counters to add to.
-        observers: called after every decode step of the layer with the step and its slots, if it has such.
-        on_fallback: called with (layer_idx, reason) if the layer turns out to be no layer of its kind.
-        is_dense: whether it reads everything, whatever the policy.
-        layer_config: the model's config; the layer's own, where layers differ.
-        on_notice: told, in a sentence, of what is asked for and cannot be done.
+    layer, for good, and says so. Arguments and further attributes as `CacheLayer`.
 
     Attributes:
-        layer_types: transformers' words for the layers that it serves: "full_attention", "sliding_attention", ...
         understands: arguments of an attention that change which keys are seen, and that it takes care of.
-        in_pages: whether what it keeps lies in pages.
-        is_sparse: whether the policy decides what it reads.
         is_croppable: whether the last tokens can be dropped (`crop`).
         policy: what decides for it, if it is a layer to decide for; of a dense one, "all".
         length: columns stored, those pending not counted.
     """
 
-    layer_types: tuple[str, ...] = ()
     understands: tuple[str, ...] = ()
-    in_pages = False
-    is_sparse = False
     is_croppable = True
     mode = Mode.NEW
     keys: Any
@@ -84,23 +60,13 @@ class AttentionLayer(DynamicLayer):
         layer_config: Any = None,
         on_notice: NoticeListener | None = None,
     ) -> None:
-        self.store: StorePart = store
-        self.layer_idx, self.config = layer_idx, config
-        self.stats, self.observers, self.on_fallback = stats, observers, on_fallback
+        told = (stats, observers, on_fallback, is_dense, layer_config, on_notice)
+        CacheLayer.__init__(self, store, layer_idx, config, *told)
         policy = POLICIES.get(config.policy)  # resolved for dense layers too: a wrong name is never silent
         self.policy: Policy = POLICIES.get("all")() if is_dense else policy()
-        self.layer_config, self.on_notice, self.length = layer_config, on_notice, 0
+        self.length = 0
         self._pending: tuple[Tensor, Tensor] | None = None
-        super().__init__()
-
-    @classmethod
-    def reason_against(cls, layer_type: str, text_config: Any, layer_idx: int) -> str | None:
-        """Why a layer of one of `layer_types` is not served, as half a sentence; None: it is.
-
-        Args:
-            text_config: the language model's config.
-        """
-        return None
+        DynamicLayer.__init__(self)
 
     @property
     def is_served(self) -> bool:
@@ -113,10 +79,6 @@ class AttentionLayer(DynamicLayer):
         return self.mode is Mode.DENSE
 
     # -- what a kind may do in its own way
-
-    def join(self, store: PageStore) -> None:
-        """Goes on with the store of a cache that has been emptied."""
-        self.store = store
 
     def append(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
         """Stores new tokens `[b, hkv, t, d]`. A kind that does not keep all sees to `crop`, and to `get_mask_sizes`.
@@ -179,10 +141,23 @@ class AttentionLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         self.length = max(self.length + tokens_to_remove, 0)
 
+    def check_crop(self, count: int) -> None:
+        """Raises CacheStateError if it has tokens and cannot drop any."""
+        if count and self.is_served and not self.is_croppable:
+            kind = type(self).__name__
+            raise CacheStateError(f"Layer {self.layer_idx} of this cache is a {kind}, which cannot drop tokens.")
+
     def fork(self, twin: AttentionLayer) -> None:
         """Gives a new layer of another cache the same tokens; what either takes from now on is its own."""
         held = {name: x for name, x in vars(self).items() if name not in _FROM_CACHE}
         twin.__dict__.update(copy.deepcopy(held, untracked_tensors([self])))
+
+    def export(self, plain: Any) -> None:
+        """Gives a copy of its tokens to the layer that transformers' own cache has in its place."""
+        if self.get_seq_length():
+            plain.update(*self.content())
+            if hasattr(plain, "cumulative_length"):  # a window holds only the last tokens
+                plain.cumulative_length = self.get_seq_length()
 
     # -- transformers' protocol
 
@@ -193,7 +168,7 @@ class AttentionLayer(DynamicLayer):
         Raises:
             CacheStateError: the batch has another size.
         """
-        self.store_or_fall_back()
+        self.settle()
         if self.is_dense:
             keys, values = super().update(key_states, value_states)
             return keys, values
@@ -263,7 +238,7 @@ class AttentionLayer(DynamicLayer):
         if self.on_fallback is not None:
             self.on_fallback(self.layer_idx, reason)
 
-    def store_or_fall_back(self) -> None:
+    def settle(self) -> None:
         """Deals with tokens whose attention never came: without a handshake the layer is none of its kind."""
         if self._pending is None:
             return

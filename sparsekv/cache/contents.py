@@ -18,7 +18,7 @@ class ReadableLayer(AttentionLayer):
     such a copy in place changes nothing in the cache, and to assign others is an error.
     """
 
-    in_pages = True
+    in_pages = is_in_place = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._tracked_from: float = math.inf  # the first column whose keys or values had a gradient to wait for

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, cache_utils
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
-from sparsekv.cache.attention_layer import LAYER_KINDS, AttentionLayer
+from sparsekv.cache.cache_layer import LAYER_KINDS, CacheLayer
 
-# Families whose config does not tell, and what becomes of their keys and values after the cache.
+EMPTY: Any = getattr(cache_utils, "DummyLayer", ())  # of layers that keep nothing, since transformers 5.21
+_WITHOUT_ATTENTION = ("moe", "mlp")
+# Families whose config does not tell what their attention is more than one over what the cache holds.
 _TRANSFORMED = {
     "diffllama": "differential attention: it halves and repeats its values after the cache",
     "jetmoe": "it repeats its keys and values for its experts after the cache",
-}
+} | dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), "its attention adds a bias by distance")
 
 
 class Place(NamedTuple):
@@ -25,13 +27,25 @@ class Place(NamedTuple):
         plain: the layer that transformers' own cache has there.
         kind: the class that serves it, of those for such layers the one registered last; None: it stays `plain`.
         reason: why none of the kinds that are for such layers serves it; None: one does, or there are none.
+        shares: the layer before it whose keys and values it reads, keeping none; None: it has its own.
     """
 
     layer_type: str
     config: Any
     plain: Any
-    kind: type[AttentionLayer] | None
+    kind: type[CacheLayer] | None
     reason: str | None
+    shares: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it keeps nothing: it has no attention, or reads what another keeps."""
+        return isinstance(self.plain, EMPTY) or self.layer_type in _WITHOUT_ATTENTION
+
+    @property
+    def attends(self) -> bool:
+        """Whether a kind answers its attention."""
+        return self.kind is not None and self.kind.attends
 
 
 def places(model_config: PretrainedConfig) -> list[Place]:
@@ -44,7 +58,10 @@ def places(model_config: PretrainedConfig) -> list[Place]:
     plain = DynamicCache(config=model_config).layers
     types, _ = get_layer_types_and_kwargs(text)
     configs = list(getattr(text, "per_layer_config", None) or [text] * len(plain))
-    return [_place(i, *place, text) for i, place in enumerate(zip(types, configs, plain, strict=False))]
+    found: list[Place] = []
+    for i, place in enumerate(zip(types, configs, plain, strict=False)):
+        found.append(_place(i, *place, text, found))
+    return found
 
 
 def plain_layers(model_config: PretrainedConfig) -> list[int]:
@@ -70,14 +87,25 @@ def why_not_paged(text: Any, layer_idx: int) -> str | None:
     return reason or ("cross-attention, to what is no token" if is_crossing else None)
 
 
-def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any) -> Place:
+def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any, before: list[Place]) -> Place:
     reason = None
+    if isinstance(plain, EMPTY):
+        layer_type = text.layer_types[layer_idx]
+        return Place(layer_type, config, plain, None, None, _shared_by(layer_idx, layer_type, text, before))
     for kind in LAYER_KINDS.classes():
         if layer_type in kind.layer_types:
             reason = kind.reason_against(layer_type, text, layer_idx)
             if reason is None:
                 return Place(layer_type, config, plain, kind, None)
     return Place(layer_type, config, plain, None, reason)
+
+
+def _shared_by(layer_idx: int, layer_type: str, text: Any, before: list[Place]) -> int | None:
+    """The layer whose keys and values one reads that keeps none: the last of the same type that keeps its own."""
+    modes = getattr(text, "kv_sharing_modes", None)
+    if modes is None or modes[layer_idx] != "reuse":
+        return None
+    return max(i for i, place in enumerate(before) if place.layer_type == layer_type and not place.is_empty)
 
 
 def _reason_for_all(text: Any) -> str | None:

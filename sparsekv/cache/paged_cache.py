@@ -12,18 +12,20 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from sparsekv.cache.attention_layer import AttentionLayer, FallbackListener, NoticeListener, Observer
+from sparsekv.cache.attention_layer import AttentionLayer
 from sparsekv.cache.batch_rows import BatchRows
+from sparsekv.cache.cache_layer import CacheLayer, FallbackListener, NoticeListener, Observer
 from sparsekv.cache.gradients import untracked_copy, untracked_tensors
 from sparsekv.cache.handshake import attention_of, not_patched, warn_fallback
-from sparsekv.cache.layer_kinds import places, plain_layers
+from sparsekv.cache.layer_kinds import EMPTY, places, plain_layers
 from sparsekv.cache.model_check import check_digests, settings_for
 from sparsekv.cache.paged_layer import PagedLayer
+from sparsekv.cache.state_layer import BesideState
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import Step
 from sparsekv.cache.stored_layer import StoredLayer
 from sparsekv.config import SparseConfig
-from sparsekv.errors import CacheStateError, ConfigError
+from sparsekv.errors import ConfigError
 from sparsekv.pages.arena import Arena
 from sparsekv.pages.page_store import PageStore
 from sparsekv.pages.step_state import Stage
@@ -35,9 +37,9 @@ class PagedCache(BatchRows):
     """Keys and values in pages, with a digest per page, for a model patched with `sparsekv.patch`.
 
     `generate` and plain forwards of a patched model make one by themselves. Made by hand it is passed as
-    `past_key_values`. Of sliding windows the last tokens are in pages. Linear and other special layers stay
-    transformers' own, unless a kind is registered for them (`sparsekv.cache.LAYER_KINDS`). Of layers in pages
-    `layers[i].keys`, `.values` and iteration give copies.
+    `past_key_values`. Of sliding windows the last tokens are in pages. The states of linear, convolution and
+    state-space layers stay where they are. Other special layers stay transformers' own, unless a kind is registered
+    for them (`sparsekv.cache.LAYER_KINDS`). Of layers in pages `layers[i].keys`, `.values` and iteration give copies.
 
     >>> from transformers import LlamaConfig
     >>> cache = PagedCache(LlamaConfig(num_hidden_layers=4), budget=512)
@@ -167,15 +169,16 @@ class PagedCache(BatchRows):
 
     @property
     def is_steady(self) -> bool:
-        """Whether a decode step changes nothing but tensors where they are: every layer lives in pages and holds the
-        same tokens."""
+        """Whether a decode step changes nothing but tensors where they are: every layer that keeps anything has the
+        same tokens in pages, or a state."""
         num_tokens = self._store.newest.num_tokens
-        return all(isinstance(x, StoredLayer) and x.is_paged and x.length == num_tokens for x in self.layers)
+        kept = [layer for layer in self._parts if not isinstance(layer, EMPTY)]
+        return bool(num_tokens) and all(isinstance(x, CacheLayer) and x.is_steady(num_tokens) for x in kept)
 
     def step(self) -> Step:
         """A decode step of every layer, to be entered: room for its token is made before any layer runs."""
         self._settle()
-        return Step(self.config, self._store, self.stored_layers)
+        return Step(self.config, self._store, self._own_layers)
 
     def fork(self, config: SparseConfig | None = None, **settings: Any) -> PagedCache:
         """A second cache over the same pages, to go on from here differently: full pages are shared, not copied.
@@ -201,7 +204,9 @@ class PagedCache(BatchRows):
         dense = twin.dense_layers
         check_digests(changed, dense, {i: bool(pages.summary) for i, pages in self._store.layers.items()})
         twin._store = self._store.fork(changed, dense)
-        twin.layers = [twin._fork_layer(layer, dense) for layer in self.layers]
+        twin.layers = [twin._like(layer, dense) for layer in self.layers]
+        for layer, other in zip(self._own_layers, twin._own_layers, strict=True):
+            layer.fork(other)
         return twin
 
     def to_dynamic(self) -> DynamicCache:
@@ -211,12 +216,10 @@ class PagedCache(BatchRows):
         plain = DynamicCache(config=self.model_config)
         with torch.no_grad():
             for i, layer in enumerate(self.layers):
-                if not isinstance(layer, AttentionLayer):
+                if not isinstance(layer, CacheLayer):
                     plain.layers[i] = untracked_copy(layer)
-                elif layer.get_seq_length():
-                    plain.layers[i].update(*layer.content())
-                    if hasattr(plain.layers[i], "cumulative_length"):  # a window holds only the last tokens
-                        plain.layers[i].cumulative_length = layer.get_seq_length()
+            for layer in self._own_layers:
+                layer.export(plain.layers[layer.layer_idx])
         return plain
 
     # -- operations on whole sequences: once for the pages, then for every layer that has none
@@ -226,32 +229,30 @@ class PagedCache(BatchRows):
 
         Raises:
             ConfigError: the number is positive.
-            CacheStateError: a layer's kind cannot drop tokens; nothing has changed.
+            CacheStateError: a layer's kind cannot drop tokens, or no state what it has taken in; nothing has changed.
             CacheFullError: there is no room to copy a page that others share; nothing has changed.
         """
         count = -int(tokens_to_remove)
         if count < 0:
             raise ConfigError(f"crop({-count}): give the number of tokens to remove as a negative number.")
         self._settle()
-        stuck = [x for x in self._asked_layers if count and x.is_served and not x.is_croppable]
-        if stuck:
-            kind = type(stuck[0]).__name__
-            raise CacheStateError(f"Layer {stuck[0].layer_idx} of this cache is a {kind}, which cannot drop tokens.")
+        for layer in self._own_layers:
+            layer.check_crop(count)
         stored = min(count, self._store.newest.num_tokens)
         if stored:
             self._store.crop(stored)
             # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
-            for layer in (layer for layer in self.stored_layers if layer.is_paged):
-                layer.length = min(layer.length, self._store.newest.num_tokens)
-        for layer in self._other_layers():
-            layer.crop(-count)
+            for kept in (layer for layer in self.stored_layers if layer.is_paged):
+                kept.length = min(kept.length, self._store.newest.num_tokens)
+        for other in self._other_layers():  # transformers' own take it as it came, as in an unpatched model
+            other.crop(-count if isinstance(other, CacheLayer) else tokens_to_remove)
 
     def reset(self) -> None:
         """Empties the cache."""
         self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena, self.dense_layers)
-        for layer in self.layers:
+        for layer in self._parts:
             layer.reset()
-            if isinstance(layer, AttentionLayer):
+            if isinstance(layer, CacheLayer):
                 layer.join(self._store)
 
     def __repr__(self) -> str:
@@ -265,7 +266,7 @@ class PagedCache(BatchRows):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """All on its own but the counters; gradients do not flow back through it."""
-        memo.update(untracked_tensors(self.layers))
+        memo.update(untracked_tensors(self._parts))
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
@@ -274,10 +275,10 @@ class PagedCache(BatchRows):
 
     def _settle(self) -> None:
         """Nothing is pending any more."""
-        for layer in self._asked_layers:
-            layer.store_or_fall_back()
+        for layer in self._own_layers:
+            layer.settle()
 
-    def _made(self, kind: type[AttentionLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> AttentionLayer:
+    def _made(self, kind: type[CacheLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> Any:
         own, told = self.config.at(layer_idx), (self._observers, self._on_fallback)
         return kind(self._store, layer_idx, own, self.stats, *told, is_dense, layer_config, self._on_notice)
 
@@ -292,12 +293,21 @@ class PagedCache(BatchRows):
         if passed_by:
             raise not_patched(passed_by[0])
 
-    def _fork_layer(self, layer: Any, dense: frozenset[int]) -> Any:
-        if not isinstance(layer, AttentionLayer):
+    def _like(self, layer: Any, dense: frozenset[int]) -> Any:
+        """A layer of the same kind, still empty; of transformers' own, a copy."""
+        if not isinstance(layer, CacheLayer):
             return untracked_copy(layer)
-        twin = self._made(type(layer), layer.layer_idx, layer.layer_idx in dense, layer.layer_config)
-        layer.fork(twin)
-        return twin
+        return self._made(type(layer), layer.layer_idx, layer.layer_idx in dense, layer.layer_config)
+
+    @property
+    def _parts(self) -> list[Any]:
+        """All layers, and the states beside keys and values."""
+        return [*self.layers, *(layer.state for layer in self.layers if isinstance(layer, BesideState))]
+
+    @property
+    def _own_layers(self) -> list[CacheLayer]:
+        """Those that are not transformers' own."""
+        return [part for part in self._parts if isinstance(part, CacheLayer)]
 
     def _other_layers(self) -> Iterable[Any]:
-        return [x for x in self.layers if not isinstance(x, StoredLayer) or x.is_dense]
+        return [x for x in self._parts if not isinstance(x, StoredLayer) or x.is_dense]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache import prefill, prompt_blocks
-from sparsekv.cache.attention_layer import LAYER_KINDS, Attended
+from sparsekv.cache.attention_layer import Attended
+from sparsekv.cache.cache_layer import LAYER_KINDS
 from sparsekv.cache.layer_kinds import why_not_paged
 from sparsekv.cache.masks import is_causal, is_left_out, visible_columns
 from sparsekv.cache.stored_layer import Accepted, StoredLayer, own_precision

@@ -42,6 +42,14 @@ class StoredLayer(ReadableLayer):
         if accepted is not None:
             self._write(accepted)
 
+    def is_steady(self, num_tokens: int) -> bool:
+        """Whether it lives in pages and holds all columns of the cache."""
+        return self.is_paged and self.length == num_tokens
+
+    def follow(self) -> None:
+        """A step has been replayed."""
+        self.length += 1
+
     @property
     def captured_length(self) -> Tensor:
         """`[]` int32, where a captured step finds the columns before its token: the table has made room for that."""

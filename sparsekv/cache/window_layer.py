@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.cache.attention_layer import LAYER_KINDS, Attended
+from sparsekv.cache.attention_layer import Attended
+from sparsekv.cache.cache_layer import LAYER_KINDS
 from sparsekv.cache.layer_kinds import why_not_paged
 from sparsekv.cache.masks import seen_columns
 from sparsekv.cache.stored_layer import StoredLayer, own_precision

@@ -29,7 +29,7 @@ class LayerSupport:
         layer_type: transformers' word for them: "full_attention", "sliding_attention", ...
         count: how many there are.
         decodes: "sparse", in pages and by the policy; "dense", which is transformers' own way where `reason` does not
-            say "in pages"; or "refused", as the whole model is.
+            say "in pages" or "in place"; or "refused", as the whole model is.
         reason: why, in the words of `print(patch)`.
         is_asked_for: whether they are dense only because the settings say so (`dense_layers`, a budget of 1.0).
     """
@@ -94,7 +94,7 @@ def supports(
     >>> from transformers import Gemma3TextConfig
     >>> print(supports(Gemma3TextConfig(num_hidden_layers=12), dense_layers=0))
     Gemma3ForCausalLM (gemma3_text): some layers sparse
-      10 sliding_attention: dense (sliding window of 4096)
+      10 sliding_attention: dense (sliding window of 4096, in pages)
       2 full_attention: sparse (top_k over minmax digests)
       decode loop of generate on a GPU: CUDA graphs
 

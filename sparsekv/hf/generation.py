@@ -150,6 +150,8 @@ def _reason_for_dense(
     """Why a call of generate without a PagedCache gets none."""
     reason = reason_in_model(model, generation_config.use_cache is False)
     given, wanted = model_kwargs.get(CACHE), generation_config.cache_implementation
+    if reason is None and getattr(generation_config, "is_assistant", False) and getattr(model, "_is_stateful", False):
+        reason = Reason("states cannot drop a draft's tokens again", "Draft with a model that has none.")
     if reason is not None or given is not None:
         return reason or reason_in_cache(given)
     if wanted not in _DYNAMIC + _STATIC:

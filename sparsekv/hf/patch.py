@@ -229,7 +229,8 @@ def _turn_dense(layers: list[support.LayerStatus], layer_idx: int, reason: str) 
             f"sparsekv: layer {layer_idx}, if not others too, decodes densely: {reason}. print(patch) lists them.",
             stacklevel=4,
         )
-    layers[layer_idx] = support.LayerStatus(layer_idx, False, reason, is_paged=False)
+    for status in [x for x in layers if layer_idx in (x.layer_idx, x.shares)]:
+        layers[status.layer_idx] = support.LayerStatus(status.layer_idx, False, reason, is_in_place=False)
 
 
 def _layer_lines(layers: list[support.LayerStatus]) -> list[str]:

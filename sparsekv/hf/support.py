@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from sparsekv.cache import heads_of, places, plain_layers, settings_for
+from sparsekv.cache import BesideState, heads_of, places, plain_layers, settings_for
 from sparsekv.cache.layer_kinds import Place
 from sparsekv.config import SparseConfig
 from sparsekv.errors import UnsupportedModelError
@@ -28,6 +28,7 @@ CACHE = next(name for name in CACHE_NAMES if name in _PARAMETERS)
 _REFUSED_FAMILIES = {
     "doge": "its attention reads the values again after the cache has been updated, beside the attention function",
     "moshi": "its layers slide, and the masks that it makes for them do not",
+    "recurrent_gemma": "it keeps its states in its modules, not in its cache",
 }
 _WAY_OUT = "Run it unpatched, or use another model; `sparsekv models` lists what is served."
 
@@ -35,14 +36,21 @@ _WAY_OUT = "Run it unpatched, or use another model; `sparsekv models` lists what
 @dataclass
 class LayerStatus:
     """What a layer of a patched model does when it decodes. It may turn dense at its first use (the handshake).
-    `kind` names the class that serves it; None: it is transformers' own."""
+    `kind` names the class that answers its attention; None: there is none.
+
+    Attributes:
+        is_in_place: whether a step that it takes part in can be captured.
+        is_asked_for: whether it is dense by `dense_layers`, or a budget of 1.0.
+        shares: the layer whose keys and values it reads, if it keeps none.
+    """
 
     layer_idx: int
     is_sparse: bool
     reason: str
-    is_paged: bool = True
-    is_asked_for: bool = False  # by `dense_layers`, or a budget of 1.0
+    is_in_place: bool = True
+    is_asked_for: bool = False
     kind: str | None = None
+    shares: int | None = None
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,7 +110,16 @@ def examine(model: Any, config: SparseConfig) -> tuple[SparseConfig, list[LayerS
         raise UnsupportedModelError(f"{type(model).__name__} cannot decode sparsely: {reason}. {_WAY_OUT}")
     config = settings_for(config, model.config)
     dense = config.dense_among(plain_layers(model.config))
-    return config, [_status(i, place, config, i in dense) for i, place in enumerate(places(model.config))]
+    found: list[LayerStatus] = []
+    for i, place in enumerate(places(model.config)):
+        if place.shares is None:
+            found.append(_status(i, place, config, i in dense))
+        else:
+            shared, reason = found[place.shares], f"{found[place.shares].reason}, of layer {place.shares}"
+            found.append(replace(shared, layer_idx=i, reason=reason, kind=None, shares=place.shares))
+        if place.kind is not None and issubclass(place.kind, BesideState):
+            found[i].reason += ", beside a state"
+    return config, found
 
 
 def reason_to_refuse(model: PreTrainedModel) -> str | None:
@@ -149,7 +166,7 @@ def _reason_in_layers(config: Any) -> str | None:
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
     if any(_is_sparse_of_its_own(layer) for layer in layers):
         return f"it has a sparse attention of its own (its cache consists of {kinds})"
-    if any(place.kind is not None or place.reason is not None for place in served):
+    if any(place.attends or place.reason is not None for place in served):
         return None
     return f"it has no plain full-attention layer (its cache consists of {kinds})"
 
@@ -163,12 +180,16 @@ def _is_sparse_of_its_own(layer: Any) -> bool:
 def _status(layer_idx: int, place: Place, config: SparseConfig, is_dense: bool) -> LayerStatus:
     size, is_chunked = getattr(place.plain, "sliding_window", None), place.layer_type == "chunked_attention"
     window = f"chunks of {size}" if is_chunked else f"sliding window of {size}"
+    if place.is_empty:
+        return LayerStatus(layer_idx, False, "no attention")
     if place.kind is None:
         reason = window if size else f"transformers' {type(place.plain).__name__}"
-        return LayerStatus(layer_idx, False, place.reason or reason, is_paged=False)
-    kind = place.kind.__name__
+        return LayerStatus(layer_idx, False, place.reason or reason, is_in_place=False)
+    kind, is_in_place = place.kind.__name__, place.kind.is_in_place
+    if not place.kind.attends:
+        return LayerStatus(layer_idx, False, "a state, in place", is_in_place)
     if not place.kind.in_pages:
-        return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_paged=False, kind=kind)
+        return LayerStatus(layer_idx, False, f"{kind}, for {place.layer_type}", is_in_place, kind=kind)
     if not place.kind.is_sparse:
         return LayerStatus(layer_idx, False, f"{window}, in pages", kind=kind)
     if is_dense:

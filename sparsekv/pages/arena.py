@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsekv.pages.block_table import DeviceTables
 from sparsekv.pages.layer_pages import LayerPages
 
-Tensors = dict[int, list[Tensor]]  # what a policy remembers, by the layer that keeps it
+Tensors = dict[Hashable, list[Tensor]]  # what is remembered, by the layer that keeps it, or the state's name
 
 
 class Arena:
@@ -64,7 +64,7 @@ class Loan:
     Attributes:
         layers: pages of each layer in use.
         tables: block tables on devices.
-        memories: what policies remembered in caches that are gone, one after the other.
+        memories: what was remembered in caches that are gone, one after the other.
     """
 
     def __init__(self, arena: Arena | None = None) -> None:
@@ -73,10 +73,13 @@ class Loan:
         self.tables: DeviceTables = {}
         self.memories: list[Tensors] = []
         self._spare: dict[int, LayerPages] = {}
+        self._has_drawn = False
 
     def draw(self) -> None:
-        """Takes over what the arena keeps. At the first use, not before: by then an earlier cache may have gone."""
-        arena = self._arena() if self._arena is not None else None
+        """Takes over what the arena keeps. At the first use, not before: by then an earlier cache may have gone; and
+        never again."""
+        arena = self._arena() if self._arena is not None and not self._has_drawn else None
+        self._has_drawn = True
         kept = arena.take() if arena is not None else None
         if kept is not None:
             self._spare = kept.layers
@@ -103,4 +106,4 @@ class Loan:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_arena": None, "layers": self.layers, "tables": {}, "memories": [], "_spare": {}}
+        return {"_arena": None, "layers": self.layers, "tables": {}, "memories": [], "_spare": {}, "_has_drawn": True}

@@ -1,9 +1,9 @@
-"""What a policy remembers between the decode steps of a cache, in tensors that stay where they are."""
+"""What is remembered between the decode steps of a cache beside its pages, in tensors that stay where they are."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ Kinds = list[tuple[torch.dtype, torch.device]]
 
 
 class Memory:
-    """The tensors that a policy declares (`Policy.memory`), a set for each layer that keeps one, and their phase.
+    """The tensors that a policy declares (`Policy.memory`), a set for each layer that keeps one, and their phase; and
+    the states of layers that keep no tokens.
 
     Args:
         policy: which is asked what is remembered.
@@ -84,8 +85,15 @@ class Memory:
             self._sizes[layer_idx] = batch_size, k, width
         return self._kept[layer_idx]
 
+    def put(self, name: Hashable, state: Tensor) -> Tensor:
+        """The same content where this cache keeps the state of that name: it moves only where there must be more
+        room."""
+        (tensor,) = self._room(name, [(state.dtype, state.device)])
+        _overwrite(tensor, state)
+        return tensor.detach()  # what is done to it outside of `no_grad` leaves no history here
+
     def select(self, rows: NDArray[np.int64]) -> None:
-        """Makes the batch these rows, in this order."""
+        """Makes the batch these rows, in this order; states are their layers' own business."""
         goes_on, self._goes_on = self._goes_on, False  # should memory run out on the way
         for layer_idx in list(self._sizes) if goes_on else ():
             _, *widths = self._sizes.pop(layer_idx)
@@ -109,14 +117,15 @@ class Memory:
         if vars(self).get("_kept"):
             self._loan.memories.append(self._kept)
 
-    def _room(self, layer_idx: int, kinds: Kinds) -> list[Tensor]:
-        """A layer's tensors, if they are of these dtypes and devices; else new ones, of no size yet."""
+    def _room(self, name: Hashable, kinds: Kinds) -> list[Tensor]:
+        """The tensors of that name, if they are of these dtypes and devices; else new ones, of no size yet."""
+        self._loan.draw()
         if not self._kept and self._loan.memories:
             self._kept = self._loan.memories.pop()
-        room = self._kept.get(layer_idx, [])
+        room = self._kept.get(name, [])
         if [(tensor.dtype, tensor.device) for tensor in room] != kinds:
             with torch.inference_mode(False):  # else nothing could be written outside of it later
-                room = self._kept[layer_idx] = [torch.empty(0, dtype=dtype, device=device) for dtype, device in kinds]
+                room = self._kept[name] = [torch.empty(0, dtype=dtype, device=device) for dtype, device in kinds]
         return room
 
 

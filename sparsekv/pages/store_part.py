@@ -168,8 +168,7 @@ class StorePart:
         """A layer's pages, made for its first tokens, with memory for all that the table names."""
         if layer_idx not in self.layers:
             wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
-            if not self.layers:
-                self.loan.draw()
+            self.loan.draw()
             digest = self.digest if scored else None
             kind = FORMATS.get(self.config.page_format), RESIDENCIES.get(self.config.residency)
             self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest, *kind))

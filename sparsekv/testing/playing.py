@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sparsekv.cache import PagedCache
-from sparsekv.cache.steps import Step
 from sparsekv.hf.capture import decoder
 from sparsekv.hf.capture.decoder import CapturedDecoder
 from sparsekv.hf.capture.graphs import CapturedStep
@@ -30,20 +29,22 @@ class Played(CapturedStep):
     failure: Exception | None = None
 
     def record(self, forward: Any, site: Any) -> None:
-        """As CapturedStep's, but that it computes."""
-        if self.failure is not None:
-            forward(**self.inputs)  # some layers have run by then
-            raise self.failure
-        model, rest = forward.func, {name: x for name, x in forward.keywords.items() if name != CACHE}
-        self.model, self.rest = copy.deepcopy(model), rest
+        """As CapturedStep's, but that it computes, and puts back what that changes."""
+        step = forward.keywords[CACHE].step()
+        step.save()
         output = forward(**self.inputs)
+        step.restore()
+        if self.failure is not None:  # some layers have run by then
+            raise self.failure
+        model, self.rest = forward.func, {name: x for name, x in forward.keywords.items() if name != CACHE}
+        self.model = copy.deepcopy(model)
         self.output = type(output)(logits=output.logits.clone())
 
     def replay(self, inputs: dict[str, Tensor], cache: PagedCache) -> Any:
         """As CapturedStep's."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
-        with Step(cache.config, cache._store, cache.stored_layers).capturing() as reads:
+        with cache.step().capturing() as reads:
             played = self.model(**self.inputs, **self.rest, **{CACHE: cache})
         for (_, slots), (_, listed) in zip(self.reads, reads, strict=True):
             if slots is not None and listed is not None:

@@ -7,6 +7,7 @@ wrong page would show by orders of magnitude more than rounding does.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,8 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
+
+from tools.tiny_models import smallest
 
 VOCAB = 100
 ROUNDING = 1e-4  # float32 logits of the same arithmetic in another order differ by about 1e-5
@@ -101,6 +104,15 @@ def tiny() -> Callable[..., PreTrainedModel]:
         return AutoModelForCausalLM.from_config(config, **implementation).eval()
 
     return build
+
+
+@pytest.fixture
+def hybrid() -> Callable[[str], PreTrainedModel]:
+    """`hybrid("qwen3_next")`: a small model of a type with states, the same at every call."""
+    return lambda family: copy.deepcopy(_smallest(family))
+
+
+_smallest = functools.cache(smallest)
 
 
 @pytest.fixture

@@ -176,5 +176,5 @@ def test_the_report_and_the_counters_tell_of_windows(model, prompt, decode) -> N
     with sparsekv.patch(model, **FULL) as patch:
         decode(model, prompt(40))
         assert re.search(r"layer 0: dense \((sliding window|chunks) of 8, in pages\)", str(patch))
-    assert [status.is_paged for status in patch.layers] == [True] * 4
+    assert [status.is_in_place for status in patch.layers] == [True] * 4
     assert set(patch.stats.shares) == {0, 1, 2, 3}

@@ -115,9 +115,9 @@ class CapturedDecoder:
             return f"pages of residency {self.config.residency!r} are fetched between a step's launches"
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             return "the model lies on several devices"
-        not_paged = [str(status.layer_idx) for status in self.layers if not status.is_paged]
-        if not_paged:
-            return f"not in pages: layers {', '.join(not_paged)}"
+        moving = [str(status.layer_idx) for status in self.layers if not status.is_in_place]
+        if moving:
+            return f"not in pages: layers {', '.join(moving)}"
         return self.refusal
 
     def obstacle(self, inputs: dict[str, Any]) -> str | None:
@@ -129,7 +129,7 @@ class CapturedDecoder:
         if reason is not None:
             return reason
         if not cache.is_steady or cache.observers:
-            return "not every layer lives in pages" if not cache.is_steady else "the cache is observed"
+            return "not every layer is in pages, or a state" if not cache.is_steady else "the cache is observed"
         if not all(layer.policy.capturable for layer in cache.paged_layers):
             return "the policy's steps cannot be captured (Policy.capturable)"
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -146,6 +146,8 @@ class CapturedDecoder:
         warm = begun.config, begun.shape, shapes
         key = begun.key, shapes, repr(sorted(rest.items(), key=str)), torch.is_autocast_enabled("cuda")
         step = self._steps.get(key)
+        if step is None or step not in run.verified:
+            begun.save()
         if step is None and warm not in self._warm:  # kernels are built and libraries started by an eager step
             self._warm.add(warm)
             with self._as_captured():
@@ -157,7 +159,7 @@ class CapturedDecoder:
             run.captured.add(step)
             self._keep(key, step)
         elif step not in run.verified:
-            return self._verify(run, step, cache, tensors, inputs)
+            return self._verify(run, step, cache, begun, tensors, inputs)
         output = step.replay(tensors, cache)
         begun.follow(step.reads)
         self.replays += 1
@@ -195,12 +197,19 @@ class CapturedDecoder:
             self._steps.popitem(last=False)
 
     def _verify(
-        self, run: Run, step: CapturedStep, cache: PagedCache, tensors: dict[str, Tensor], inputs: dict[str, Any]
+        self,
+        run: Run,
+        step: CapturedStep,
+        cache: PagedCache,
+        begun: Step,
+        tensors: dict[str, Tensor],
+        inputs: dict[str, Any],
     ) -> Any:
         """A step by replay, and the same step eagerly: the graph may have baked in what has changed since. The eager
-        one comes last, as what either writes into the pages is overwritten by the next."""
+        one comes last, as what either writes into the pages is overwritten by the next; states are put back."""
         in_place = step.weights == addresses(self.model)  # else it would read memory that may be gone
         replayed = step.replay(tensors, cache) if in_place else None
+        begun.restore()
         with self._as_captured():
             eager = self.model(**inputs)
         if replayed is not None and _same(eager.logits, replayed.logits):

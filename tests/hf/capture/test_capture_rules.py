@@ -48,7 +48,7 @@ def test_obstacles(change: dict[str, Any], reason: str, tiny, prompt) -> None:
         ({"output_hidden_states": True}, "inner states"),
         ({"policy": "asking"}, r"the policy's steps cannot be captured \(Policy.capturable\)"),
         ({"observed": True}, "the cache is observed"),
-        ({"empty": True}, "not every layer lives in pages"),
+        ({"empty": True}, "not every layer is in pages, or a state"),
     ],
 )
 def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, prompt, monkeypatch) -> None:
@@ -78,7 +78,8 @@ def test_obstacles_on_a_gpu(change: dict[str, Any], reason: str | None, tiny, pr
         ("llama", {}, {}, None),
         ("llama", {"capture": False}, {}, "capture=False"),
         ("llama", {}, {"model": 0, "lm_head": 1}, "the model lies on several devices"),
-        ("gemma3n_text", {}, {}, "not in pages: layers 3, 4, 5"),
+        ("gemma3n_text", {}, {}, None),
+        ("diffllama", {}, {}, "not in pages: layers 0, 1, 2, 3"),
     ],
 )
 def test_the_report_and_the_decode_step_give_the_same_reason(family, settings, device_map, reason, tiny) -> None:

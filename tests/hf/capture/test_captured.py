@@ -432,11 +432,49 @@ def test_capture_is_a_setting(model, ids) -> None:
 
 
 def test_layers_that_are_not_in_pages_run_eagerly(model, ids) -> None:
-    made, inputs = model("gemma3n_text", num_hidden_layers=6), ids(300)
+    made, inputs = model("diffllama"), ids(300)
     with sparsekv.patch(made, **SETTINGS) as patch:
         assert torch.equal(tokens(made, inputs), eager(made, inputs))
         assert patch.decoder.replays == 0
-        assert "decode loop of generate: eager (not in pages: layers 3" in str(patch)
+        assert "decode loop of generate: eager (not in pages: layers 0" in str(patch)
+
+
+HYBRIDS = (
+    "qwen3_next olmo_hybrid bamba granitemoehybrid nemotron_h jamba lfm2_moe falcon_h1 zamba zamba2 zaya".split()
+)
+
+
+@pytest.mark.parametrize("lengths", [(90,), (90, 41)], ids=str)
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_states_are_captured(family, lengths, hybrid, ids) -> None:
+    """Another call of the same batch finds them where they were."""
+    made, inputs = hybrid(family).to("cuda", torch.bfloat16), ids(*lengths)
+    with sparsekv.patch(made, **SETTINGS) as patch:
+        captured, counted = tokens(made, inputs), patch.stats.as_dict()
+        assert (patch.decoder.refusal, patch.decoder.captures, patch.decoder.replays) == (None, 1, 37)
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs))
+        assert patch.stats.as_dict() == counted
+        assert torch.equal(captured, tokens(made, inputs))
+        assert patch.decoder.captures == 1
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"prefill_chunk_size": 37}, {"do_sample": True}], ids=str)
+def test_ways_to_generate_with_states(how, hybrid, ids) -> None:
+    made, inputs = hybrid("qwen3_next").to("cuda", torch.bfloat16), ids(90, 41)
+    with sparsekv.patch(made, **SETTINGS):
+        captured = tokens(made, inputs, **how)
+        assert torch.equal(captured, eager(made, inputs, **how))
+
+
+def test_keys_and_values_that_layers_share_are_captured(model, ids) -> None:
+    made, inputs = model("gemma3n_text", num_hidden_layers=6, sliding_window=64), ids(300, 41)
+    with sparsekv.patch(made, **SETTINGS) as patch:
+        captured, counted = tokens(made, inputs), patch.stats.as_dict()
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs))
+        assert (patch.decoder.refusal, patch.decoder.replays > 30) == (None, True)
+        assert patch.stats.as_dict() == counted
 
 
 @pytest.mark.parametrize("lengths", [(300,), (20,), (300, 41)], ids=str)
