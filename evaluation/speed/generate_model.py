@@ -80,7 +80,7 @@ class Subject:
         if heads is None or set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             return None
         num_layers, itemsize = int(text.num_hidden_layers), self.model.dtype.itemsize
-        pairs = 2 * heads.num_kv_heads * heads.head_dim * itemsize * num_layers * num_tokens  # keys and values
+        pairs = heads.num_halves * heads.num_kv_heads * heads.head_dim * itemsize * num_layers * num_tokens
         if config is None or POLICIES.get(config.policy).reads_all:
             return pairs
         fields = DIGESTS.get(config.digest)().fields(config.page_size, heads.head_dim)

@@ -2,6 +2,7 @@
 
 from sparsekv.cache.attention_layer import LAYER_KINDS, AttentionLayer, Observer
 from sparsekv.cache.handshake import tagged_layer
+from sparsekv.cache.latent_layer import LatentLayer
 from sparsekv.cache.layer_kinds import own_layers, places, plain_layers
 from sparsekv.cache.model_check import heads_of, settings_for
 from sparsekv.cache.paged_cache import PagedCache
@@ -13,6 +14,7 @@ __all__ = [
     "LAYER_KINDS",
     "AttentionLayer",
     "DecodeStats",
+    "LatentLayer",
     "Observer",
     "PagedCache",
     "PagedLayer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
@@ -70,6 +72,23 @@ def why_not_paged(text: Any, layer_idx: int) -> str | None:
     return reason or ("cross-attention, to what is no token" if is_crossing else None)
 
 
+def latent_dims(text: Any) -> tuple[int, int] | None:
+    """Channels of the latent and of the rotary part that a layer of latent attention keeps in the cache; None: it
+    keeps none. Who keeps latents has an `expand_kv`; model code of a checkpoint's own often expands before the cache.
+
+    Args:
+        text: the language model's config.
+    """
+    dims = _setting(text, "kv_lora_rank"), _setting(text, "qk_rope_head_dim")
+    if not all(dims):
+        return None
+    with contextlib.suppress(ImportError):
+        code = importlib.import_module(type(text).__module__.replace("configuration_", "modeling_"))
+        if any(hasattr(x, "expand_kv") for x in vars(code).values() if isinstance(x, type)):
+            return dims
+    return None
+
+
 def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any) -> Place:
     reason = None
     for kind in LAYER_KINDS.classes():
@@ -82,14 +101,14 @@ def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any) 
 
 def _reason_for_all(text: Any) -> str | None:
     if _setting(text, "kv_lora_rank"):
-        return "latent attention: what it stores becomes keys and values after the cache"
+        return "latent attention: its keys and values are expanded before the cache, not after it"
     if text.model_type in _TRANSFORMED:
         return _TRANSFORMED[text.model_type]
     if _setting(text, "reorder_and_upcast_attn") and text._attn_implementation == "eager":
         return "reorder_and_upcast_attn: it attends without the attention interface"
     head_dim, value_dim = _setting(text, "head_dim"), _setting(text, "v_head_dim")
-    if head_dim and value_dim and head_dim != value_dim:
-        return f"its keys have {head_dim} channels and its values {value_dim}"
+    if head_dim and value_dim and head_dim < value_dim:
+        return f"its keys have {head_dim} channels and its values {value_dim}, which are more"
     return None
 
 
