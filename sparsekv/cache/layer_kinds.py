@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import functools
+import sys
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from sparsekv.cache.attention_layer import LAYER_KINDS, AttentionLayer
 
@@ -74,19 +75,21 @@ def why_not_paged(text: Any, layer_idx: int) -> str | None:
 
 def latent_dims(text: Any) -> tuple[int, int] | None:
     """Channels of the latent and of the rotary part that a layer of latent attention keeps in the cache; None: it
-    keeps none. Who keeps latents has an `expand_kv`; model code of a checkpoint's own often expands before the cache.
+    keeps none, as there are none, or as they are expanded before.
 
     Args:
         text: the language model's config.
     """
-    dims = _setting(text, "kv_lora_rank"), _setting(text, "qk_rope_head_dim")
-    if not all(dims):
-        return None
-    with contextlib.suppress(ImportError):
-        code = importlib.import_module(type(text).__module__.replace("configuration_", "modeling_"))
-        if any(hasattr(x, "expand_kv") for x in vars(code).values() if isinstance(x, type)):
-            return dims
-    return None
+    dims, config_class = (_setting(text, "kv_lora_rank"), _setting(text, "qk_rope_head_dim")), text.__class__
+    return dims if all(dims) and _keeps_latents(config_class) else None
+
+
+@functools.cache
+def _keeps_latents(config_class: type) -> bool:
+    """Whether transformers' model code for a config expands what comes out of a cache. A checkpoint's own code, which
+    is nowhere listed, seldom does."""
+    name = getattr(MODEL_MAPPING.get(config_class, None), "__module__", "")
+    return any(hasattr(x, "expand_kv") for x in vars(sys.modules.get(name, object)).values() if isinstance(x, type))
 
 
 def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any) -> Place:
@@ -101,7 +104,8 @@ def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any) 
 
 def _reason_for_all(text: Any) -> str | None:
     if _setting(text, "kv_lora_rank"):
-        return "latent attention: its keys and values are expanded before the cache, not after it"
+        when = "after" if latent_dims(text) else "before"
+        return f"latent attention: its keys and values are expanded {when} the cache"
     if text.model_type in _TRANSFORMED:
         return _TRANSFORMED[text.model_type]
     if _setting(text, "reorder_and_upcast_attn") and text._attn_implementation == "eager":

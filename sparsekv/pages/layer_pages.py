@@ -142,9 +142,9 @@ class LayerPages:
         """Keys `[b, hkv, n * p, d]` and values `[b, hkv, n * p, dv]` of pages `[b, n]`; what no token was written to
         is arbitrary."""
         stored = self.residency.read(pages.reshape(-1)).unflatten(0, pages.shape)
-        like = self.no_tokens
-        keys, values = (
+        like, halves = self.no_tokens, (KEYS, VALUES)[: self.kv.shape[1]]
+        found = [
             self.format.decode(stored[:, :, which].transpose(1, 2), like.shape[3], like.dtype, which).flatten(2, 3)
-            for which in (KEYS, VALUES)
-        )
-        return keys, values[..., : self.value_dim]
+            for which in halves
+        ]
+        return found[KEYS], found[VALUES][..., : self.value_dim]
