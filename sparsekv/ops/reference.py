@@ -291,10 +291,11 @@ def attend_pages(
     parts = []
     for some in slots.split(chunk, dim=-1):
         *stored, valid = _gather_pages(kv_pool, block_table, seq_lens, some, first)
-        keys, values = (
+        halves = [
             coded.decode(x, head_dim, query.dtype, which).flatten(2, 3).to(wide)
-            for which, x in zip((KEYS, VALUES), stored, strict=True)
-        )
+            for which, x in zip((KEYS, VALUES), stored, strict=False)
+        ]
+        keys, values = halves[KEYS], halves[VALUES]
         if valid.is_cuda or not valid.all():
             # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
             values.masked_fill_(~valid[..., None], 0.0)  # in place: it is the copy just taken
@@ -334,9 +335,9 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None) 
 
 def _gather_pages(
     kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor, first: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the listed pages hold of keys and of values, `[b, hkv, k, p, record]`, and which tokens of them are seen,
-    `[b, hkv, k * p]`."""
+) -> list[Tensor]:
+    """What the listed pages hold of keys and of values, or of both in one, `[b, hkv, k, p, record]`, and which tokens
+    of them are seen, `[b, hkv, k * p]`."""
     _, num_halves, num_kv_heads, page_size, _ = kv_pool.shape
     heads = torch.arange(num_kv_heads, device=slots.device)[None, :, None]
     table = block_table[:, None].expand(-1, num_kv_heads, -1)
@@ -347,9 +348,7 @@ def _gather_pages(
         valid &= position >= first[:, None, None, None]
     key_rows = pages * (num_halves * num_kv_heads) + heads  # one head's keys, or values, of one page
     by_head = kv_pool.flatten(0, 2)
-    keys = _take_rows(by_head, key_rows)
-    values = keys if num_halves == 1 else _take_rows(by_head, key_rows + num_kv_heads)
-    return keys, values, valid.flatten(2)
+    return [*(_take_rows(by_head, key_rows + i * num_kv_heads) for i in range(num_halves)), valid.flatten(2)]
 
 
 def listed(slots: Tensor, num_pages: int) -> Tensor:

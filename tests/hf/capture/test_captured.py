@@ -471,7 +471,7 @@ def test_latents_are_captured(lengths, digest, model, ids) -> None:
 
 def test_latents_that_are_all_read_are_the_unpatched_model(model, ids, decode, distance) -> None:
     """To rounding; captured from the third step on."""
-    made, inputs = model("deepseek_v3", torch.float32), ids(300, 41)
+    made, inputs = model("deepseek_v3", torch.float32, head_dim=8), ids(300, 41)
     unpatched = decode(made, inputs)
     with sparsekv.patch(made, **SETTINGS | {"budget": 4096}) as patch:
         patched = decode(made, inputs)
