@@ -92,7 +92,7 @@ class Subject:
         if heads is None or types != {"full_attention"} or getattr(text, "kv_lora_rank", None):
             return None
         num_layers, itemsize = int(text.num_hidden_layers), self.model.dtype.itemsize
-        pairs = 2 * heads.num_kv_heads * heads.head_dim * itemsize * num_layers * num_tokens  # keys and values
+        pairs = heads.num_halves * heads.num_kv_heads * heads.head_dim * itemsize * num_layers * num_tokens
         if config is None or POLICIES.get(config.policy).reads_all:
             return pairs
         fields = DIGESTS.get(config.digest)().fields(config.page_size, heads.head_dim)

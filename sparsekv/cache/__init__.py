@@ -3,6 +3,7 @@
 from sparsekv.cache.attention_layer import AttentionLayer
 from sparsekv.cache.cache_layer import LAYER_KINDS, CacheLayer, Observer
 from sparsekv.cache.handshake import tagged_layer
+from sparsekv.cache.latent_layer import LatentLayer
 from sparsekv.cache.layer_kinds import own_layers, places, plain_layers
 from sparsekv.cache.model_check import heads_of, settings_for
 from sparsekv.cache.paged_cache import PagedCache
@@ -18,6 +19,7 @@ __all__ = [
     "CacheLayer",
     "ChunkLayer",
     "DecodeStats",
+    "LatentLayer",
     "Observer",
     "PagedCache",
     "PagedLayer",

@@ -2,23 +2,29 @@
 
 `update` hands out views of the keys and values that carry a tag, an attribute that leads back to the layer. A layer
 is served when the tags of its first update arrive at the attention function (the handshake). A model that
-transforms keys on the way loses them, and the layer stays a plain dynamic one.
+transforms keys on the way loses them, and the layer stays a plain dynamic one. A model that expands latents is known
+by what it makes of them: the layer of latents that was updated last in this thread says whether these are its own.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sparsekv.errors import CacheStateError
 
 if TYPE_CHECKING:
     from sparsekv.cache.attention_layer import AttentionLayer
+    from sparsekv.cache.latent_layer import LatentLayer
 
 _TAG = "_sparsekv_layer"
+_THREAD = threading.local()  # `updated`: a weak reference to the layer of latents that was updated last
 
 
 class Mode(Enum):
@@ -40,6 +46,27 @@ def tagged_layer(key: Tensor, value: Tensor) -> AttentionLayer | None:
     """The layer that handed out both tensors, or None."""
     layer: AttentionLayer | None = getattr(key, _TAG, None)
     return layer if layer is not None and getattr(value, _TAG, None) is layer else None
+
+
+def expects(layer: LatentLayer) -> None:
+    """The next attention of the layer's module will bring what it has made of the layer's latents."""
+    _THREAD.updated = weakref.ref(layer)
+
+
+@torch.compiler.disable
+def layer_of_latents(module: torch.nn.Module, key: Tensor, value: Tensor) -> LatentLayer | None:
+    """The layer whose latents a module has just expanded to key `[b, hq, n, d]` and value `[b, hq, n, dv]`, or None.
+    It has made sure of that, or runs dense.
+
+    Raises:
+        CacheStateError: they are others, and the layer gave the newest alone.
+    """
+    updated = getattr(_THREAD, "updated", None)
+    layer: LatentLayer | None = None if updated is None else updated()
+    if layer is None or layer.layer_idx != getattr(module, "layer_idx", None):
+        return None
+    _THREAD.updated = None
+    return layer if layer.meet(module, key, value) else None
 
 
 def warn_fallback(layer_idx: int, reason: str) -> None:

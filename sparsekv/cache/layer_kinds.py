@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, cache_utils
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from sparsekv.cache.cache_layer import LAYER_KINDS, CacheLayer
 
@@ -87,6 +90,25 @@ def why_not_paged(text: Any, layer_idx: int) -> str | None:
     return reason or ("cross-attention, to what is no token" if is_crossing else None)
 
 
+def latent_dims(text: Any) -> tuple[int, int] | None:
+    """Channels of the latent and of the rotary part that a layer of latent attention keeps in the cache; None: it
+    keeps none, as there are none, or as they are expanded before.
+
+    Args:
+        text: the language model's config.
+    """
+    dims, config_class = (_setting(text, "kv_lora_rank"), _setting(text, "qk_rope_head_dim")), text.__class__
+    return dims if all(dims) and _keeps_latents(config_class) else None
+
+
+@functools.cache
+def _keeps_latents(config_class: type) -> bool:
+    """Whether transformers' model code for a config expands what comes out of a cache. A checkpoint's own code, which
+    is nowhere listed, seldom does."""
+    name = getattr(MODEL_MAPPING.get(config_class, None), "__module__", "")
+    return any(hasattr(x, "expand_kv") for x in vars(sys.modules.get(name, object)).values() if isinstance(x, type))
+
+
 def _place(layer_idx: int, layer_type: str, config: Any, plain: Any, text: Any, before: list[Place]) -> Place:
     reason = None
     if isinstance(plain, EMPTY):
@@ -110,14 +132,15 @@ def _shared_by(layer_idx: int, layer_type: str, text: Any, before: list[Place]) 
 
 def _reason_for_all(text: Any) -> str | None:
     if _setting(text, "kv_lora_rank"):
-        return "latent attention: what it stores becomes keys and values after the cache"
+        when = "after" if latent_dims(text) else "before"
+        return f"latent attention: its keys and values are expanded {when} the cache"
     if text.model_type in _TRANSFORMED:
         return _TRANSFORMED[text.model_type]
     if _setting(text, "reorder_and_upcast_attn") and text._attn_implementation == "eager":
         return "reorder_and_upcast_attn: it attends without the attention interface"
     head_dim, value_dim = _setting(text, "head_dim"), _setting(text, "v_head_dim")
-    if head_dim and value_dim and head_dim != value_dim:
-        return f"its keys have {head_dim} channels and its values {value_dim}"
+    if head_dim and value_dim and head_dim < value_dim:
+        return f"its keys have {head_dim} channels and its values {value_dim}, which are more"
     return None
 
 

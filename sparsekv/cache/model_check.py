@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from sparsekv.cache.layer_kinds import plain_layers
+from sparsekv.cache.layer_kinds import latent_dims, plain_layers
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
@@ -20,19 +20,24 @@ from sparsekv.policies import POLICIES, Reads, check_declared
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention heads of a model: query heads, kv heads, and channels of each."""
+    """The attention heads of a model: query heads, kv heads, and channels of each; keys and values are two halves,
+    and latents, which are both, one."""
 
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    num_halves: int = 2
 
 
 def heads_of(model_config: Any) -> Heads | None:
-    """The heads of a model with this config, of its text part if it is multimodal; None where the config does not
-    say, or the layers differ."""
+    """The heads of a model with this config, as its cache has them, of its text part if it is multimodal; None where
+    the config does not say, or the layers differ. Latents are one head for all."""
     text = model_config.get_text_config(decoder=True)
+    latents = latent_dims(text)
     try:
         num_q_heads = int(text.num_attention_heads)
+        if latents is not None:
+            return Heads(num_q_heads, 1, sum(latents), num_halves=1)
         num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_q_heads)
         head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // num_q_heads)
     except (AttributeError, RuntimeError, TypeError):  # transformers refuses what differs per layer; lists do, too

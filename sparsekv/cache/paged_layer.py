@@ -76,7 +76,8 @@ class PagedLayer(StoredLayer):
             self._record(slots, new is not None)
             for observe in self.observers:
                 observe(step, slots)
-        (out,) = self._untracked(out, tracked=query.requires_grad)
+        value_dim = self.store.layers[self.layer_idx].value_dim
+        (out,) = self._untracked(out[..., :value_dim], tracked=query.requires_grad)
         return out.unsqueeze(2)
 
     # -- how

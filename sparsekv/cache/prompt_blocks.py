@@ -43,15 +43,15 @@ def settled(chunk: PromptChunk, chosen: Tensor) -> Tensor:
 
 
 def attend(chunk: PromptChunk, value: Tensor, blocks: Tensor) -> Tensor:
-    """Causal attention of a chunk to the keys of some blocks, `[b, hq, t, d]`. Keys that a block of queries does not
+    """Causal attention of a chunk to the keys of some blocks, `[b, hq, t, dv]`. Keys that a block of queries does not
     see in any row or head are not read, and masks have a bounded size.
 
     Args:
-        value: `[b, hkv, n, d]`, of the chunk's keys.
+        value: `[b, hkv, n, dv]`, of the chunk's keys.
         blocks: as `settled` gives them.
     """
-    (b, hq, _, d), (hkv, n) = chunk.query.shape, chunk.key.shape[1:3]
-    group, size, out = hq // hkv, chunk.block_size, torch.empty_like(chunk.query)
+    (b, hq, t, d), (hkv, n) = chunk.query.shape, chunk.key.shape[1:3]
+    group, size, out = hq // hkv, chunk.block_size, chunk.query.new_empty(b, hq, t, value.shape[3])
     blocks = blocks.unflatten(1, (hkv, -1))  # [b, hkv, 1 or group, query blocks, key blocks]
     tokens = torch.arange(n, device=chunk.query.device)
     for i, start in enumerate(range(chunk.first_block * size, n, size)):
@@ -64,5 +64,5 @@ def attend(chunk: PromptChunk, value: Tensor, blocks: Tensor) -> Tensor:
             mask = mask.expand(-1, -1, group, -1, -1).flatten(2, 3)
             query = chunk.query[:, :, rows - chunk.past].reshape(b, hkv, group * len(rows), d)
             found = F.scaled_dot_product_attention(query, key, values, attn_mask=mask, scale=chunk.scaling)
-            out[:, :, rows - chunk.past] = found.reshape(b, hq, len(rows), d)
+            out[:, :, rows - chunk.past] = found.reshape(b, hq, len(rows), -1)
     return out

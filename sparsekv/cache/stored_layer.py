@@ -25,7 +25,13 @@ def own_precision(device: torch.device) -> contextlib.AbstractContextManager[Any
 
 
 class StoredLayer(ReadableLayer):
-    """The writing half of a layer in pages. Arguments as `AttentionLayer`."""
+    """The writing half of a layer in pages. Arguments as `AttentionLayer`.
+
+    Attributes:
+        values_in_keys: whether its values are the first channels of its keys, and are kept once.
+    """
+
+    values_in_keys = False
 
     def commit(self, visible: Tensor | None) -> None:
         """Stores the tokens of the last `update` in pages: the handshake, and the append of every step.
@@ -35,8 +41,8 @@ class StoredLayer(ReadableLayer):
                 what is stored only the last tokens of a row may have become padding.
 
         Raises:
-            CacheStateError: batch or mask do not continue what is stored, or a paged layer's keys and values differ
-                in shape. CacheFullError: there is no room.
+            CacheStateError: batch or mask do not continue what is stored, or a paged layer's keys and values have
+                other shapes. CacheFullError: there is no room.
         """
         accepted = self._accept(visible)
         if accepted is not None:
@@ -75,18 +81,27 @@ class StoredLayer(ReadableLayer):
 
     # -- how
 
+    def _as_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """New tokens as pages hold them."""
+        return key, value
+
     def _accept(self, visible: Tensor | None) -> Accepted | None:
         """Room for the tokens of the last `update`, which are to be written next; None if there are none to store."""
         if self._pending is None or self.is_dense:
             return None
-        key, value = self._pending
-        if key.shape != value.shape:
+        key, value = self._as_stored(*self._pending)
+        value_dim = min(key.shape[3], value.shape[3])
+        if self.is_paged:
+            value_dim = self.store.layers[self.layer_idx].value_dim
+        if value.shape != (*key.shape[:3], value_dim):
             self.refuse(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
             return None
         self._pending = None  # also if the store refuses the tokens: they must not come back with the next ones
         scored = self.policy.reads is Reads.DIGESTS
         with torch.no_grad(), own_precision(key.device):
-            accepted = self.store.accept(self.layer_idx, self.length, key, value, visible, scored)
+            accepted = self.store.accept(
+                self.layer_idx, self.length, key, value, visible, scored, self.values_in_keys
+            )
         if self.length <= self._tracked_from:
             is_tracked = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
             self._tracked_from = self.length if is_tracked else math.inf

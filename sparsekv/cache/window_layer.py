@@ -100,7 +100,7 @@ class WindowLayer(StoredLayer):
             last = (scaling, softcap, sinks, "plain", first)
             out = self.store.ops.attend_pages(query.squeeze(2), pages.kv, *where, None, *last)[0]
             self._record(None, new is not None)
-        (out,) = self._untracked(out, tracked=query.requires_grad)
+        (out,) = self._untracked(out[..., : pages.value_dim], tracked=query.requires_grad)
         return out.unsqueeze(2)
 
     def _stored(self, num_tokens: int) -> tuple[Tensor, Tensor]:

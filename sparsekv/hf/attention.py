@@ -20,6 +20,7 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBA
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsekv.cache import AttentionLayer, prefill, tagged_layer
+from sparsekv.cache.handshake import layer_of_latents
 from sparsekv.cache.masks import is_left_out, visible_columns, window_of
 from sparsekv.hf import masks
 
@@ -106,6 +107,8 @@ def sparsekv_attention(
         CacheStateError: the tokens do not continue what is in the pages; CacheFullError: there is no room for them.
     """
     layer = tagged_layer(key, value)
+    if layer is None and hasattr(module, "expand_kv"):
+        layer = layer_of_latents(module, key, value)
     if layer is None:
         if attention_mask is None:  # it is the model's own business: keys may have room behind the tokens
             return _dense(module, query, key, value, None, **kwargs)

@@ -162,6 +162,8 @@ def _reason_in_layers(config: Any) -> str | None:
         served = places(config)
     except AttributeError as error:
         return f"transformers can make no cache from its config ({error})"
+    if any(place.kind is not None and place.kind.is_sparse for place in served):
+        return None
     layers = [place.plain for place in served]
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "nothing"
     if any(_is_sparse_of_its_own(layer) for layer in layers):

@@ -59,9 +59,10 @@ def _served(query: Tensor, kv_pool: Tensor, format: str) -> type[PageFormat] | N
     """The pages' format, if kernels serve it in these shapes; warns once if none can run on this device."""
     if not usable(query.device.index):
         return None
-    (_, _, num_kv_heads, page_size, record), head_dim, kind = kv_pool.shape, query.shape[-1], FORMATS.get(format)
+    _, num_halves, num_kv_heads, page_size, record = kv_pool.shape
+    head_dim, kind = query.shape[-1], FORMATS.get(format)
     reason = instances.why_not(query.dtype, head_dim, query.shape[1] // num_kv_heads, page_size)
-    if reason is not None or kind.kernel is None or not kv_pool.is_contiguous():
+    if reason is not None or kind.kernel is None or not kv_pool.is_contiguous() or num_halves == 1:
         return None
     return kind if kind().record(page_size, head_dim, query.dtype) == (record, kv_pool.dtype) else None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsekv.registry import Registry
 
-KEYS, VALUES = 0, 1  # where they lie in a pool
+KEYS, VALUES = 0, -1  # where they lie in a pool: at the same place where keys are the values, too
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class PageFormat(ABC):
     """How tokens become what a page holds, and come back, in plain torch. Stateless.
 
     The pool of a layer is one tensor, `[num_pages, 2, hkv, p, record]`: of every page, keys or values, and kv head it
-    has p records. A record is what a token takes; what a page keeps beside its tokens, such as scales, is shared out
-    among its records, so that all of a page lies side by side.
+    has p records; `[num_pages, 1, ...]` where keys are the values, too, as latents are. A record is what a token
+    takes; what a page keeps beside its tokens, such as scales, is shared out among its records, so that all of a page
+    lies side by side.
 
     Attributes:
         by_token: whether a token's record is made of that token alone. Then new tokens are encoded and written by

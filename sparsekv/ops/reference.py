@@ -1,10 +1,10 @@
 """What each op means, in plain torch. It is also the CPU implementation: no loop over pages, heads or sequences.
 
 Names and shapes (the dictionary of the whole project): batch b, query heads hq, kv heads hkv, group g = hq / hkv,
-head_dim d, page_size p; `kv_pool [num_pages, 2, hkv, p, record]` (keys at 0, values at 1; in plain pages a token's
-record are its d channels: see `formats.py`), `block_table [b, max_pages]` int32 (page ids of a sequence in order;
-entries past its end are ignored), `seq_lens [b]` int32, selected `slots [b, hkv, k]` int32 (positions in the block
-table, ascending, -1 for none).
+head_dim d, page_size p; `kv_pool [num_pages, 2, hkv, p, record]` (keys at 0, values at 1, and `[num_pages, 1, ...]`
+where keys are the values, too; in plain pages a token's record are its d channels: see `formats.py`), `block_table
+[b, max_pages]` int32 (page ids of a sequence in order; entries past its end are ignored), `seq_lens [b]` int32,
+selected `slots [b, hkv, k]` int32 (positions in the block table, ascending, -1 for none).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORCED_ORDER = 1 << 31  # above that of every score
 LOWEST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 
 # Pages are attended to in chunks of about this many key elements, which stay in a CPU's cache: the whole context is
-# never copied, and dense decoding runs at the speed of one read.
+# never copied, and dense decoding runs at the speed of one read. A GPU, for which it is launches, takes more at once.
 CHUNK_ELEMENTS = 1 << 20
 
 
@@ -68,7 +68,7 @@ def append_kv(
     if not coded.by_token and key.shape[2]:
         column = _columns(valid, position - start[row, None], row, key.shape[2])
         is_new = exists & (position >= start[row, None])
-        for which, states in ((KEYS, key), (VALUES, value)):
+        for which, states in _halves(kv_pool, key, value):
             old = coded.decode(kv_pool[pages, which], key.shape[3], key.dtype, which)
             new = states[row[:, None], :, column].transpose(1, 2)  # [m, hkv, p, d]
             merged = torch.where(is_new[:, None, :, None], new, old)
@@ -96,19 +96,24 @@ def _write_tokens(
 ) -> None:
     """Padding is left out, so a sequence's tokens lie without gaps from position 0."""
     page_size = kv_pool.shape[3]
-    key, value = coded.encode(key, valid, KEYS), coded.encode(value, valid, VALUES)
+    records = [(which, coded.encode(states, valid, which)) for which, states in _halves(kv_pool, key, value)]
     if valid is None:
         position = start[:, None] + torch.arange(key.shape[2], device=key.device)  # [b, t]
         pages = block_table.gather(1, position // page_size)
         offset = position % page_size
-        kv_pool[pages, KEYS, :, offset] = rearrange(key, "b h t record -> b t h record")
-        kv_pool[pages, VALUES, :, offset] = rearrange(value, "b h t record -> b t h record")
+        for which, record in records:
+            kv_pool[pages, which, :, offset] = rearrange(record, "b h t record -> b t h record")
         return
     row, column = valid.nonzero(as_tuple=True)
     position = start[row] + valid.cumsum(1)[row, column] - 1  # [num_valid]
     pages, offset = block_table[row, position // page_size], position % page_size
-    kv_pool[pages, KEYS, :, offset] = key[row, :, column]
-    kv_pool[pages, VALUES, :, offset] = value[row, :, column]
+    for which, record in records:
+        kv_pool[pages, which, :, offset] = record[row, :, column]
+
+
+def _halves(kv_pool: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[int, Tensor], ...]:
+    """What is written, and where: once where keys are the values, too."""
+    return ((KEYS, key), (VALUES, value))[: kv_pool.shape[1]]
 
 
 def _touched_pages(
@@ -281,13 +286,16 @@ def attend_pages(
         every = torch.arange(block_table.shape[1], dtype=torch.int32, device=query.device)
         slots = every.expand(query.shape[0], num_kv_heads, -1)
     grouped = rearrange(query.to(wide), "b (h g) d -> b h g d", h=num_kv_heads)
-    chunk = max(1, CHUNK_ELEMENTS // (slots.shape[0] * num_kv_heads * page_size * head_dim))
+    elements = CHUNK_ELEMENTS << 5 if query.is_cuda else CHUNK_ELEMENTS
+    chunk = max(1, elements // (slots.shape[0] * num_kv_heads * page_size * head_dim))
     parts = []
     for some in slots.split(chunk, dim=-1):
         *stored, valid = _gather_pages(kv_pool, block_table, seq_lens, some, first)
-        keys, values = (
-            coded.decode(x, head_dim, query.dtype, which).flatten(2, 3).to(wide) for which, x in enumerate(stored)
-        )
+        halves = [
+            coded.decode(x, head_dim, query.dtype, which).flatten(2, 3).to(wide)
+            for which, x in zip((KEYS, VALUES), stored, strict=False)
+        ]
+        keys, values = halves[KEYS], halves[VALUES]
         if valid.is_cuda or not valid.all():
             # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
             values.masked_fill_(~valid[..., None], 0.0)  # in place: it is the copy just taken
@@ -327,10 +335,10 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None) 
 
 def _gather_pages(
     kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor, first: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the listed pages hold of keys and of values, `[b, hkv, k, p, record]`, and which tokens of them are seen,
-    `[b, hkv, k * p]`."""
-    num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
+) -> list[Tensor]:
+    """What the listed pages hold of keys and of values, or of both in one, `[b, hkv, k, p, record]`, and which tokens
+    of them are seen, `[b, hkv, k * p]`."""
+    _, num_halves, num_kv_heads, page_size, _ = kv_pool.shape
     heads = torch.arange(num_kv_heads, device=slots.device)[None, :, None]
     table = block_table[:, None].expand(-1, num_kv_heads, -1)
     pages = table.gather(2, slots.clamp_min(0).long())
@@ -338,9 +346,9 @@ def _gather_pages(
     valid = (slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])
     if first is not None:
         valid &= position >= first[:, None, None, None]
-    key_rows = pages * (2 * num_kv_heads) + heads  # one head's keys, or values, of one page
+    key_rows = pages * (num_halves * num_kv_heads) + heads  # one head's keys, or values, of one page
     by_head = kv_pool.flatten(0, 2)
-    return _take_rows(by_head, key_rows), _take_rows(by_head, key_rows + num_kv_heads), valid.flatten(2)
+    return [*(_take_rows(by_head, key_rows + i * num_kv_heads) for i in range(num_halves)), valid.flatten(2)]
 
 
 def listed(slots: Tensor, num_pages: int) -> Tensor:

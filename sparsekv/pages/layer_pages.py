@@ -26,6 +26,9 @@ class LayerPages:
         page_size: in tokens.
         digest: what is kept of a page to score it; None: the layer is never scored.
         format, where: what a page looks like, and where it lies.
+        value_dim: channels of values, if they are not as many as those of keys.
+        is_shared: whether values are the first channels of keys. Then they are kept once; else narrow ones lie in
+            pages with zeros behind them.
 
     Attributes:
         no_tokens: `[1, hkv, 0, d]`: of which shape, dtype and device keys and values are.
@@ -44,21 +47,25 @@ class LayerPages:
         digest: Digest | None,
         format: type[PageFormat] = Plain,
         where: type[residency.Residency] = residency.OnDevice,
+        value_dim: int | None = None,
+        is_shared: bool = False,
     ) -> None:
         num_kv_heads, head_dim = key.shape[1], key.shape[3]
+        self.value_dim, num_halves = value_dim or head_dim, 1 if is_shared else 2
         fields = digest.fields(page_size, head_dim) if digest is not None else []
         self.format = format()
         record, dtype = self.format.record(page_size, head_dim, key.dtype)
         with torch.inference_mode(False), torch.no_grad():  # else a later call outside inference mode cannot write
             self.no_tokens = key.new_empty(1, num_kv_heads, 0, head_dim)
-            self.residency = where(key.new_empty(0, 2, num_kv_heads, page_size, record, dtype=dtype))
+            self.residency = where(key.new_empty(0, num_halves, num_kv_heads, page_size, record, dtype=dtype))
             self.summary = [key.new_empty(0, num_kv_heads, *f.shape, dtype=f.dtype or key.dtype) for f in fields]
             self.state = [s.clone() for s in digest.fit(key.detach(), valid)] if digest is not None else []
         self._note()
 
     @property
     def kv(self) -> Tensor:
-        """The frames that keys and values lie in, `[frames, 2, hkv, p, record]`, keys at 0 and values at 1."""
+        """The frames that keys and values lie in, `[frames, 2, hkv, p, record]`, keys at 0 and values at 1, or
+        `[frames, 1, ...]`, of keys that are the values, too."""
         return self.residency.pool
 
     @property
@@ -73,13 +80,14 @@ class LayerPages:
 
     def nbytes_to_choose(self, reads: Reads) -> int:
         """Bytes of a page, in one kv head, that a policy reads to decide whether to read all of it."""
-        return {Reads.NOTHING: 0, Reads.DIGESTS: self.digest_nbytes, Reads.KEYS: self.page_nbytes // 2}[reads]
+        keys_nbytes = self.page_nbytes // self.kv.shape[1]
+        return {Reads.NOTHING: 0, Reads.DIGESTS: self.digest_nbytes, Reads.KEYS: keys_nbytes}[reads]
 
     def _note(self) -> None:
         """Notes what every decode step asks for, after the tensors were made or moved."""
         tensors = (self.kv, *self.summary, *self.state)
         self.addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        self.page_nbytes = 2 * self.kv.shape[3:].numel() * self.kv.itemsize if self.capacity else 0
+        self.page_nbytes = self.kv.shape[1] * self.kv.shape[3:].numel() * self.kv.itemsize if self.capacity else 0
         self.digest_nbytes = sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,7 +97,7 @@ class LayerPages:
     def is_like(self, other: LayerPages) -> bool:
         """Whether pages of both hold the same, in the same places."""
         mine, theirs = (
-            [(type(p.format), type(p.residency))]
+            [(type(p.format), type(p.residency), p.value_dim)]
             + [(t.shape[1:], t.dtype, t.device) for t in (p.no_tokens, p.kv, *p.summary, *p.state)]
             for p in (self, other)
         )
@@ -131,11 +139,12 @@ class LayerPages:
         self.write(copies.target, *self.read(copies.source))
 
     def tokens(self, pages: PageIds) -> tuple[Tensor, Tensor]:
-        """Keys and values of pages `[b, n]`, `[b, hkv, n * p, d]` each; what no token was written to is arbitrary."""
+        """Keys `[b, hkv, n * p, d]` and values `[b, hkv, n * p, dv]` of pages `[b, n]`; what no token was written to
+        is arbitrary."""
         stored = self.residency.read(pages.reshape(-1)).unflatten(0, pages.shape)
-        like = self.no_tokens
-        keys, values = (
+        like, halves = self.no_tokens, (KEYS, VALUES)[: self.kv.shape[1]]
+        found = [
             self.format.decode(stored[:, :, which].transpose(1, 2), like.shape[3], like.dtype, which).flatten(2, 3)
-            for which in (KEYS, VALUES)
-        )
-        return keys, values
+            for which in halves
+        ]
+        return found[KEYS], found[VALUES][..., : self.value_dim]

@@ -32,7 +32,8 @@ class Residency(ABC):
     """The pages of one layer.
 
     Args:
-        pool: `[0, 2, hkv, p, record]`: of which device, shape and dtype frames are.
+        pool: `[0, 2, hkv, p, record]`: of which device, shape and dtype frames are; 1 in place of 2, here and below,
+            where keys are the values, too.
 
     Attributes:
         pool: `[frames, 2, hkv, p, record]`, the frames.

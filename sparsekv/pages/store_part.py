@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekv import ops
@@ -127,15 +128,23 @@ class StorePart:
         return all(self.table.num_pages <= [config.budget_pages(int(length)) for length in lengths])
 
     def accept(
-        self, layer_idx: int, length: int, key: Tensor, value: Tensor, visible: Tensor | None, scored: bool
+        self,
+        layer_idx: int,
+        length: int,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        scored: bool,
+        is_shared: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Makes room for a layer's new tokens, which are then to be written: returns what `write` wants.
 
         Args:
             length: columns this layer holds already.
-            key, value: `[b, hkv, t, d]`.
+            key: `[b, hkv, t, d]`; value: `[b, hkv, t, dv]`, dv no more than d.
             visible: `[b, n]` bool for the first n columns, False for padding; later ones, or None: no padding.
             scored: whether the layer needs digests.
+            is_shared: whether values are the first channels of keys, and are to be kept once.
 
         Raises:
             CacheStateError: batch or mask do not continue what is stored. CacheFullError: no room. OutOfMemoryError:
@@ -154,7 +163,9 @@ class StorePart:
         is_new = layer_idx not in self.layers
         try:
             valid = None if self.step.valid is None else self.step.valid.to(key.device)
-            pages = self._pages_of(layer_idx, key, value, valid, scored)
+            pages = self._pages_of(layer_idx, key, value, valid, scored, is_shared)
+            narrower = key.shape[3] - value.shape[3]
+            value = key if is_shared else F.pad(value, (0, narrower)) if narrower else value
             return key.to(pages.no_tokens.dtype), value.to(pages.no_tokens.dtype), valid
         except BaseException:
             if is_new:
@@ -164,14 +175,17 @@ class StorePart:
                 self.step.past = self.step.end = length
             raise
 
-    def _pages_of(self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None, scored: bool) -> LayerPages:
+    def _pages_of(
+        self, layer_idx: int, key: Tensor, value: Tensor, valid: Tensor | None, scored: bool, is_shared: bool
+    ) -> LayerPages:
         """A layer's pages, made for its first tokens, with memory for all that the table names."""
         if layer_idx not in self.layers:
             wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
             self.loan.draw()
             digest = self.digest if scored else None
             kind = FORMATS.get(self.config.page_format), RESIDENCIES.get(self.config.residency)
-            self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest, *kind))
+            values = value.shape[3], is_shared
+            self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest, *kind, *values))
         self._ensure(self.layers[layer_idx])
         return self.layers[layer_idx]
 
@@ -190,7 +204,7 @@ class StorePart:
         self.digest, self.loan, self._table = other.digest, other.loan, other.table.fork()
 
     def dense(self, layer_idx: int, num_tokens: int | None = None, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys and values `[b, hkv, n, d]` in transformers' order; padding is zero.
+        """Keys `[b, hkv, n, d]` and values `[b, hkv, n, dv]` in transformers' order; padding is zero.
 
         Args:
             num_tokens: the first so many columns (a layer that has not appended yet lags behind the table);
@@ -206,8 +220,11 @@ class StorePart:
             return keys[:, :, here], values[:, :, here]
         real = columns.to(keys.device)
         position = real.cumsum(1) - 1 + torch.from_numpy(passed)[:, None].to(keys.device)
-        position = position.clamp(0, keys.shape[2] - 1)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        keys, values = (x.gather(2, position).masked_fill(~real[:, None, :, None], 0) for x in (keys, values))
+        position = position.clamp(0, keys.shape[2] - 1)[:, None, :, None]
+        keys, values = (
+            x.gather(2, position.expand(-1, x.shape[1], -1, x.shape[3])).masked_fill(~real[:, None, :, None], 0)
+            for x in (keys, values)
+        )
         return keys, values
 
     def sequence(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, MambaConfig, PretrainedConfig
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, LlavaConfig, MambaConfig, PretrainedConfig
 
 import sparsekv
 from sparsekv.cache import PagedCache, heads_of
@@ -44,8 +44,9 @@ def test_dense_layers_are_counted_among_those_that_can_be_sparse() -> None:
         (LlavaConfig(text_config=LlamaConfig(num_attention_heads=8, head_dim=16)), Heads(8, 8, 16)),
         (PretrainedConfig(hidden_size=512, num_attention_heads=[8, 4]), None),
         (MambaConfig(), None),
+        (DeepseekV3Config(), Heads(128, 1, 512 + 64, num_halves=1)),
     ],
-    ids=["grouped", "the text part", "layers that differ", "no attention"],
+    ids=["grouped", "the text part", "layers that differ", "no attention", "latents"],
 )
 def test_the_heads_of_a_config(config: PretrainedConfig, heads: Heads | None) -> None:
     assert heads_of(config) == heads

@@ -192,16 +192,15 @@ def test_layers_whose_attention_never_comes_run_dense() -> None:
     assert cache.get_seq_length() == 6
 
 
-def test_keys_and_values_of_different_size_run_dense() -> None:
-    """As in multi-head latent attention."""
+def test_values_wider_than_keys_run_dense() -> None:
     told: list[tuple[int, str]] = []
     cache = PagedCache(tiny_config(), on_fallback=lambda layer, why: told.append((layer, why)), **SMALL)
-    key, value = torch.randn(1, 2, 5, 12), torch.randn(1, 2, 5, 8)
+    key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 12)
     keys, values = cache.update(key, value, 1)
     layer = tagged_layer(keys, values)
     assert layer is cache.layers[1]
     layer.commit(None)
-    assert told == [(1, "keys (1, 2, 5, 12) and values (1, 2, 5, 8) differ in shape")]
+    assert told == [(1, "keys (1, 2, 5, 8) and values (1, 2, 5, 12) differ in shape")]
     assert not layer.is_paged
     keys, values = cache.update(key[:, :, :1], value[:, :, :1], 1)
     assert (keys.shape[2], values.shape[2], cache.get_seq_length(1)) == (6, 6, 6)

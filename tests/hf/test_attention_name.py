@@ -27,7 +27,7 @@ FULL = {"budget": 4096, "page_size": 4, "dense_layers": 0}
 VERDICTS = {
     # Both branches reach the attention interface, with the queries that are asked for.
     "asks: slices the queries of layers that share keys": "gemma4 gemma4_unified",
-    # Such a layer's cache is no DynamicLayer, or its keys are latent: it stays transformers' own.
+    # Such a layer's cache is no DynamicLayer: it stays transformers' own.
     "asks: adds the tokens that its indexer has chosen to the mask": "axk2 deepseek_v32 dots3_note glm5_next "
     "glm_moe_dsa hy_v4 hy_v4_vl minimax_m3_vl mistral_large4",
     # gpt2 with reorder_and_upcast_attn, eager: the layer's tags never arrive, and it stays dense.

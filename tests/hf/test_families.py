@@ -99,7 +99,7 @@ def test_a_small_budget_reads_the_pages_quest_would(
     assert patch.stats.share < 1
 
 
-TRANSFORMED = {"deepseek_v3": "latent attention", "diffllama": "differential attention"}
+TRANSFORMED = {"diffllama": "differential attention"}
 
 
 @pytest.mark.parametrize("lengths", [(40,), PADDED], ids=["single", "padded"])
@@ -107,7 +107,7 @@ TRANSFORMED = {"deepseek_v3": "latent attention", "diffllama": "differential att
 def test_layers_that_transform_their_keys_run_dense_and_say_so(
     family, reason, lengths, tiny, prompt, decode, assert_same
 ) -> None:
-    """Latent or differential attention changes keys or values after the cache: known before the first token."""
+    """Differential attention changes values after the cache: known before the first token."""
     model, inputs = tiny(family), prompt(*lengths)
     unpatched = decode(model, inputs)
     with pytest.warns(UserWarning, match=f"decodes as densely as it does unpatched: {reason}") as warned:
@@ -125,7 +125,7 @@ def test_layers_that_nobody_knew_to_transform_their_keys_are_noticed_at_their_fi
     tiny, prompt, decode, assert_same, monkeypatch
 ) -> None:
     monkeypatch.setattr(layer_kinds, "_reason_for_all", lambda text: None)
-    model = tiny("deepseek_v3")
+    model = tiny("diffllama")
     unpatched = decode(model, prompt(40))
     with sparsekv.patch(model, budget=16, page_size=4, sinks=2, recent=4, dense_layers=0) as patch:
         with pytest.warns(

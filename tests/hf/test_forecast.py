@@ -38,7 +38,8 @@ def test_it_says_what_the_patch_says(tiny, family, settings) -> None:
         ("llama", {"dense_layers": 4}, "sparse"),
         ("llama", {"policy": "all", "dense_layers": 0}, "dense"),
         ("gemma2", {}, "some"),
-        ("deepseek_v3", {}, "dense"),
+        ("deepseek_v3", {}, "sparse"),
+        ("diffllama", {}, "dense"),
         ("doge", {}, "refused"),
     ],
 )

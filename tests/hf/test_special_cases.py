@@ -17,6 +17,7 @@ import sparsekv
 from sparsekv import PagedCache
 from sparsekv.errors import CacheFullError, CacheStateError
 from sparsekv.hf.support import CACHE
+from tools.tiny_models import smallest
 
 NEW = 8  # tokens that `decode` generates
 FULL = {"budget": 4096, "page_size": 4}
@@ -346,3 +347,20 @@ def test_a_used_cache_in_a_model_that_is_no_longer_patched_is_refused(num_layers
         model(**prompt(40), past_key_values=cache)
     with pytest.raises(CacheStateError, match=r"Layer 0 of this cache lives in pages.*to_dynamic"):
         model(prompt(40)["input_ids"][:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 7}, {"num_beams": 2}], ids=str)
+def test_values_narrower_than_keys(settings, prompt, decode, assert_same, naive_sparse) -> None:
+    """In layers that choose their pages, and in windows."""
+    model, inputs, small = smallest("mimo_v2_flash"), prompt(40, 33, 3), SMALL | {"dense_layers": ()}
+    inputs["input_ids"] %= model.config.vocab_size
+    assert model.config.head_dim > model.config.v_head_dim
+    unpatched = decode(model, inputs, **settings)
+    with sparsekv.patch(model, **FULL):
+        patched = decode(model, inputs, **settings)
+    assert_same(patched, unpatched)
+    assert [tuple(x.shape[3] for x in layer.content()) for layer in patched.past_key_values.layers] == [(16, 8)] * 4
+    with sparsekv.patch(model, **small):
+        patched = decode(model, inputs, **settings)
+    naive_sparse(model, **small)
+    assert_same(patched, decode(model, inputs, **settings))

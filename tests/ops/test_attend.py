@@ -164,3 +164,21 @@ def test_nan_in_a_real_token_is_not_hidden(what: str) -> None:
     spoiled = query if what == "query" else pages.kv_pool[pages.block_table[0, 1], 0 if what == "key" else 1]
     spoiled[..., 0] = NAN
     assert bool(attend(query, pages, None, 0.25)[0].isnan().any())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_are_the_values_too(dtype: torch.dtype, device: str) -> None:
+    """Pages of one half: a new token is written there and attended to as in pages that hold it twice."""
+    pages = random_pages([1, 33, 48, 64], 1, 64, 16, dtype).to(device)
+    both = pages.kv_pool[:, :1].repeat(1, 2, 1, 1, 1)
+    one = both[:, :1].contiguous()
+    query, key = torch.randn(4, 8, 64).to(device, dtype), torch.randn(4, 1, 1, 64).to(device, dtype)
+    where, slots = (pages.block_table, pages.seq_lens), random_slots(pages, 2).to(device)
+    for pool in (one, both):
+        torch.ops.sparsekv.append_kv(key, key, None, *where, pool, [], [], "minmax")
+    assert torch.equal(one[:, 0].nan_to_num(), both[:, 1].nan_to_num())
+    for found, expected in zip(
+        ATTEND(query, one, *where, slots, 0.1), reference.attend_pages(query, both, *where, slots, 0.1), strict=True
+    ):
+        torch.testing.assert_close(found, expected)

@@ -493,6 +493,33 @@ def test_sliding_windows_are_captured(family, lengths, model, ids) -> None:
         assert patch.stats.as_dict() == counted
 
 
+@pytest.mark.parametrize("digest", ["minmax", "sign_sketch"])
+@pytest.mark.parametrize("lengths", [(300,), (20,), (300, 41)], ids=str)
+def test_latents_are_captured(lengths, digest, model, ids) -> None:
+    """No kernel serves heads of so many channels, or so many of them: plain torch, and a kernel that selects."""
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    made, inputs = model("deepseek_v3", **sizes, head_dim=64), ids(*lengths)
+    with sparsekv.patch(made, **SETTINGS, digest=digest) as patch:
+        captured, counted = tokens(made, inputs), patch.stats.as_dict()
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs))
+        assert patch.decoder.refusal is None
+        assert patch.decoder.replays > 30
+        assert patch.stats.as_dict() == counted
+    assert all(status.is_paged for status in patch.layers)
+
+
+def test_latents_that_are_all_read_are_the_unpatched_model(model, ids, decode, distance) -> None:
+    """To rounding; captured from the third step on."""
+    made, inputs = model("deepseek_v3", torch.float32, head_dim=8), ids(300, 41)
+    unpatched = decode(made, inputs)
+    with sparsekv.patch(made, **SETTINGS | {"budget": 4096}) as patch:
+        patched = decode(made, inputs)
+    assert patch.decoder.replays > 0
+    assert torch.equal(patched.sequences, unpatched.sequences)
+    assert distance(patched, unpatched) < 1e-2
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_in_and_out_of_inference_mode(context, model, ids) -> None:
     made, inputs = model(), ids(300)
