@@ -194,20 +194,20 @@ __device__ inline void load_shared(u32 (&words)[N], u32 from) {
     }
 }
 
-// 4, 8 or 16 bytes from memory to shared memory, if they exist, that nobody waits for until wait_for_copies. There is
-// no branch, and the offsets, in bytes, are part of the instruction.
+// 4, 8 or 16 bytes from memory to shared memory, if `exists` is not 0, that nobody waits for until wait_for_copies.
+// There is no branch, and the offsets, in bytes, are part of the instruction.
 template <int BYTES, int TO = 0, int FROM = 0>
-__device__ inline void copy_async_if(bool exists, u32 to, const void* from) {
+__device__ inline void copy_async_if(u32 exists, u32 to, const void* from) {
     if constexpr (BYTES == 16)  // such are kept out of L1
         asm volatile(
             "{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1 + %3], [%2 + %4], 16; }" ::"r"(
-                int(exists)),
+                exists),
             "r"(to), "l"(from), "n"(TO), "n"(FROM)
             : "memory");
     else
         asm volatile(
             "{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.ca.shared.global [%1 + %3], [%2 + %4], %5; }" ::"r"(
-                int(exists)),
+                exists),
             "r"(to), "l"(from), "n"(TO), "n"(FROM), "n"(BYTES)
             : "memory");
 }

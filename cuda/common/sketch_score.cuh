@@ -104,7 +104,8 @@ struct SketchScorer {
 
     // Pages lane / 4 and lane / 4 + 8, whose blocks are asked for, and the one whose factors this lane copies: the
     // first parts of this lane. And which of them are there.
-    u32 there;
+    static constexpr u32 LOW = 1, HIGH = 2;
+    u32 there, whose_factors;
     const char *low, *high, *factors;
     u32 coming;  // the block that is asked for next
 
@@ -112,7 +113,7 @@ struct SketchScorer {
     float half[TILES], unit[TILES];  // of this lane's heads
     const char* records;             // this lane's first part of page 0
     u32 factors_from;                // from there to its part of the factors
-    const u32 stride;                // bytes from page to page
+    int stride;                      // bytes from page to page
     const float* const flips;        // of this head
     const int page_shift;
     const float scaling;
@@ -132,8 +133,10 @@ struct SketchScorer {
         factors_to = factors_at + q / FACTOR_PARTS * 8 * 2 * TOKENS + part;
         records = tensors.records + head * record.bytes + q * 16;
         factors_from = record.factors + part - q * 16;
+        whose_factors = q < FACTOR_PARTS ? LOW : q < 2 * FACTOR_PARTS ? HIGH : 0;
         keep_in_register(codes_to), keep_in_register(codes_at), keep_in_register(factors_at);
         keep_in_register(factors_to), keep_in_register(records), keep_in_register(factors_from);
+        keep_in_register(whose_factors);
     }
 
     // The query head that this lane's scores[tile][i] and scores[tile][2 + i] belong to.
@@ -177,19 +180,17 @@ struct SketchScorer {
     // Nothing is asked for where there is no page: many warps would ask for the same at once.
     __device__ void aim(int low_id, int high_id) {
         const int row = lane_id() / 4, q = lane_id() % 4;
-        const bool has_low = low_id >= 0, has_high = high_id >= 0;
-        low = records + u64(u32(low_id)) * stride;
-        high = records + u64(u32(high_id)) * stride;
-        factors = (q < FACTOR_PARTS ? low : high) + factors_from;
-        there = has_low * LOW | has_high * HIGH |
-                (q < 2 * FACTOR_PARTS && (q < FACTOR_PARTS ? has_low : has_high)) * FACTORS_TOO;
+        low = records + i64(low_id) * stride, high = records + i64(high_id) * stride;
+        keep_in_register(low), keep_in_register(high);
+        factors = (whose_factors == HIGH ? high : low) + factors_from;
+        there = u32(~low_id) >> 31 | u32(~high_id) >> 31 << 1;
         coming = 0;
         constexpr int MEAN = MeanLayout<D>::BYTES;
         const u32 mean_to = own_room() + MEANS_AT + row * MEAN + q * 16, unit_to = own_room() + UNITS_AT + row * 4;
-        copy_async_if<16>(q < MEAN_WORDS && has_low, mean_to, low);
-        copy_async_if<16, 8 * MEAN>(q < MEAN_WORDS && has_high, mean_to, high);
-        copy_async_if<4, 0, MEAN>(q == 0 && has_low, unit_to, low);
-        copy_async_if<4, 8 * 4, MEAN>(q == 0 && has_high, unit_to, high);
+        copy_async_if<16>(q < MEAN_WORDS && low_id >= 0, mean_to, low);
+        copy_async_if<16, 8 * MEAN>(q < MEAN_WORDS && high_id >= 0, mean_to, high);
+        copy_async_if<4, 0, MEAN>(q == 0 && low_id >= 0, unit_to, low);
+        copy_async_if<4, 8 * 4, MEAN>(q == 0 && high_id >= 0, unit_to, high);
     }
 
     __device__ void load_first() {
@@ -226,7 +227,6 @@ struct SketchScorer {
 
   private:
     using Products = int[HEAD_TILES][4];
-    static constexpr u32 LOW = 1, HIGH = 2, FACTORS_TOO = 4;
 
     __device__ u32 own_room() const { return factors_at - FACTORS_AT - lane_id() / 4 * (2 * TOKENS); }
 
@@ -238,7 +238,7 @@ struct SketchScorer {
             copy_async_if<16, PART, FROM>(there & LOW, codes_to + to, low + from);
             copy_async_if<16, 8 * PITCH + PART, FROM>(there & HIGH, codes_to + to, high + from);
         });
-        copy_async_if<FACTORS>(there & FACTORS_TOO, factors_to + to, factors + from / Layout::BLOCK * (2 * TOKENS));
+        copy_async_if<FACTORS>(there & whose_factors, factors_to + to, factors + from / Layout::BLOCK * (2 * TOKENS));
         commit_copies();
     }
 
