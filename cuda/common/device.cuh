@@ -172,26 +172,32 @@ __device__ inline u32 load4(const void* p) {
 __device__ inline u32 shared_address(const void* shared) {
     return static_cast<u32>(__cvta_generic_to_shared(shared));
 }
-// N words, which lie on a multiple of 16 bytes, or of all they are.
+// N words, which lie on a multiple of 16 bytes, of 8 or of 4, as N does.
 template <int OFFSET, int N>
 __device__ inline void load_shared(u32 (&words)[N], u32 from) {
-    if constexpr (N % 4 == 0) {
+    if constexpr (N % 4 == 0)
         unrolled<N / 4>([&](auto i) {
+            u32* const to = words + 4 * i.value;
             asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
-                         : "=r"(words[4 * i.value]), "=r"(words[4 * i.value + 1]), "=r"(words[4 * i.value + 2]),
-                           "=r"(words[4 * i.value + 3])
+                         : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                          : "r"(from), "n"(OFFSET + 16 * i.value)
                          : "memory");
         });
-    } else if constexpr (N == 2) {
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];"
-                     : "=r"(words[0]), "=r"(words[1])
-                     : "r"(from), "n"(OFFSET)
-                     : "memory");
-    } else {
-        static_assert(N == 1);
-        asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(words[0]) : "r"(from), "n"(OFFSET) : "memory");
-    }
+    else if constexpr (N % 2 == 0)
+        unrolled<N / 2>([&](auto i) {
+            u32* const to = words + 2 * i.value;
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];"
+                         : "=r"(to[0]), "=r"(to[1])
+                         : "r"(from), "n"(OFFSET + 8 * i.value)
+                         : "memory");
+        });
+    else
+        unrolled<N>([&](auto i) {
+            asm volatile("ld.shared.u32 %0, [%1 + %2];"
+                         : "=r"(words[i.value])
+                         : "r"(from), "n"(OFFSET + 4 * i.value)
+                         : "memory");
+        });
 }
 
 // 4, 8 or 16 bytes from memory to shared memory, if `exists` is not 0, that nobody waits for until wait_for_copies.

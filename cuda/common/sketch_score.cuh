@@ -82,7 +82,9 @@ struct SketchScorer {
     using Layout = SketchLayout<D, BITS>;
     using Query = SketchQuery<D, BITS>;
     static constexpr int N = Query::N, TILES = MAX_HEADS / 4, STAGED = HEAD_TILES * Query::WORDS;
-    static constexpr int TOKENS = Layout::TOKENS, SHARE_WORDS = Layout::SHARE / 4;
+    static constexpr int TOKENS = Layout::TOKENS,
+                         AT_ONCE = TOKENS < 8 ? TOKENS : 8;  // of a block, and those for which there are registers
+    static constexpr int PART = Layout::SHARE * AT_ONCE / TOKENS;  // a lane's bytes of so many
     static constexpr int MEAN_WORDS = MeanLayout<D>::WORDS;
     static constexpr int AHEAD = TOKENS < TILE ? 2 : 1;  // blocks that are under way; a page has no fewer
     // From page to page in shared memory, so that lanes meet no other's banks.
@@ -213,7 +215,8 @@ struct SketchScorer {
             }
             if (block + AHEAD == blocks) next();
             load_block(before);
-            add_block(sums, firsts, block == 0);
+#pragma unroll 1
+            for (int part = 0; part < TOKENS / AT_ONCE; ++part) add_tokens(sums, firsts, part, block + part == 0);
             const u32 after = AHEAD == 1 ? before : 3 * SLOT - slot - before;
             before = slot, slot = after;
         }
@@ -258,11 +261,13 @@ struct SketchScorer {
             logits[i / 2][i % 2] = factors[i % 2] * sum_of<MEAN_BITS>(products, i / 2, i % 2);
     }
 
-    __device__ void add_block(float (&sums)[TILES][2], float (&firsts)[TILES][2], bool is_first) const {
-        u32 low[SHARE_WORDS], high[SHARE_WORDS], low_factors[TOKENS / 2], high_factors[TOKENS / 2];
-        load_shared<0>(low, codes_at + slot), load_shared<8 * PITCH>(high, codes_at + slot);
-        load_shared<0>(low_factors, factors_at + slot), load_shared<16 * TOKENS>(high_factors, factors_at + slot);
-        unrolled<TOKENS>([&](auto token) {
+    // Tokens of the block at hand, so many at once.
+    __device__ void add_tokens(float (&sums)[TILES][2], float (&firsts)[TILES][2], int part, bool is_first) const {
+        u32 low[PART / 4], high[PART / 4], low_factors[AT_ONCE / 2], high_factors[AT_ONCE / 2];
+        const u32 codes = codes_at + slot + part * PART, factors_of = factors_at + slot + part * (2 * AT_ONCE);
+        load_shared<0>(low, codes), load_shared<8 * PITCH>(high, codes);
+        load_shared<0>(low_factors, factors_of), load_shared<16 * TOKENS>(high_factors, factors_of);
+        unrolled<AT_ONCE>([&](auto token) {
             constexpr int TOKEN = token.value;
             const float factors[2] = {half_of<TOKEN % 2>(low_factors[TOKEN / 2]),
                                       half_of<TOKEN % 2>(high_factors[TOKEN / 2])};
