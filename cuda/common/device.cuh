@@ -206,15 +206,17 @@ template <int BYTES, int TO = 0, int FROM = 0>
 __device__ inline void copy_async_if(u32 exists, u32 to, const void* from) {
     if constexpr (BYTES == 16)  // such are kept out of L1
         asm volatile(
-            "{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1 + %3], [%2 + %4], 16; }" ::"r"(
-                exists),
-            "r"(to), "l"(from), "n"(TO), "n"(FROM)
+            "{ .reg .pred there; setp.ne.u32 there, %0, 0;"
+            " @there cp.async.cg.shared.global [%1 + %3], [%2 + %4], %5; }"
+            :
+            : "r"(exists), "r"(to), "l"(from), "n"(TO), "n"(FROM), "n"(BYTES)
             : "memory");
     else
         asm volatile(
-            "{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.ca.shared.global [%1 + %3], [%2 + %4], %5; }" ::"r"(
-                exists),
-            "r"(to), "l"(from), "n"(TO), "n"(FROM), "n"(BYTES)
+            "{ .reg .pred there; setp.ne.u32 there, %0, 0;"
+            " @there cp.async.ca.shared.global [%1 + %3], [%2 + %4], %5; }"
+            :
+            : "r"(exists), "r"(to), "l"(from), "n"(TO), "n"(FROM), "n"(BYTES)
             : "memory");
 }
 template <int BYTES>

@@ -83,8 +83,8 @@ struct SketchScorer {
     using Query = SketchQuery<D, BITS>;
     static constexpr int N = Query::N, TILES = MAX_HEADS / 4, STAGED = HEAD_TILES * Query::WORDS;
     static constexpr int TOKENS = Layout::TOKENS,
-                         AT_ONCE = TOKENS < 8 ? TOKENS : 8;  // of a block, and those for which there are registers
-    static constexpr int PART = Layout::SHARE * AT_ONCE / TOKENS;  // a lane's bytes of so many
+                         AT_ONCE = TOKENS < 8 ? TOKENS : 8;        // for more, registers are too few
+    static constexpr int PART = Layout::SHARE * AT_ONCE / TOKENS;  // bytes that a lane has of so many
     static constexpr int MEAN_WORDS = MeanLayout<D>::WORDS;
     static constexpr int AHEAD = TOKENS < TILE ? 2 : 1;  // blocks that are under way; a page has no fewer
     // From page to page in shared memory, so that lanes meet no other's banks.
@@ -104,8 +104,8 @@ struct SketchScorer {
     u32 codes_to, factors_to, codes_at, factors_at;
     u32 slot = 0, before = AHEAD * SLOT;
 
-    // Pages lane / 4 and lane / 4 + 8, whose blocks are asked for, and the one whose factors this lane copies: the
-    // first parts of this lane. And which of them are there.
+    // Pages lane / 4 and lane / 4 + 8, whose blocks are asked for: which of the two are there, whose factors this
+    // lane copies, and where its first parts lie.
     static constexpr u32 LOW = 1, HIGH = 2;
     u32 there, whose_factors;
     const char *low, *high, *factors;
@@ -261,24 +261,39 @@ struct SketchScorer {
             logits[i / 2][i % 2] = factors[i % 2] * sum_of<MEAN_BITS>(products, i / 2, i % 2);
     }
 
-    // Tokens of the block at hand, so many at once.
+    using Words = u32[2][PART / 4];
+    using Factors = u32[2][AT_ONCE / 2];
+
+    // Tokens of the block at hand, so many at once. Those that are missing have NaN for a factor, and are a page's
+    // last: few pages need the instructions that guard against them.
     __device__ void add_tokens(float (&sums)[TILES][2], float (&firsts)[TILES][2], int part, bool is_first) const {
-        u32 low[PART / 4], high[PART / 4], low_factors[AT_ONCE / 2], high_factors[AT_ONCE / 2];
-        const u32 codes = codes_at + slot + part * PART, factors_of = factors_at + slot + part * (2 * AT_ONCE);
-        load_shared<0>(low, codes), load_shared<8 * PITCH>(high, codes);
-        load_shared<0>(low_factors, factors_of), load_shared<16 * TOKENS>(high_factors, factors_of);
+        Words words;
+        Factors factors;
+        const u32 factors_of = factors_at + slot + part * (2 * AT_ONCE), codes = codes_at + slot + part * PART;
+        load_shared<0>(factors[0], factors_of), load_shared<16 * TOKENS>(factors[1], factors_of);
+        load_shared<0>(words[0], codes), load_shared<8 * PITCH>(words[1], codes);
+        const bool missing = max(factors[0][AT_ONCE / 2 - 1], factors[1][AT_ONCE / 2 - 1]) > 0x7C00FFFF;
+        if (__any_sync(ALL_LANES, missing))
+            add<true>(sums, firsts, is_first, words, factors);
+        else
+            add<false>(sums, firsts, is_first, words, factors);
+    }
+    template <bool GUARDED>
+    __device__ void add(float (&sums)[TILES][2], float (&firsts)[TILES][2], bool is_first, const Words& words,
+                        const Factors& pairs) const {
         unrolled<AT_ONCE>([&](auto token) {
             constexpr int TOKEN = token.value;
-            const float factors[2] = {half_of<TOKEN % 2>(low_factors[TOKEN / 2]),
-                                      half_of<TOKEN % 2>(high_factors[TOKEN / 2])};
+            const float factors[2] = {half_of<TOKEN % 2>(pairs[0][TOKEN / 2]),
+                                      half_of<TOKEN % 2>(pairs[1][TOKEN / 2])};
             Products products;
-            multiply<TOKEN * Layout::REGISTERS, BITS>(products, low, high);
+            multiply<TOKEN * Layout::REGISTERS, BITS>(products, words[0], words[1]);
 #pragma unroll
             for (int i = 0; i < TILES * 2; ++i) {
                 float &sum = sums[i / 2][i % 2], &first = firsts[i / 2][i % 2];
                 const float factor = factors[i % 2], x = sum_of<BITS>(products, i / 2, i % 2);
                 if (TOKEN == 0 && is_first) first = fminf(factor * x, -LOWEST);
-                sum += fmaxf(exp2_fast(fmaf(factor, x, -first)), 0.f);  // NaN, if there is no token: 0
+                const float e = exp2_fast(fmaf(factor, x, -first));
+                sum += GUARDED ? fmaxf(e, 0.f) : e;
             }
         });
     }
