@@ -27,7 +27,7 @@ struct WarpShare {
 template <typename Scorer, int HEAD_TILES, typename Take>
 __device__ void score_tiles(Scorer& scorer, const WarpShare& share, const u16* query /* [group, d] */, int group,
                             const int* table, int count, int max_pages, Take take) {
-    TileIds ids(table, min(count, max_pages), share.first * TILE, share.stride * TILE);
+    TileIds ids(table, count, max_pages, share.first * TILE, share.stride * TILE);
     scorer.stage(share.query, query, group, share.warp_of_head, share.warps, [&] {
         ids.aim(scorer);
         if (share.first * TILE < count) scorer.load_first();

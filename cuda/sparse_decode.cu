@@ -102,7 +102,7 @@ __device__ void score_own_pages(const StepParams& p, const Pages& pages, const S
                                 float* kept, const u16* query, const Forced& forced, Meanwhile meanwhile) {
     const int count = pages.count(), stride = cluster_size() * num_warps();
     const int first = cluster_rank() * num_warps() + warp_id();
-    TileIds ids(pages.block_table, min(count, p.max_pages), first * TILE, stride * TILE);
+    TileIds ids(pages.block_table, count, p.max_pages, first * TILE, stride * TILE);
     Scorer scorer(p.digests, pages.num_kv_heads, pages.kv_head, pages.page_shift, p.scaling, room.scorer);
     scorer.stage(room.score_query, query, p.group, warp_id(), num_warps(), [&] {
         ids.aim(scorer);

@@ -8,7 +8,6 @@
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
-using u64 = unsigned long long;
 
 constexpr int WARP = 32;
 constexpr u32 ALL_LANES = 0xFFFFFFFFu;
@@ -39,31 +38,10 @@ __device__ inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;
 }
-__device__ inline float log2_fast(float x) {
-    asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-}
 __device__ inline float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;
 }
-
-// f(Index<0>), ..., f(Index<N - 1>): a loop whose index is a constant.
-template <int I>
-struct Index {
-    static constexpr int value = I;
-};
-template <int N, int I = 0, typename F>
-__device__ inline void unrolled(F f) {
-    if constexpr (I < N) {
-        f(Index<I>{});
-        unrolled<N, I + 1>(f);
-    }
-}
-
-// The compiler keeps x, which does not change, and does not make it again where it is used.
-__device__ inline void keep_in_register(u32& x) { asm volatile("" : "+r"(x)); }
-__device__ inline void keep_in_register(const char*& x) { asm volatile("" : "+l"(x)); }
 
 // ---- element types: 16-bit floats, two to a 32-bit word
 
@@ -168,60 +146,14 @@ __device__ inline u32 load4(const void* p) {
     return v;
 }
 
-// In shared memory an address has 32 bits, and so has arithmetic with it.
-__device__ inline u32 shared_address(const void* shared) {
-    return static_cast<u32>(__cvta_generic_to_shared(shared));
-}
-// N words, which lie on a multiple of 16 bytes, of 8 or of 4, as N does.
-template <int OFFSET, int N>
-__device__ inline void load_shared(u32 (&words)[N], u32 from) {
-    if constexpr (N % 4 == 0)
-        unrolled<N / 4>([&](auto i) {
-            u32* const to = words + 4 * i.value;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
-                         : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                         : "r"(from), "n"(OFFSET + 16 * i.value)
-                         : "memory");
-        });
-    else if constexpr (N % 2 == 0)
-        unrolled<N / 2>([&](auto i) {
-            u32* const to = words + 2 * i.value;
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];"
-                         : "=r"(to[0]), "=r"(to[1])
-                         : "r"(from), "n"(OFFSET + 8 * i.value)
-                         : "memory");
-        });
-    else
-        unrolled<N>([&](auto i) {
-            asm volatile("ld.shared.u32 %0, [%1 + %2];"
-                         : "=r"(words[i.value])
-                         : "r"(from), "n"(OFFSET + 4 * i.value)
-                         : "memory");
-        });
-}
-
-// 4, 8 or 16 bytes from memory to shared memory, if `exists` is not 0, that nobody waits for until wait_for_copies.
-// There is no branch, and the offsets, in bytes, are part of the instruction.
-template <int BYTES, int TO = 0, int FROM = 0>
-__device__ inline void copy_async_if(u32 exists, u32 to, const void* from) {
-    if constexpr (BYTES == 16)  // such are kept out of L1
-        asm volatile(
-            "{ .reg .pred there; setp.ne.u32 there, %0, 0;"
-            " @there cp.async.cg.shared.global [%1 + %3], [%2 + %4], %5; }"
-            :
-            : "r"(exists), "r"(to), "l"(from), "n"(TO), "n"(FROM), "n"(BYTES)
-            : "memory");
-    else
-        asm volatile(
-            "{ .reg .pred there; setp.ne.u32 there, %0, 0;"
-            " @there cp.async.ca.shared.global [%1 + %3], [%2 + %4], %5; }"
-            :
-            : "r"(exists), "r"(to), "l"(from), "n"(TO), "n"(FROM), "n"(BYTES)
-            : "memory");
-}
+// 4, 8 or 16 bytes from memory to shared memory that nobody waits for until wait_for_copies.
 template <int BYTES>
 __device__ inline void copy_async(void* shared, const void* global) {
-    copy_async_if<BYTES>(true, shared_address(shared), global);
+    const u32 to = static_cast<u32>(__cvta_generic_to_shared(shared));
+    if constexpr (BYTES == 16)  // such are kept out of L1
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
 }
 // What this thread has asked for since it last did so is a group. It waits for all but its last PENDING groups.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -230,6 +162,19 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// f(Index<0>), ..., f(Index<N - 1>): a loop whose index is a constant.
+template <int I>
+struct Index {
+    static constexpr int value = I;
+};
+template <int N, int I = 0, typename F>
+__device__ inline void unrolled(F f) {
+    if constexpr (I < N) {
+        f(Index<I>{});
+        unrolled<N, I + 1>(f);
+    }
+}
 
 // ---- clusters: CTAs that run together and can reach one another's shared memory (sm_90 and later; else of one)
 

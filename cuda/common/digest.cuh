@@ -77,24 +77,27 @@ struct KeySums {
 };
 
 // The ids of pages, tile by tile. A lane loads from two, slots lane / 4 and lane / 4 + 8. They are read a tile ahead,
-// so that no load of a digest waits for one of the table. Entries past the end are not read.
+// so that no load of a digest waits for one of the table.
 struct TileIds {
-    const int* entry;         // of the first of its two slots, in the tile that is aimed at next
-    int left, step;           // pages from there on, slots from tile to tile
-    int low = -1, high = -1;  // the ids of its two pages
+    const int* table;       // [max_pages]
+    int count, last, step;  // pages that exist, the table's last entry, slots from tile to tile
+    int tile;               // the first slot of the tile that is aimed at next
+    int low, high;          // the ids of its two pages
 
-    __device__ TileIds(const int* table /* [max_pages] */, int count, int first, int step)
-        : entry(table + first + lane_id() / 4), left(count - first - lane_id() / 4), step(step) {
+    __device__ TileIds(const int* table, int count, int max_pages, int first, int step)
+        : table(table), count(count), last(max_pages - 1), step(step), tile(first) {
         read();
     }
     __device__ void read() {
-        low = left > 0 ? entry[0] : -1;
-        high = left > 8 ? entry[8] : -1;
+        const int slot = tile + lane_id() / 4;
+        low = table[min(slot, last)];
+        high = table[min(slot + 8, last)];
     }
     template <typename Scorer>
     __device__ void aim(Scorer& scorer) {
-        scorer.aim(low, high);
-        entry += step, left -= step;
+        const int slot = tile + lane_id() / 4;
+        scorer.aim(slot < count ? low : -1, slot + 8 < count ? high : -1);  // entries past the end may be anything
+        tile += step;
         read();
     }
 };

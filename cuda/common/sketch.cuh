@@ -105,15 +105,16 @@ struct MeanLayout {
     static constexpr int WORDS = (D + 63) / 64, BYTES = 16 * WORDS;  // of a lane, one after the other; of all four
 };
 
-// Where the parts of a page's record lie, in bytes: the mean comes first, then its unit. Codes begin with a sector,
-// and the record is a number of whole ones.
+// Where the parts of a page's record lie, in bytes: the codes come first. It is a number of whole sectors.
 template <int D, int BITS>
 struct SketchRecord {
-    static constexpr int UNIT = MeanLayout<D>::BYTES, CODES = (UNIT / 32 + 1) * 32;
-    int factors, bytes;
+    i64 factors, mean, unit, bytes;
 
     __device__ explicit SketchRecord(int page_size)
-        : factors(CODES + page_size * (BITS * D / 8)), bytes(factors + page_size * 2) {}
+        : factors(page_size * (BITS * D / 8)),
+          mean(factors + page_size * 2),
+          unit(mean + MeanLayout<D>::BYTES),
+          bytes((unit + 4 + 31) / 32 * 32) {}
 };
 
 // The code of a vector x. Lane l has channels l, l + 32, ...
@@ -189,9 +190,9 @@ struct SketchSummary : KeySums<T, D> {
         if (part == 0) {
             u32 words[MeanLayout<D>::WORDS] = {};
             code.template add_to<0>(words, lane_id() % 4);
-            store_words(record + lane_id() % 4 * sizeof(words), words);
-            if (lane_id() * 4 < layout.CODES - layout.UNIT)
-                reinterpret_cast<float*>(record + layout.UNIT)[lane_id()] = lane_id() ? 0.f : unit;
+            store_words(record + layout.mean + lane_id() % 4 * sizeof(words), words);
+            if (lane_id() < 8 && layout.unit + lane_id() * 4 < layout.bytes)
+                reinterpret_cast<float*>(record + layout.unit)[lane_id()] = lane_id() ? 0.f : unit;
             for (int token = count + lane_id(); token < page_size; token += WARP)
                 factors[token] = 0x7FFF;  // NaN: none
         }
@@ -210,7 +211,7 @@ struct SketchSummary : KeySums<T, D> {
                 code.template add_to<i.value * Layout::REGISTERS>(words, lane_id() % 4);
                 if (lane_id() == 0 && token < count) factors[token] = fp16::pack(code.factor(), 0.f);
             });
-            store_words(record + layout.CODES + Layout::place(first, lane_id() % 4), words);
+            store_words(record + Layout::place(first, lane_id() % 4), words);
         }
     }
 

@@ -3,10 +3,10 @@
 Source: the estimator of Gao and Long, "RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound
 for Approximate Nearest Neighbor Search" (SIGMOD 2024), section 3, applied to keys. The keys of a page are rotated at
 random and centred about their own mean m; of what is left of a key the signs s and one factor f are kept, and q.k is
-estimated by <Rq, m> + f <Rq, s>. As there (section 3.3), Rq is rounded to whole numbers, up to 120, so that a kernel
-can multiply bytes; some channels in steps of two, four or eight, whose bits a kernel then need not shift. A page
-scores the log-sum-exp of its tokens' logits, the mass that attention has for it: several good tokens are worth more
-than one.
+estimated by <Rq, m> + f <Rq, s>. As there (section 3.3), Rq is rounded to whole numbers, up to 124, so that a kernel
+can multiply bytes; every other channel in steps of two, or of four at two bits, whose bits a kernel then need not
+shift. A page scores the log-sum-exp of its tokens' logits, the mass that attention has for it: several good tokens
+are worth more than one.
 
 The mean is the page's, not the prompt's or the head's: what is kept of a page depends on nothing but its keys, and
 rotary embeddings turn what the keys of a head have in common with their place, so that a page's own know it best. It
@@ -36,7 +36,7 @@ from sparsekv.errors import ConfigError
 
 ROTATION_SEED = 0
 ROUNDS = 2  # of flips and a transform
-QUERY_LIMIT = 120  # the largest whole number of a rotated query: of a byte, and a multiple of every step
+QUERY_LIMIT = 124  # the largest whole number of a rotated query: of a byte, and a multiple of every step
 MEAN_BITS = 2  # per channel of a page's mean
 LANES = 4  # threads of a kernel that share a token: each reads its part of the channels of several tokens at once
 LANE_BYTES = 32  # what a lane reads of a page in one go
@@ -69,36 +69,38 @@ class Sketched(NamedTuple):
     """What is kept of pages, as parts of their records, in this order.
 
     Attributes:
-        mean: as the codes of a page of one token.
-        unit: `[..., 1]` float32, the mean's factor; more bytes are reserved for it, so that the codes begin with a
-            sector.
         codes: `[..., p / tokens, parts, words, 4]` uint8. A token's bits lie in up to four parts, as four threads of
             a kernel read them, and the parts of several tokens side by side, as `_packed` packs them.
         factor: `[..., p]`, in half precision in the record; NaN for no token.
+        mean: as the codes of a page of one token.
+        unit: `[..., 1]` float32, the mean's factor; more bytes are reserved for it, so that a record is one of whole
+            sectors.
     """
 
-    mean: Tensor
-    unit: Tensor
     codes: Tensor
     factor: Tensor
+    mean: Tensor
+    unit: Tensor
 
     @classmethod
     def of(cls, records: Tensor, head_dim: int, bits: int) -> Sketched:
         """The parts of records `[..., bytes]`."""
         page_size = _page_size(records.shape[-1], head_dim, bits)
-        mean, unit, codes, factor = records.split(_sizes(page_size, head_dim, bits), dim=-1)
+        codes, factor, mean, unit = records.split(_sizes(page_size, head_dim, bits), dim=-1)
+        layouts = _layout(page_size, head_dim, bits), _layout(1, head_dim, MEAN_BITS)
         return cls(
-            mean.unflatten(-1, _layout(1, head_dim, MEAN_BITS)),
-            unit[..., :4].contiguous().view(torch.float32),
-            codes.unflatten(-1, _layout(page_size, head_dim, bits)),
+            codes.unflatten(-1, layouts[0]),
             factor.contiguous().view(torch.float16).float(),
+            mean.unflatten(-1, layouts[1]),
+            unit[..., :4].contiguous().view(torch.float32),
         )
 
     def record(self) -> Tensor:
         """One tensor `[..., bytes]` uint8."""
-        mean, codes, factor = self.mean.flatten(-4), self.codes.flatten(-4), self.factor.to(torch.float16)
-        unit = F.pad(self.unit.float().view(torch.uint8), (0, SECTOR - mean.shape[-1] % SECTOR - 4))
-        return torch.cat([mean, unit, codes, factor.view(torch.uint8)], dim=-1)
+        factor, unit = self.factor.to(torch.float16), self.unit.float()
+        mean = self.mean.flatten(-4)
+        rest = F.pad(unit.view(torch.uint8), (0, SECTOR - mean.shape[-1] % SECTOR - 4))
+        return torch.cat([self.codes.flatten(-4), factor.view(torch.uint8), mean, rest], dim=-1)
 
 
 @register("sign_sketch")
@@ -119,9 +121,8 @@ class SignSketch(Digest):
 
     # 1 had a rotation by QR decomposition and did not round the query; 2 centred all keys on the mean of the first
     # prompt's, and left q.mean out; 3 had means in bytes, and a page scored its best token; 4 had a field for each of
-    # what is a record now, other bits, and queries up to 40; 5 rounded every other channel of a query to twice the
-    # step, and none to four or eight times.
-    revision = 6
+    # what is a record now, other bits, and queries up to 40.
+    revision = 5
     kernel = sketch_kernel(bits)
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
@@ -148,11 +149,11 @@ class SignSketch(Digest):
         centred = torch.where(exists, rotated - code * unit[..., None], 0.0)
         numbers, code = _code(centred, self.bits)
         factor = _factor(centred, code).masked_fill(~valid[:, None], float("nan"))  # no token
-        kept = Sketched(_packed(mean_numbers, MEAN_BITS), unit, _packed(numbers, self.bits), factor)
+        kept = Sketched(_packed(numbers, self.bits), factor, _packed(mean_numbers, MEAN_BITS), unit)
         return [kept.record()]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        mean, unit, codes, factor = Sketched.of(summary[0], query.shape[-1], self.bits)
+        codes, factor, mean, unit = Sketched.of(summary[0], query.shape[-1], self.bits)
         rotated, worth = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), self.bits)
         of_mean = _products(rotated, mean, MEAN_BITS, 1).squeeze(-1) * rearrange(unit, "b pages h 1 -> b h 1 pages")
         products = _products(rotated, codes, self.bits, factor.shape[-1])
@@ -163,7 +164,7 @@ class SignSketch(Digest):
         self, summary: Sequence[Tensor], expected: Sequence[Tensor], page_size: int, head_dim: int
     ) -> str | None:
         """Up to the order of sums: it decides about bits of channels near a threshold, and last bits of factors."""
-        (means, units, codes, factors), (expected_means, expected_units, expected_codes, expected_factors) = (
+        (codes, factors, means, units), (expected_codes, expected_factors, expected_means, expected_units) = (
             Sketched.of(record, head_dim, self.bits) for (record,) in (summary, expected)
         )
         same = (means == expected_means).flatten(2).all(-1)  # where a bit of a mean differs, all else may
@@ -193,7 +194,7 @@ def _layout(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, in
 def _sizes(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
     """Bytes of the parts of a record."""
     codes, mean = (math.prod(_layout(*shape)) for shape in ((page_size, head_dim, bits), (1, head_dim, MEAN_BITS)))
-    return mean, SECTOR - mean % SECTOR, codes, 2 * page_size
+    return codes, 2 * page_size, mean, SECTOR - mean % SECTOR
 
 
 @functools.lru_cache(64)
@@ -220,14 +221,9 @@ def _identity(size: int) -> Tensor:
 
 
 def _whole(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers `[..., d]`, up to the limit, multiples of their channel's step; what 1 is worth `[..., 1]`.
-
-    A kernel has channel c in register c // 32 * 2 + c % 2, and the bits of four registers in half a byte, or of two:
-    a channel's step is what its bits are worth there.
-    """
+    """Whole numbers `[..., d]`, up to the limit, every other a multiple of 2^bits; what 1 is worth `[..., 1]`."""
     unit = x.abs().amax(-1, keepdim=True) / QUERY_LIMIT
-    channels = torch.arange(x.shape[-1], device=x.device)
-    steps = (1 << bits * ((channels // 32 * 2 + channels % 2) % (4 // bits))).to(x.dtype)
+    steps = (1 << bits) ** (torch.arange(x.shape[-1], device=x.device) % 2).to(x.dtype)
     return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps, unit
 
 

@@ -20,5 +20,5 @@ class Sketch2(SignSketch):
     """Per token d / 4 bytes of bits and a half-precision factor; the rest as `SignSketch` keeps it: 38 bytes."""
 
     bits = 2
-    revision = 3  # 1 had another order of bits, and queries up to 40; 2 up to 124
+    revision = 2  # 1 had another order of bits, and queries up to 40
     kernel = sketch_kernel(bits)

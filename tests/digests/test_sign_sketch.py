@@ -14,7 +14,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.testing import naive
 from sparsekv.testing.pages import NAN, Pages, fitted_state, fresh_summary, random_pages
 
-D, P = 64, 8
+D, P = 32, 8
 
 each_sketch = pytest.mark.parametrize("sketch", [SignSketch(), Sketch2()], ids=["sign_sketch", "sketch2"])
 
@@ -39,9 +39,9 @@ def estimates(query: Tensor, keys: Tensor, turn: Tensor, sketch: SignSketch) -> 
 
 
 def in_whole_units(x: Tensor, bits: int) -> Tensor:
-    """In units of 1, 2, 4 and 8 at one bit, of 1 and 4 at two: of two neighbours, then of two 32 channels on."""
-    unit, steps = float(x.abs().max()) / QUERY_LIMIT, [1, 2, 4, 8] if bits == 1 else [1, 4, 1, 4]
-    units = [unit * steps[i // 32 % 2 * 2 + i % 2] for i in range(len(x))]
+    """Every other channel in units as many times as large as a code has values."""
+    unit = float(x.abs().max()) / QUERY_LIMIT
+    units = [unit, unit * 2**bits] * (len(x) // 2)
     return torch.tensor([u * round(y / u) for y, u in zip(x.tolist(), units, strict=True)], dtype=torch.float64)
 
 
