@@ -152,12 +152,13 @@ class SignSketch(Digest):
         return [kept.record()]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        mean, unit, codes, factor = Sketched.of(summary[0], query.shape[-1], self.bits)
-        rotated, worth = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), self.bits)
-        of_mean = _products(rotated, mean, MEAN_BITS, 1).squeeze(-1) * rearrange(unit, "b pages h 1 -> b h 1 pages")
+        rotated = _rounded(torch.einsum("bhgd,hed->bhge", query, state[0]), self.bits)
+        mean, unit, codes, factor = Sketched.of(summary[0], rotated.shape[-1], self.bits)
+        of_mean = _products(rotated, mean, MEAN_BITS, 1)[:, 0] * unit.squeeze(-1)  # [g, b, pages, h]
         products = _products(rotated, codes, self.bits, factor.shape[-1])
-        beyond = products * rearrange(factor, "b pages h p -> b h 1 pages p") * worth[..., None]
-        return of_mean * worth + beyond.masked_fill(beyond.isnan(), float("-inf")).logsumexp(-1)
+        factor = rearrange(factor, "b pages h p -> p b pages h").contiguous()
+        beyond = (products * factor).nan_to_num_(float("-inf"), float("inf"), float("-inf"))  # NaN is of no token
+        return rearrange(of_mean + beyond.logsumexp(1), "g b pages h -> b h g pages")
 
     def why_unlike(
         self, summary: Sequence[Tensor], expected: Sequence[Tensor], page_size: int, head_dim: int
@@ -219,8 +220,8 @@ def _identity(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float32, device="cpu")
 
 
-def _whole(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers `[..., d]`, up to the limit, multiples of their channel's step; what 1 is worth `[..., 1]`.
+def _rounded(x: Tensor, bits: int) -> Tensor:
+    """Whole numbers `[..., d]`, up to the limit, multiples of their channel's step; times what 1 is worth.
 
     A kernel has channel c in register c // 32 * 2 + c % 2, and the bits of four registers in half a byte, or of two:
     a channel's step is what its bits are worth there.
@@ -228,7 +229,7 @@ def _whole(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     unit = x.abs().amax(-1, keepdim=True) / QUERY_LIMIT
     channels = torch.arange(x.shape[-1], device=x.device)
     steps = (1 << bits * ((channels // 32 * 2 + channels % 2) % (4 // bits))).to(x.dtype)
-    return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps, unit
+    return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps * unit
 
 
 def _code(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -275,34 +276,45 @@ def _shifts(size: int, device: torch.device) -> Tensor:
 
 def _products(query: Tensor, packed: Tensor, bits: int, page_size: int) -> Tensor:
     """Sums of query by code: query, rotated, `[b, h, g, d]`, bytes `[b, pages, h, block, part, word, 4]` ->
-    `[b, h, g, pages, p]`.
+    `[g, p, b, pages, h]`.
 
-    What a byte has of one token has few values, so the partial sums come from a table and no code is ever unpacked.
+    The tokens are cut into units. A unit is what whole words have of each part: a byte may have numbers of several tokens, and a word of all parts.
     """
     blocks, parts = packed.shape[3:5]
-    of_token = query.shape[-1] // (4 * parts)  # a byte's numbers
-    together = math.gcd(of_token, 8 // bits)  # of one token in one byte
-    size, tokens = bits * together, page_size // blocks
-    pieces = packed[..., None] if size == 8 else packed[..., None] >> _shifts(size, packed.device) & (1 << size) - 1
-    pieces = rearrange(pieces, "b pages h block part word byte piece -> b h pages block (word piece) part byte")
-    pieces = pieces[..., : tokens * of_token // together, :, :]  # the rest fills a word up
-    pieces = rearrange(
-        pieces, "b h pages block (token piece) part byte -> b h (pages block token) (piece part byte)", token=tokens
-    )
-    channels = rearrange(
-        query, "b h g (eight byte part two) -> b h part (eight two) byte g", byte=4, part=parts, two=2
-    )
-    channels = rearrange(channels, "b h part (piece at) byte g -> b h (piece part byte) g at", at=together)
-    sums = _from_table(channels, pieces, bits)
-    return rearrange(sums, "b h (pages p) g -> b h g pages p", p=page_size)
+    of_token, of_byte = query.shape[-1] // (4 * parts), 8 // bits  # numbers
+    slots = min(page_size // blocks, of_byte // math.gcd(of_token, of_byte))
+    size = -(-slots * of_token // of_byte)  # words
+    words = packed.contiguous().view(torch.int32).squeeze(-1)
+    places = rearrange(words, "b pages h block part (unit word) -> (block unit) b pages h (word part)", word=size)
+    channels = rearrange(query, "b h g (eight byte part two) -> b h part byte (eight two) g", byte=4, part=parts, two=2)
+    slot = torch.eye(slots, dtype=query.dtype, device=query.device)
+    weights = torch.einsum("bhpycg,st->bhpysctg", channels, slot).flatten(4, 5).flatten(5)
+    weights = F.pad(weights, (0, 0, 0, size * of_byte - weights.shape[4]))  # the rest fills a word up
+    weights = rearrange(weights, "b h part byte (word at) n -> b h (word part byte) at n", word=size)
+    sums = (_multiplied if query.is_cuda else _looked_up)(places.contiguous().view(torch.uint8), weights, bits)
+    return rearrange(sums, "unit b pages h (slot g) -> g (unit slot) b pages h", slot=slots)
 
 
-def _from_table(channels: Tensor, pieces: Tensor, bits: int) -> Tensor:
-    """Channels of a query `[b, h, c, g, at]`, pieces of codes `[b, h, n, c]` -> products, summed, `[b, h, n, g]`."""
-    b, h, c, _, at = channels.shape
-    values = torch.arange(1 << bits * at, device=channels.device)
-    numbers = values[:, None] >> bits * torch.arange(at, device=channels.device) & (1 << bits) - 1
-    table = torch.einsum("bhcga,va->bhcvg", channels, (2 * numbers + (1 - 2**bits)).to(channels.dtype))
-    first_row = len(values) * torch.arange(b * h * c, device=channels.device).view(b, h, 1, c)
-    sums = F.embedding_bag((pieces.long() + first_row).flatten(0, 2), table.flatten(0, 3), mode="sum")
-    return sums.view(b, h, -1, sums.shape[-1])
+def _codes_of_bytes(bits: int, like: Tensor) -> Tensor:
+    """`[256, numbers]`"""
+    numbers = torch.arange(256, dtype=torch.uint8, device=like.device)[:, None] >> _shifts(bits, like.device)
+    return 2 * (numbers & (1 << bits) - 1).to(like.dtype) + (1 - 2**bits)
+
+
+def _looked_up(packed: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """Bytes `[unit, b, pages, h, k]`, weights of what they have `[b, h, k, at, n]` -> sums `[unit, b, pages, h, n]`.
+
+    A byte has few values, so what it adds comes from a table and no code is ever unpacked: fastest on a CPU.
+    """
+    table = (_codes_of_bytes(bits, weights) @ weights).flatten(0, 3)
+    rows = torch.arange(0, len(table), 256, dtype=torch.int32, device=packed.device)
+    places = packed.int().add_(rows.view(len(weights), 1, *weights.shape[1:3]))
+    return F.embedding_bag(places.flatten(0, 3), table, mode="sum").view(*packed.shape[:-1], -1)
+
+
+def _multiplied(packed: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """The same by a matrix product of unpacked codes: fastest on a GPU."""
+    places = rearrange(packed, "unit b pages h k -> b h (unit pages) k")
+    codes = _codes_of_bytes(bits, weights)[places.int()]
+    sums = codes.flatten(3) @ weights.flatten(2, 3)
+    return rearrange(sums, "b h (unit pages) n -> unit b pages h n", unit=len(packed))

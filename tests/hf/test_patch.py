@@ -251,9 +251,9 @@ def test_the_report_says_what_each_layer_does(tiny, prompt, decode) -> None:
         "  layer 0: dense (sliding window of 8, in pages)",
         "  layer 1: dense (dense_layers=1, in pages)",
         "  layer 2: dense (sliding window of 8, in pages)",
-        "  layer 3: sparse (top_k over minmax digests)",
+        "  layer 3: sparse (top_k over sign_sketch digests)",
         "  layer 4: dense (sliding window of 8, in pages)",
-        "  layer 5: sparse (top_k over minmax digests)",
+        "  layer 5: sparse (top_k over sign_sketch digests)",
         "  decode steps on cpu: plain torch (there are kernels for CUDA, and the device is cpu)",
         "  decode loop of generate: eager (CUDA graphs need a GPU, and the device is cpu)",
     ]
@@ -264,7 +264,7 @@ def test_the_report_says_what_each_layer_does(tiny, prompt, decode) -> None:
 
 
 def test_the_report_of_a_fraction_and_of_the_dense_policy(tiny) -> None:
-    with sparsekv.patch(tiny("llama"), budget=0.25, policy="all") as patch:
+    with sparsekv.patch(tiny("llama"), budget=0.25, policy="all", dense_layers=2) as patch:
         assert "budget 25% of the context" in str(patch)
         assert "layers 0-1: dense (dense_layers=2, in pages)" in str(patch)
         assert "layers 2-3: dense (policy 'all', in pages)" in str(patch)
@@ -276,8 +276,8 @@ def test_the_report_of_budgets_by_layer(tiny) -> None:
             "sparsekv patch of LlamaForCausalLM (budget by layer, page_size 16)",
             "  layer 0: dense (dense_layers=1, in pages)",
             "  layer 1: dense (budget=1.0, in pages)",
-            "  layer 2: sparse (top_k over minmax digests, 25% of the context)",
-            "  layer 3: sparse (top_k over minmax digests, 512 tokens)",
+            "  layer 2: sparse (top_k over sign_sketch digests, 25% of the context)",
+            "  layer 3: sparse (top_k over sign_sketch digests, 512 tokens)",
         ]
 
 
