@@ -83,7 +83,7 @@ class StateLayer(CacheLayer, LinearAttentionLayer):
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps these rows, in this order."""
-        self._change(lambda state: state[torch.as_tensor(indices, device=state.device)])
+        self._change(lambda state: state[torch.as_tensor(indices, dtype=torch.int64, device=state.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""

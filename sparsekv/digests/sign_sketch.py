@@ -32,7 +32,6 @@ from einops import rearrange
 from torch import Tensor
 
 from sparsekv.digests.base import Digest, DigestKernel, Field, register
-from sparsekv.errors import ConfigError
 
 ROTATION_SEED = 0
 ROUNDS = 2  # of flips and a transform
@@ -108,7 +107,8 @@ class SignSketch(Digest):
     memory is read fastest by long pieces.
 
     Fixed, all float32: the rotation `[hkv, d, d]`, and the flips that it is made of `[hkv, rounds, d]`, from which
-    kernels rotate without the matrix.
+    kernels rotate without the matrix. A key whose d does not divide by 8 is rotated as one with zeros behind it,
+    into as many channels as do: the rotation is `[hkv, rotated, d]`.
 
     Attributes:
         bits: per channel. They are a number n, of which 2 n + 1 - 2^bits is the channel's code: -1 or 1, or of two
@@ -125,19 +125,18 @@ class SignSketch(Digest):
     kernel = sketch_kernel(bits)
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
-        if head_dim % 8:
-            raise ConfigError(f"The sketches of keys pack 8 channels a byte: head_dim={head_dim} must divide by 8.")
-        return [Field((sum(_sizes(page_size, head_dim, self.bits)),), torch.uint8)]
+        return [Field((sum(_sizes(page_size, _rotated(head_dim), self.bits)),), torch.uint8)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
-        num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
+        num_kv_heads, head_dim = keys.shape[1], _rotated(keys.shape[3])
         generator = torch.Generator("cpu").manual_seed(ROTATION_SEED)
         drawn = torch.randint(2, (ROUNDS, head_dim), generator=generator, dtype=torch.int64, device="cpu")
         flips = (2 * drawn - 1).to(torch.float32)
         rotation, mixing = _identity(head_dim), _mixing(head_dim)
         for flip in flips:
             rotation = mixing @ (flip[:, None] * rotation)
-        return [x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in (rotation, flips)]
+        state = rotation[:, : keys.shape[3]], flips
+        return [x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in state]
 
     def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
         exists = valid[:, None, :, None]
@@ -152,7 +151,7 @@ class SignSketch(Digest):
         return [kept.record()]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        rotated = _rounded(torch.einsum("bhgd,hed->bhge", query, state[0]), self.bits)
+        rotated = _rounded(query @ state[0].transpose(-1, -2), self.bits)
         mean, unit, codes, factor = Sketched.of(summary[0], rotated.shape[-1], self.bits)
         of_mean = _products(rotated, mean, MEAN_BITS, 1)[:, 0] * unit.squeeze(-1)  # [g, b, pages, h]
         products = _products(rotated, codes, self.bits, factor.shape[-1])
@@ -165,7 +164,7 @@ class SignSketch(Digest):
     ) -> str | None:
         """Up to the order of sums: it decides about bits of channels near a threshold, and last bits of factors."""
         (means, units, codes, factors), (expected_means, expected_units, expected_codes, expected_factors) = (
-            Sketched.of(record, head_dim, self.bits) for (record,) in (summary, expected)
+            Sketched.of(record, _rotated(head_dim), self.bits) for (record,) in (summary, expected)
         )
         same = (means == expected_means).flatten(2).all(-1)  # where a bit of a mean differs, all else may
         if int((~same).sum()) > 2 + 1e-2 * same.numel():
@@ -181,6 +180,11 @@ class SignSketch(Digest):
         if not torch.allclose(mine, theirs, rtol=4e-3, atol=1e-6, equal_nan=True):
             return "other factors"
         return None
+
+
+def _rotated(head_dim: int) -> int:
+    """Channels of a rotated key: eight make whole bytes."""
+    return -(-head_dim // 8) * 8
 
 
 def _layout(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
@@ -286,9 +290,11 @@ def _products(query: Tensor, packed: Tensor, bits: int, page_size: int) -> Tenso
     size = -(-slots * of_token // of_byte)  # words
     words = packed.contiguous().view(torch.int32).squeeze(-1)
     places = rearrange(words, "b pages h block part (unit word) -> (block unit) b pages h (word part)", word=size)
-    channels = rearrange(query, "b h g (eight byte part two) -> b h part byte (eight two) g", byte=4, part=parts, two=2)
-    slot = torch.eye(slots, dtype=query.dtype, device=query.device)
-    weights = torch.einsum("bhpycg,st->bhpysctg", channels, slot).flatten(4, 5).flatten(5)
+    channels = rearrange(
+        query, "b h g (eight byte part two) -> b h part byte (eight two) g", byte=4, part=parts, two=2
+    )
+    of_slot = torch.eye(slots, dtype=query.dtype, device=query.device).view(slots, 1, slots, 1)
+    weights = (channels[..., None, :, None, :] * of_slot).flatten(4, 5).flatten(5)
     weights = F.pad(weights, (0, 0, 0, size * of_byte - weights.shape[4]))  # the rest fills a word up
     weights = rearrange(weights, "b h part byte (word at) n -> b h (word part byte) at n", word=size)
     sums = (_multiplied if query.is_cuda else _looked_up)(places.contiguous().view(torch.uint8), weights, bits)

@@ -186,7 +186,9 @@ def test_a_step_is_attention_to_the_chosen_pages(
     assert patch.stats.bytes_total == patch.stats.pages_total * 4 * (RANK + 8) * 4  # once, not as keys and values
 
 
-@pytest.mark.parametrize("other", [{"policy": "oracle"}, {"digest": "minmax"}, {"digest": "sign_sketch"}, {"digest": "mean_std"}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"policy": "oracle"}, {"digest": "minmax"}, {"digest": "sign_sketch"}, {"digest": "mean_std"}], ids=str
+)
 def test_other_digests_and_policies(other, model, prompt, decode) -> None:
     with sparsekv.patch(model, **SMALL | other) as patch:
         decode(model, prompt(40, 9))

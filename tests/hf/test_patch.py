@@ -228,11 +228,12 @@ def test_settings_that_are_not_allowed(settings, tiny, state_of) -> None:
     [
         ({"dense_layers": (0, 40)}, "the model has layers 0 to 3"),
         ({"budget": {40: 512, "rest": 64}}, "names 40, and of the model's layers 0 to 3 only 0-3 can be sparse"),
-        ({"digest": "sign_sketch", "dense_layers": 0}, "head_dim=12 must divide by 8"),
+        ({"digest": "of_eights"}, "head_dim=12 must divide by 8"),
     ],
 )
+@pytest.mark.usefixtures("of_eights")
 def test_settings_that_are_not_allowed_for_this_model(settings, message, tiny, state_of) -> None:
-    """Its heads have 12 channels, and a sketch has whole bytes: said before the first token, not at it."""
+    """Its heads have 12 channels: said before the first token, not at it."""
     model = tiny("llama", head_dim=12, hidden_size=48)
     before = state_of(model)
     with pytest.raises(ConfigError, match=message):

@@ -125,7 +125,7 @@ def test_digests_are_fitted_anew() -> None:
         pair = used(arena, digest="test.fitted")
         where = places(pair)
         del pair
-        pair = CachePair(digest="test.fitted", arena=arena, **SMALL)
+        pair = CachePair(arena=arena, **SMALL | {"digest": "test.fitted"})
         pair.forward(30, 2)
     finally:
         DIGESTS.remove("test.fitted")

@@ -408,10 +408,10 @@ def test_the_whole_command_prints_and_writes(
     printed = capsys.readouterr().out
     assert "Quest's own kernels, measured separately (speed/attention_points.py): 35.4 us (mha 1 x 8k)" in printed
     assert "shelf: flashinfer is not installed" in printed or "flashinfer" in sys.modules
-    result = json.loads((tmp_path / "attention_cpu.json").read_text())
+    result = json.loads((tmp_path / "attention_cpu_minmax.json").read_text())
     assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 8192), (1, 4000), (2, 8192), (2, 4000)]
     assert {row["dtype"] for row in result["rows"]} == {"float32"}
-    assert (tmp_path / "attention_cpu.png").stat().st_size > 5_000
+    assert (tmp_path / "attention_cpu_minmax.png").stat().st_size > 5_000
 
 
 def test_a_measurement_from_python_is_what_json_prints(capsys: pytest.CaptureFixture[str]) -> None:
