@@ -282,7 +282,7 @@ def _products(query: Tensor, packed: Tensor, bits: int, page_size: int) -> Tenso
     """Sums of query by code: query, rotated, `[b, h, g, d]`, bytes `[b, pages, h, block, part, word, 4]` ->
     `[g, p, b, pages, h]`.
 
-    The tokens are cut into units. A unit is what whole words have of each part: a byte may have numbers of several tokens, and a word of all parts.
+    Tokens are multiplied by units, as many as have whole words to themselves: a byte may have numbers of several.
     """
     blocks, parts = packed.shape[3:5]
     of_token, of_byte = query.shape[-1] // (4 * parts), 8 // bits  # numbers
@@ -290,9 +290,8 @@ def _products(query: Tensor, packed: Tensor, bits: int, page_size: int) -> Tenso
     size = -(-slots * of_token // of_byte)  # words
     words = packed.contiguous().view(torch.int32).squeeze(-1)
     places = rearrange(words, "b pages h block part (unit word) -> (block unit) b pages h (word part)", word=size)
-    channels = rearrange(
-        query, "b h g (eight byte part two) -> b h part byte (eight two) g", byte=4, part=parts, two=2
-    )
+    order = "b h g (eight byte part two) -> b h part byte (eight two) g"
+    channels = rearrange(query, order, byte=4, part=parts, two=2)
     of_slot = torch.eye(slots, dtype=query.dtype, device=query.device).view(slots, 1, slots, 1)
     weights = (channels[..., None, :, None, :] * of_slot).flatten(4, 5).flatten(5)
     weights = F.pad(weights, (0, 0, 0, size * of_byte - weights.shape[4]))  # the rest fills a word up
