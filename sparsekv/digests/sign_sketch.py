@@ -88,9 +88,9 @@ class Sketched(NamedTuple):
         mean, unit, codes, factor = records.split(_sizes(page_size, head_dim, bits), dim=-1)
         return cls(
             mean.unflatten(-1, _layout(1, head_dim, MEAN_BITS)),
-            unit[..., :4].contiguous().view(torch.float32),
+            _viewed(unit[..., :4], torch.float32),
             codes.unflatten(-1, _layout(page_size, head_dim, bits)),
-            factor.contiguous().view(torch.float16).float(),
+            _viewed(factor, torch.float16).float(),
         )
 
     def record(self) -> Tensor:
@@ -180,6 +180,11 @@ class SignSketch(Digest):
         if not torch.allclose(mine, theirs, rtol=4e-3, atol=1e-6, equal_nan=True):
             return "other factors"
         return None
+
+
+def _viewed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of a copy, as another dtype: a tensor of one row is contiguous with strides that forbid a view."""
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _rotated(head_dim: int) -> int:
@@ -288,15 +293,16 @@ def _products(query: Tensor, packed: Tensor, bits: int, page_size: int) -> Tenso
     of_token, of_byte = query.shape[-1] // (4 * parts), 8 // bits  # numbers
     slots = min(page_size // blocks, of_byte // math.gcd(of_token, of_byte))
     size = -(-slots * of_token // of_byte)  # words
-    words = packed.contiguous().view(torch.int32).squeeze(-1)
-    places = rearrange(words, "b pages h block part (unit word) -> (block unit) b pages h (word part)", word=size)
+    words = _viewed(packed, torch.int32).squeeze(-1)
+    order = "b pages h block part (unit word) -> (block unit) b pages h (word part)"
+    places = _viewed(rearrange(words, order, word=size), torch.uint8)
     order = "b h g (eight byte part two) -> b h part byte (eight two) g"
     channels = rearrange(query, order, byte=4, part=parts, two=2)
     of_slot = torch.eye(slots, dtype=query.dtype, device=query.device).view(slots, 1, slots, 1)
     weights = (channels[..., None, :, None, :] * of_slot).flatten(4, 5).flatten(5)
     weights = F.pad(weights, (0, 0, 0, size * of_byte - weights.shape[4]))  # the rest fills a word up
     weights = rearrange(weights, "b h part byte (word at) n -> b h (word part byte) at n", word=size)
-    sums = (_multiplied if query.is_cuda else _looked_up)(places.contiguous().view(torch.uint8), weights, bits)
+    sums = (_multiplied if query.is_cuda else _looked_up)(places, weights, bits)
     return rearrange(sums, "unit b pages h (slot g) -> g (unit slot) b pages h", slot=slots)
 
 
@@ -314,7 +320,7 @@ def _looked_up(packed: Tensor, weights: Tensor, bits: int) -> Tensor:
     table = (_codes_of_bytes(bits, weights) @ weights).flatten(0, 3)
     rows = torch.arange(0, len(table), 256, dtype=torch.int32, device=packed.device)
     places = packed.int().add_(rows.view(len(weights), 1, *weights.shape[1:3]))
-    return F.embedding_bag(places.flatten(0, 3), table, mode="sum").view(*packed.shape[:-1], -1)
+    return F.embedding_bag(places.flatten(0, 3), table, mode="sum").view(*packed.shape[:-1], table.shape[1])
 
 
 def _multiplied(packed: Tensor, weights: Tensor, bits: int) -> Tensor:

@@ -209,6 +209,14 @@ def test_a_key_whose_channels_are_no_eights_has_zeros_behind_it(d: int, sketch: 
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
+@each_sketch
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_one_page_of_few_tokens_scores_as_among_others(page_size: int, sketch: SignSketch) -> None:
+    """Its record is of no whole words."""
+    query, keys = torch.randn(16), torch.randn(2, page_size, 16)
+    assert page_scores(query, keys[:1], sketch)[0] == pytest.approx(page_scores(query, keys, sketch)[0].item())
+
+
 def test_finds_the_page_of_a_similar_key_where_the_bound_does_not() -> None:
     """A key plus as much noise, among 1,024 random keys: is its page among the four best of 64?"""
     pages = random_pages([64 * 16], 1, 64, 16, seed=1)
