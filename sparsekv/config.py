@@ -43,7 +43,7 @@ class SparseConfig:
         page_size: tokens per page.
         digest: what is kept per page to score it unread (`sparsekv.digests`).
         policy: which pages a step reads (`sparsekv.policies`).
-        dense_layers: the first so many of the layers that would be sparse read everything (two, as in Quest), or the
+        dense_layers: the first so many of the layers that would be sparse read everything (Quest: two), or the
             indices of such layers. Layers that are not in pages, as those with a sliding window, do not count. Layers
             with a budget of 1.0 and no `min_share` read everything, too.
         sinks: the first tokens of a sequence, always read (StreamingLLM's attention sinks).
@@ -70,9 +70,9 @@ class SparseConfig:
 
     budget: Budgets = 2048
     page_size: int = 16
-    digest: str = "minmax"
+    digest: str = "sign_sketch"
     policy: str = "top_k"
-    dense_layers: int | tuple[int, ...] = 2
+    dense_layers: int | tuple[int, ...] = 0
     sinks: int = 4
     recent: int | None = None
     group_pooling: str = "max"

@@ -14,6 +14,9 @@ import torch
 import transformers
 from hypothesis import settings
 
+from sparsekv.digests import DIGESTS, Field
+from sparsekv.errors import ConfigError
+
 # Reproducible: the same examples at every run, and no deadline that a busy machine could miss.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -42,6 +45,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seeds() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 (for code that draws from the global generator)
+
+
+@pytest.fixture
+def of_eights(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a digest that cannot be kept of every head size, for this test alone."""
+
+    class OfEights(DIGESTS.get("minmax")):  # type: ignore[misc]
+        def fields(self, page_size: int, head_dim: int) -> list[Field]:
+            if head_dim % 8:
+                raise ConfigError(f"head_dim={head_dim} must divide by 8.")
+            return super().fields(page_size, head_dim)
+
+    monkeypatch.setitem(DIGESTS._classes, "of_eights", OfEights)
+    return "of_eights"
 
 
 SIGNS = [*(chr(i) for i in range(ord("!"), ord("~") + 1)), "ab"]

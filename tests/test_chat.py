@@ -142,7 +142,7 @@ def test_questions_through_a_pipe(
     printed = capsys.readouterr()
     assert [line.strip() for line in printed.out.splitlines()] == [q.answer for q in STORY.questions[:2]]
     for told in (
-        "1,024 tokens read.", "% of the cache read per token", "layers 2-5: sparse", "PagedCache(1 sequences",
+        "1,024 tokens read.", "% of the cache read per token", "layers 0-5: sparse", "PagedCache(1 sequences",
         "The last question is forgotten.", "There is no question to forget.", "Budget from now on: 512.",
         "All questions are forgotten.", "/reset     forget all questions",
     ):  # fmt: skip

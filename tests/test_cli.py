@@ -204,7 +204,7 @@ def test_generate_streams_and_reports_what_it_read(tmp_path: Path, capsys: pytes
     assert main(command) == 0
     printed = capsys.readouterr()
     assert printed.out.strip()
-    assert "layers 2-5: sparse" in printed.err
+    assert "layers 0-5: sparse" in printed.err
     assert "3 sparse and 0 dense steps" in printed.err  # the first of 4 tokens comes from the prefill
 
     forced = ["--sinks", "0", "--recent", "32", "--group-pooling", "sum"]

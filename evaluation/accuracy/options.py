@@ -64,7 +64,7 @@ class RunOptions:
     seed: int = 0
     chat: str = AUTO
     page_size: int = 16
-    dense_layers: int | tuple[int, ...] = 2
+    dense_layers: int | tuple[int, ...] = 0
     sinks: int = 4
     recent: int = 64
     group_pooling: str | tuple[str, ...] = "max"

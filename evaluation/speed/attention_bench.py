@@ -21,7 +21,7 @@ from sparsekv import SparseConfig
 from sparsekv.command_line import new_console
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.evaluation.report import file_name, result, save_json
-from sparsekv.policies import POLICIES
+from sparsekv.policies import POLICIES, DecodeStep
 
 from .attention_check import Check, Choice, ways_to_decode
 from .attention_inputs import Inputs
@@ -33,6 +33,7 @@ from .tables import print_steps, step_line
 
 H200_TB_PER_S = 4.39  # measured: a maximum over 4 GB, many times; a run's own measurement scatters by a percent
 CPU_CACHE_BYTES = 32 << 20  # supposed, not asked
+BETWEEN = "between"  # the step before, which fills no page
 
 Row = dict[str, Any]
 
@@ -96,6 +97,7 @@ class LayerBench:
         if self.timer is not None:
             for name, step, num_bytes in [*self._steps(), *self._parts()]:
                 row |= self._own(name, step, num_bytes)
+            row |= self._over_a_page(row)
         for name in against:
             row |= self._competitor(name)
         return row if self.timer is None else row | self._summary(row)
@@ -104,14 +106,26 @@ class LayerBench:
         """Whole steps, the append alone, and dense attention: names, calls and the bytes each has to read."""
         layers, sinks, point = self.inputs.layers, self.inputs.sinks, self.point
 
-        def whole(decode: Callable[..., object]) -> Step:
+        def whole(decode: Callable[..., object], layers: Sequence[DecodeStep] = layers) -> Step:
             return lambda i: decode(layers[i], 0.0, sinks)
 
+        ways = ways_to_decode(self.policy)
+        before = [replace(step, seq_lens=step.seq_lens - 1) for step in layers]
         return [
-            *((name, whole(decode), point.sparse_bytes) for name, decode in ways_to_decode(self.policy).items()),
+            *((name, whole(decode), point.sparse_bytes) for name, decode in ways.items()),
+            *((BETWEEN, whole(decode, before), point.sparse_bytes) for decode in list(ways.values())[:1]),
             ("append", lambda i: layers[i].append(), 0),
             ("dense", lambda i: layers[i].attend(None, 0.0, sinks), point.dense_bytes),
         ]
+
+    def _over_a_page(self, row: Row) -> Row:
+        """The step's time on average over a page's. The contexts of presets end with a full page, whose digest only
+        that last step makes: what it takes is kept, too."""
+        page_size = self.point.config.page_size
+        if self.point.context % page_size:
+            return {}
+        mean = (row["sparse_us"] + (page_size - 1) * row[f"{BETWEEN}_us"]) / page_size
+        return {"sparse_us": mean, "filling_us": row["sparse_us"]}
 
     def _parts(self) -> list[tuple[str, Step, int]]:
         """The other parts, as far as the policy has them: nothing is chosen where everything is read."""

@@ -83,7 +83,8 @@ class StateLayer(CacheLayer, LinearAttentionLayer):
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps these rows, in this order."""
-        self._change(lambda state: state[torch.as_tensor(indices, device=state.device)])
+        dtype = getattr(indices, "dtype", torch.int64)  # a mask stays one
+        self._change(lambda state: state[torch.as_tensor(indices, dtype=dtype, device=state.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""

@@ -32,7 +32,6 @@ from einops import rearrange
 from torch import Tensor
 
 from sparsekv.digests.base import Digest, DigestKernel, Field, register
-from sparsekv.errors import ConfigError
 
 ROTATION_SEED = 0
 ROUNDS = 2  # of flips and a transform
@@ -90,9 +89,9 @@ class Sketched(NamedTuple):
         layouts = _layout(page_size, head_dim, bits), _layout(1, head_dim, MEAN_BITS)
         return cls(
             codes.unflatten(-1, layouts[0]),
-            factor.contiguous().view(torch.float16).float(),
+            _viewed(factor, torch.float16).float(),
             mean.unflatten(-1, layouts[1]),
-            unit[..., :4].contiguous().view(torch.float32),
+            _viewed(unit[..., :4], torch.float32),
         )
 
     def record(self) -> Tensor:
@@ -110,7 +109,8 @@ class SignSketch(Digest):
     memory is read fastest by long pieces.
 
     Fixed, all float32: the rotation `[hkv, d, d]`, and the flips that it is made of `[hkv, rounds, d]`, from which
-    kernels rotate without the matrix.
+    kernels rotate without the matrix. A key whose d does not divide by 8 is rotated as one with zeros behind it,
+    into as many channels as do: the rotation is `[hkv, rotated, d]`.
 
     Attributes:
         bits: per channel. They are a number n, of which 2 n + 1 - 2^bits is the channel's code: -1 or 1, or of two
@@ -126,19 +126,18 @@ class SignSketch(Digest):
     kernel = sketch_kernel(bits)
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
-        if head_dim % 8:
-            raise ConfigError(f"The sketches of keys pack 8 channels a byte: head_dim={head_dim} must divide by 8.")
-        return [Field((sum(_sizes(page_size, head_dim, self.bits)),), torch.uint8)]
+        return [Field((sum(_sizes(page_size, _rotated(head_dim), self.bits)),), torch.uint8)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
-        num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
+        num_kv_heads, head_dim = keys.shape[1], _rotated(keys.shape[3])
         generator = torch.Generator("cpu").manual_seed(ROTATION_SEED)
         drawn = torch.randint(2, (ROUNDS, head_dim), generator=generator, dtype=torch.int64, device="cpu")
         flips = (2 * drawn - 1).to(torch.float32)
         rotation, mixing = _identity(head_dim), _mixing(head_dim)
         for flip in flips:
             rotation = mixing @ (flip[:, None] * rotation)
-        return [x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in (rotation, flips)]
+        state = rotation[:, : keys.shape[3]], flips
+        return [x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in state]
 
     def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
         exists = valid[:, None, :, None]
@@ -153,19 +152,20 @@ class SignSketch(Digest):
         return [kept.record()]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        codes, factor, mean, unit = Sketched.of(summary[0], query.shape[-1], self.bits)
-        rotated, worth = _whole(torch.einsum("bhgd,hed->bhge", query, state[0]), self.bits)
-        of_mean = _products(rotated, mean, MEAN_BITS, 1).squeeze(-1) * rearrange(unit, "b pages h 1 -> b h 1 pages")
+        rotated = _rounded(query @ state[0].transpose(-1, -2), self.bits)
+        codes, factor, mean, unit = Sketched.of(summary[0], rotated.shape[-1], self.bits)
+        of_mean = _products(rotated, mean, MEAN_BITS, 1)[:, 0] * unit.squeeze(-1)  # [g, b, pages, h]
         products = _products(rotated, codes, self.bits, factor.shape[-1])
-        beyond = products * rearrange(factor, "b pages h p -> b h 1 pages p") * worth[..., None]
-        return of_mean * worth + beyond.masked_fill(beyond.isnan(), float("-inf")).logsumexp(-1)
+        factor = rearrange(factor, "b pages h p -> p b pages h").contiguous()
+        beyond = (products * factor).nan_to_num_(float("-inf"), float("inf"), float("-inf"))  # NaN is of no token
+        return rearrange(of_mean + beyond.logsumexp(1), "g b pages h -> b h g pages")
 
     def why_unlike(
         self, summary: Sequence[Tensor], expected: Sequence[Tensor], page_size: int, head_dim: int
     ) -> str | None:
         """Up to the order of sums: it decides about bits of channels near a threshold, and last bits of factors."""
         (codes, factors, means, units), (expected_codes, expected_factors, expected_means, expected_units) = (
-            Sketched.of(record, head_dim, self.bits) for (record,) in (summary, expected)
+            Sketched.of(record, _rotated(head_dim), self.bits) for (record,) in (summary, expected)
         )
         same = (means == expected_means).flatten(2).all(-1)  # where a bit of a mean differs, all else may
         if int((~same).sum()) > 2 + 1e-2 * same.numel():
@@ -181,6 +181,16 @@ class SignSketch(Digest):
         if not torch.allclose(mine, theirs, rtol=4e-3, atol=1e-6, equal_nan=True):
             return "other factors"
         return None
+
+
+def _viewed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of a copy, as another dtype: a tensor of one row is contiguous with strides that forbid a view."""
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def _rotated(head_dim: int) -> int:
+    """Channels of a rotated key: eight make whole bytes."""
+    return -(-head_dim // 8) * 8
 
 
 def _layout(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
@@ -220,11 +230,11 @@ def _identity(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float32, device="cpu")
 
 
-def _whole(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers `[..., d]`, up to the limit, every other a multiple of 2^bits; what 1 is worth `[..., 1]`."""
+def _rounded(x: Tensor, bits: int) -> Tensor:
+    """Whole numbers `[..., d]`, up to the limit, every other a multiple of 2^bits; times what 1 is worth."""
     unit = x.abs().amax(-1, keepdim=True) / QUERY_LIMIT
     steps = (1 << bits) ** (torch.arange(x.shape[-1], device=x.device) % 2).to(x.dtype)
-    return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps, unit
+    return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps * unit
 
 
 def _code(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -271,34 +281,47 @@ def _shifts(size: int, device: torch.device) -> Tensor:
 
 def _products(query: Tensor, packed: Tensor, bits: int, page_size: int) -> Tensor:
     """Sums of query by code: query, rotated, `[b, h, g, d]`, bytes `[b, pages, h, block, part, word, 4]` ->
-    `[b, h, g, pages, p]`.
+    `[g, p, b, pages, h]`.
 
-    What a byte has of one token has few values, so the partial sums come from a table and no code is ever unpacked.
+    Tokens are multiplied by units, as many as have whole words to themselves: a byte may have numbers of several.
     """
     blocks, parts = packed.shape[3:5]
-    of_token = query.shape[-1] // (4 * parts)  # a byte's numbers
-    together = math.gcd(of_token, 8 // bits)  # of one token in one byte
-    size, tokens = bits * together, page_size // blocks
-    pieces = packed[..., None] if size == 8 else packed[..., None] >> _shifts(size, packed.device) & (1 << size) - 1
-    pieces = rearrange(pieces, "b pages h block part word byte piece -> b h pages block (word piece) part byte")
-    pieces = pieces[..., : tokens * of_token // together, :, :]  # the rest fills a word up
-    pieces = rearrange(
-        pieces, "b h pages block (token piece) part byte -> b h (pages block token) (piece part byte)", token=tokens
-    )
-    channels = rearrange(
-        query, "b h g (eight byte part two) -> b h part (eight two) byte g", byte=4, part=parts, two=2
-    )
-    channels = rearrange(channels, "b h part (piece at) byte g -> b h (piece part byte) g at", at=together)
-    sums = _from_table(channels, pieces, bits)
-    return rearrange(sums, "b h (pages p) g -> b h g pages p", p=page_size)
+    of_token, of_byte = query.shape[-1] // (4 * parts), 8 // bits  # numbers
+    slots = min(page_size // blocks, of_byte // math.gcd(of_token, of_byte))
+    size = -(-slots * of_token // of_byte)  # words
+    words = _viewed(packed, torch.int32).squeeze(-1)
+    order = "b pages h block part (unit word) -> (block unit) b pages h (word part)"
+    places = _viewed(rearrange(words, order, word=size), torch.uint8)
+    order = "b h g (eight byte part two) -> b h part byte (eight two) g"
+    channels = rearrange(query, order, byte=4, part=parts, two=2)
+    of_slot = torch.eye(slots, dtype=query.dtype, device=query.device).view(slots, 1, slots, 1)
+    weights = (channels[..., None, :, None, :] * of_slot).flatten(4, 5).flatten(5)
+    weights = F.pad(weights, (0, 0, 0, size * of_byte - weights.shape[4]))  # the rest fills a word up
+    weights = rearrange(weights, "b h part byte (word at) n -> b h (word part byte) at n", word=size)
+    sums = (_multiplied if query.is_cuda else _looked_up)(places, weights, bits)
+    return rearrange(sums, "unit b pages h (slot g) -> g (unit slot) b pages h", slot=slots)
 
 
-def _from_table(channels: Tensor, pieces: Tensor, bits: int) -> Tensor:
-    """Channels of a query `[b, h, c, g, at]`, pieces of codes `[b, h, n, c]` -> products, summed, `[b, h, n, g]`."""
-    b, h, c, _, at = channels.shape
-    values = torch.arange(1 << bits * at, device=channels.device)
-    numbers = values[:, None] >> bits * torch.arange(at, device=channels.device) & (1 << bits) - 1
-    table = torch.einsum("bhcga,va->bhcvg", channels, (2 * numbers + (1 - 2**bits)).to(channels.dtype))
-    first_row = len(values) * torch.arange(b * h * c, device=channels.device).view(b, h, 1, c)
-    sums = F.embedding_bag((pieces.long() + first_row).flatten(0, 2), table.flatten(0, 3), mode="sum")
-    return sums.view(b, h, -1, sums.shape[-1])
+def _codes_of_bytes(bits: int, like: Tensor) -> Tensor:
+    """`[256, numbers]`"""
+    numbers = torch.arange(256, dtype=torch.uint8, device=like.device)[:, None] >> _shifts(bits, like.device)
+    return 2 * (numbers & (1 << bits) - 1).to(like.dtype) + (1 - 2**bits)
+
+
+def _looked_up(packed: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """Bytes `[unit, b, pages, h, k]`, weights of what they have `[b, h, k, at, n]` -> sums `[unit, b, pages, h, n]`.
+
+    A byte has few values, so what it adds comes from a table and no code is ever unpacked: fastest on a CPU.
+    """
+    table = (_codes_of_bytes(bits, weights) @ weights).flatten(0, 3)
+    rows = torch.arange(0, len(table), 256, dtype=torch.int32, device=packed.device)
+    places = packed.int().add_(rows.view(len(weights), 1, *weights.shape[1:3]))
+    return F.embedding_bag(places.flatten(0, 3), table, mode="sum").view(*packed.shape[:-1], table.shape[1])
+
+
+def _multiplied(packed: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """The same by a matrix product of unpacked codes: fastest on a GPU."""
+    places = rearrange(packed, "unit b pages h k -> b h (unit pages) k")
+    codes = _codes_of_bytes(bits, weights)[places.int()]
+    sums = codes.flatten(3) @ weights.flatten(2, 3)
+    return rearrange(sums, "b h (unit pages) n -> unit b pages h n", unit=len(packed))

@@ -95,7 +95,7 @@ def supports(
     >>> print(supports(Gemma3TextConfig(num_hidden_layers=12), dense_layers=0))
     Gemma3ForCausalLM (gemma3_text): some layers sparse
       10 sliding_attention: dense (sliding window of 4096, in pages)
-      2 full_attention: sparse (top_k over minmax digests)
+      2 full_attention: sparse (top_k over sign_sketch digests)
       decode loop of generate on a GPU: CUDA graphs
 
     Args:

@@ -170,7 +170,7 @@ def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings
     ...     print(made)
     sparsekv patch of LlamaForCausalLM (budget 256 tokens, page_size 16)
       layer 0: dense (dense_layers=1, in pages)
-      layers 1-3: sparse (top_k over minmax digests)
+      layers 1-3: sparse (top_k over sign_sketch digests)
     ...
 
     Args:

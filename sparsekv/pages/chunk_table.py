@@ -29,7 +29,7 @@ class ChunkTable(WindowTable):
         told, past = super().told(visible, num_new), self.num_tokens
         if not past:
             return told
-        is_seen = torch.arange(past, 0, -1) <= torch.from_numpy(self._before_in_chunk(past))[:, None]
+        is_seen = torch.arange(past, 0, -1, device="cpu") <= torch.from_numpy(self._before_in_chunk(past))[:, None]
         return torch.cat([torch.where(is_seen, told[:, :past], self.columns()), told[:, past:]], dim=1)
 
     def _before_in_chunk(self, column: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from sparsekv.testing import naive
 from sparsekv.testing.cache_pair import CachePair
 from sparsekv.testing.pages import Pages
 
-SMALL = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}
+SMALL = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0, "digest": "minmax"}
 
 
 class Recorder:
@@ -166,7 +166,7 @@ def test_pages_and_bytes_read(dtype: torch.dtype, policy: str, per_page: int) ->
 
 
 def test_sign_sketch_bytes() -> None:
-    pair = CachePair(digest="sign_sketch", **SMALL)
+    pair = CachePair(**SMALL | {"digest": "sign_sketch"})
     pair.forward(40)
     pair.forward(1)
     scored = 2 * 2 * 11 * (4 * (8 // 8) + 4 * 2 + 32)  # layers, heads, pages, bytes of signs, factors, mean and unit

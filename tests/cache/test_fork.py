@@ -8,7 +8,7 @@ import torch
 from sparsekv.errors import ConfigError
 from sparsekv.testing.cache_pair import CachePair
 
-SMALL = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}
+SMALL = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0, "digest": "minmax"}
 
 
 def prefilled(t: int = 41, batch: int = 2, **options: object) -> CachePair:

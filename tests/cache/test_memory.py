@@ -14,7 +14,7 @@ from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.testing.cache_pair import CachePair
 
 HKV, D, P = 2, 32, 16
-SETTINGS = {"page_size": P, "dense_layers": 0, "budget": 96}
+SETTINGS = {"page_size": P, "dense_layers": 0, "budget": 96, "digest": "minmax"}
 
 
 def grown(lengths: list[int], num_layers: int = 3, decode: int = 0, **settings: object) -> CachePair:
@@ -119,7 +119,7 @@ def test_reserved_memory_never_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("digest", list(DIGESTS))
 def test_growing_keeps_what_is_there(digest: str) -> None:
-    pair = CachePair(2, 4, HKV, D, torch.bfloat16, digest=digest, **SETTINGS)
+    pair = CachePair(2, 4, HKV, D, torch.bfloat16, **SETTINGS | {"digest": digest})
     for t in (5, 1, 40, 1, 90):
         pair.forward(t, batch=2)
         pair.check()

@@ -52,18 +52,18 @@ def test_the_heads_of_a_config(config: PretrainedConfig, heads: Heads | None) ->
     assert heads_of(config) == heads
 
 
-def test_a_digest_that_cannot_be_kept_of_such_heads() -> None:
+def test_a_digest_that_cannot_be_kept_of_such_heads(of_eights: str) -> None:
     with pytest.raises(ConfigError, match="head_dim=12 must divide by 8"):
-        PagedCache(tiny_config(d=12), digest="sign_sketch", dense_layers=1)
+        PagedCache(tiny_config(d=12), digest=of_eights, dense_layers=1)
 
 
 @pytest.mark.parametrize("settings", [{"policy": "recent"}, {"dense_layers": 2}, {"digest": "minmax"}])
-def test_a_digest_that_nobody_keeps_may_be_any(settings: dict[str, object]) -> None:
-    PagedCache(tiny_config(num_layers=2, d=12), **{"digest": "sign_sketch", "dense_layers": 0, **settings})
+def test_a_digest_that_nobody_keeps_may_be_any(settings: dict[str, object], of_eights: str) -> None:
+    PagedCache(tiny_config(num_layers=2, d=12), **{"digest": of_eights, "dense_layers": 0, **settings})
 
 
-def test_a_fork_is_checked_too() -> None:
-    cache = PagedCache(tiny_config(d=12), digest="sign_sketch", policy="recent", dense_layers=0)
+def test_a_fork_is_checked_too(of_eights: str) -> None:
+    cache = PagedCache(tiny_config(d=12), digest=of_eights, policy="recent", dense_layers=0)
     with pytest.raises(ConfigError, match="head_dim=12"):
         cache.fork(policy="top_k")
     with pytest.raises(ConfigError, match="layers 0 to 1"):
@@ -79,7 +79,8 @@ def test_what_is_no_name_is_an_unknown_one(field: str, name: object) -> None:
         PagedCache(tiny_config(), **{field: name})
 
 
-@pytest.mark.parametrize("settings", [{"digest": "sign_sketch"}, {"dense_layers": (7,)}])
+@pytest.mark.parametrize("settings", [{"digest": "of_eights"}, {"dense_layers": (7,)}])
+@pytest.mark.usefixtures("of_eights")
 def test_patch_refuses_them_too(settings: dict[str, object]) -> None:
     model = LlamaForCausalLM(tiny_config(d=12)).eval()
     with pytest.raises(ConfigError, match=r"head_dim=12|names 7"):

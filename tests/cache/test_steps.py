@@ -27,7 +27,7 @@ from sparsekv.policies import POLICIES, DecodeStep, Reads
 from sparsekv.testing.cache_pair import CachePair, tiny_config
 from sparsekv.testing.steps import Unsteady
 
-SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}
+SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0, "digest": "minmax"}
 RAGGED = torch.arange(18) >= torch.tensor([[0], [7], [15]])
 
 

@@ -5,12 +5,12 @@ Queries are handed over as the attention scales them, so that a product with a k
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekv.digests import sign_sketch
 from sparsekv.digests.sign_sketch import QUERY_LIMIT, SignSketch, Sketched
 from sparsekv.digests.sketch2 import Sketch2
-from sparsekv.errors import ConfigError
 from sparsekv.testing import naive
 from sparsekv.testing.pages import NAN, Pages, fitted_state, fresh_summary, random_pages
 
@@ -96,8 +96,6 @@ def test_a_record_has_bits_per_channel_a_half_per_token_and_a_mean_in_two_bits(
     assert kept.factor.shape == (3, 2, page_size)
     assert kept.mean.numel() >= 6 * head_dim // 4
     assert kept.record().shape == (3, 2, *field.shape)
-    with pytest.raises(ConfigError, match="head_dim=20 must divide by 8"):
-        sketch.fields(page_size=16, head_dim=20)
 
 
 @pytest.mark.parametrize(("sketch", "size"), [(SignSketch(), 16 + 2), (Sketch2(), 32 + 2)], ids=["one", "two"])
@@ -202,6 +200,23 @@ def test_correlates_with_the_dot_product_as_so_many_bits_can(sketch: SignSketch,
     assert float(both.corrcoef()[0, 1]) == pytest.approx(best, abs=0.02)
 
 
+@each_sketch
+@pytest.mark.parametrize("d", [1, 12, 20])
+def test_a_key_whose_channels_are_no_eights_has_zeros_behind_it(d: int, sketch: SignSketch) -> None:
+    query, keys, more = torch.randn(d), torch.randn(9, 16, d), (0, -d % 8)
+    assert sketch.fields(16, d) == sketch.fields(16, d + more[1])
+    scores, expected = page_scores(query, keys, sketch), page_scores(F.pad(query, more), F.pad(keys, more), sketch)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+@each_sketch
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_one_page_of_few_tokens_scores_as_among_others(page_size: int, sketch: SignSketch) -> None:
+    """Its record is of no whole words."""
+    query, keys = torch.randn(16), torch.randn(2, page_size, 16)
+    assert page_scores(query, keys[:1], sketch)[0] == pytest.approx(page_scores(query, keys, sketch)[0].item())
+
+
 def test_finds_the_page_of_a_similar_key_where_the_bound_does_not() -> None:
     """A key plus as much noise, among 1,024 random keys: is its page among the four best of 64?"""
     pages = random_pages([64 * 16], 1, 64, 16, seed=1)
@@ -220,11 +235,15 @@ def test_finds_the_page_of_a_similar_key_where_the_bound_does_not() -> None:
 
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("bits", [1, 2])
-def test_bits_are_found_again_where_they_were_put(bits: int, head_dim: int) -> None:
+def test_bits_are_found_again_where_they_were_put(bits: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.randint(1 << bits, (3, 2, 16, head_dim), dtype=torch.uint8)
     packed, query = sign_sketch._packed(numbers, bits), torch.randn(3, 2, 5, head_dim)
     codes = 2.0 * numbers + 1 - 2**bits
-    found = sign_sketch._products(query, packed[:, None], bits, 16)[..., 0, :]
-    torch.testing.assert_close(found, query @ codes.transpose(-1, -2), rtol=1e-4, atol=1e-4)
+    found = sign_sketch._products(query, packed[:, None], bits, 16)[:, :, :, 0]  # [g, p, b, h]
+    expected = torch.einsum("bhgd,bhpd->gpbh", query, codes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(sign_sketch, "_looked_up", sign_sketch._multiplied)  # as on a GPU
+    found = sign_sketch._products(query, packed[:, None], bits, 16)[:, :, :, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     if packed[0].numel() * 8 == numbers[0].numel() * bits:  # else bits are left over
         assert torch.equal(sign_sketch._unpacked(packed, bits, 16), numbers)

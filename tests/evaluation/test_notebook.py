@@ -33,7 +33,7 @@ def test_profiles_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ask_and_trace_a_story() -> None:
     model, tokenizer = notebook.load(device="cpu")
     story = make_task("needle").write(Writer(tokenizer), 1024, 3, seed=1)
-    with sparsekv.patch(model, budget=256) as patch:
+    with sparsekv.patch(model, budget=256, dense_layers=2) as patch:
         cache = patch.new_cache()
         notebook.read(model, tokenizer, story.text, cache)
         replies = [notebook.ask(model, tokenizer, cache.fork(), question) for question in story.questions]

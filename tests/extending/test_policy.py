@@ -114,7 +114,7 @@ def test_generate_reads_what_the_rule_says(beams: int) -> None:
     """Across pages that begin and rows that are padded; of beams, that rows take along what was scored in them."""
     model, rule = tiny(), Rule()
     with sparsekv.patch(model, **ONE_DENSE) as patch:
-        assert "  layers 1-3: sparse (alternating over minmax digests, anew every 4 steps)" in str(patch)
+        assert "  layers 1-3: sparse (alternating over sign_sketch digests, anew every 4 steps)" in str(patch)
         cache = patch.new_cache()
         reorder = cache.reorder_cache
 

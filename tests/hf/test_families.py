@@ -83,7 +83,7 @@ def test_a_small_budget_reads_the_pages_quest_would(
     settings = {"budget": 16, "page_size": 4, "sinks": 2, "recent": 4}
     model, naive, inputs = tiny(family), tiny(family), prompt(*PADDED)
     unpatched = decode(model, inputs)
-    with sparsekv.patch(model, dense_layers=0, **settings) as patch:
+    with sparsekv.patch(model, dense_layers=0, digest="minmax", **settings) as patch:
         patched = decode(model, inputs)
 
     naive_sparse(naive, **settings)

@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import sparsekv
 from sparsekv.cache import LatentLayer, layer_kinds
+from sparsekv.digests import DIGESTS
 from sparsekv.errors import CacheStateError
 from sparsekv.hf.support import CACHE
 from sparsekv.testing.consistency import assert_consistent
@@ -174,7 +175,7 @@ def test_a_step_is_attention_to_the_chosen_pages(
     kind, expanded = type(model.model.layers[0].self_attn), []
     own = kind.expand_kv
     monkeypatch.setattr(kind, "expand_kv", lambda *args: expanded.append(args[1].shape[2]) or own(*args))
-    with sparsekv.patch(model, **SMALL) as patch:
+    with sparsekv.patch(model, **SMALL, digest="minmax") as patch:
         patched = decode(model, inputs)
     assert_same(patched, expected)
     assert distance(patched, unpatched) > 0.1
@@ -186,7 +187,7 @@ def test_a_step_is_attention_to_the_chosen_pages(
     assert patch.stats.bytes_total == patch.stats.pages_total * 4 * (RANK + 8) * 4  # once, not as keys and values
 
 
-@pytest.mark.parametrize("other", [{"policy": "oracle"}, {"digest": "sign_sketch"}, {"digest": "mean_std"}], ids=str)
+@pytest.mark.parametrize("other", [{"policy": "oracle"}, *({"digest": name} for name in DIGESTS)], ids=str)
 def test_other_digests_and_policies(other, model, prompt, decode) -> None:
     with sparsekv.patch(model, **SMALL | other) as patch:
         decode(model, prompt(40, 9))

@@ -339,7 +339,7 @@ def test_at_a_small_budget_a_mode_gives_what_masking_the_other_pages_gives(
     if name != "the_users_dynamic_cache":  # that runs dense
         naive_sparse(naive, **SMALL)
     theirs = run_mode(naive, prompt)
-    with sparsekv.patch(model, **SMALL) as patch:
+    with sparsekv.patch(model, **SMALL, digest="minmax") as patch:
         ours = run_mode(model, prompt)
     assert_close(ours, theirs)
     if steps != SOME:
@@ -357,7 +357,7 @@ def test_layers_with_budgets_of_their_own(tiny, prompt, naive_sparse) -> None:
         return 12 + 4 * layer_idx
 
     naive_sparse(naive, **settings | {"budget": [12 + 4 * i for i in range(6)]})
-    with sparsekv.patch(model, **settings | {"budget": budget}) as patch:
+    with sparsekv.patch(model, **settings | {"budget": budget, "digest": "minmax"}) as patch:
         assert patch.config.budget == ((1, 16), (3, 24), (5, 32))
         for mode in ("greedy", "beam_search"):
             assert_close(MODES[mode][0](model, prompt), MODES[mode][0](naive, prompt))

@@ -228,11 +228,12 @@ def test_settings_that_are_not_allowed(settings, tiny, state_of) -> None:
     [
         ({"dense_layers": (0, 40)}, "the model has layers 0 to 3"),
         ({"budget": {40: 512, "rest": 64}}, "names 40, and of the model's layers 0 to 3 only 0-3 can be sparse"),
-        ({"digest": "sign_sketch", "dense_layers": 0}, "head_dim=12 must divide by 8"),
+        ({"digest": "of_eights"}, "head_dim=12 must divide by 8"),
     ],
 )
+@pytest.mark.usefixtures("of_eights")
 def test_settings_that_are_not_allowed_for_this_model(settings, message, tiny, state_of) -> None:
-    """Its heads have 12 channels, and a sketch has whole bytes: said before the first token, not at it."""
+    """Its heads have 12 channels: said before the first token, not at it."""
     model = tiny("llama", head_dim=12, hidden_size=48)
     before = state_of(model)
     with pytest.raises(ConfigError, match=message):
@@ -251,9 +252,9 @@ def test_the_report_says_what_each_layer_does(tiny, prompt, decode) -> None:
         "  layer 0: dense (sliding window of 8, in pages)",
         "  layer 1: dense (dense_layers=1, in pages)",
         "  layer 2: dense (sliding window of 8, in pages)",
-        "  layer 3: sparse (top_k over minmax digests)",
+        "  layer 3: sparse (top_k over sign_sketch digests)",
         "  layer 4: dense (sliding window of 8, in pages)",
-        "  layer 5: sparse (top_k over minmax digests)",
+        "  layer 5: sparse (top_k over sign_sketch digests)",
         "  decode steps on cpu: plain torch (there are kernels for CUDA, and the device is cpu)",
         "  decode loop of generate: eager (CUDA graphs need a GPU, and the device is cpu)",
     ]
@@ -264,7 +265,7 @@ def test_the_report_says_what_each_layer_does(tiny, prompt, decode) -> None:
 
 
 def test_the_report_of_a_fraction_and_of_the_dense_policy(tiny) -> None:
-    with sparsekv.patch(tiny("llama"), budget=0.25, policy="all") as patch:
+    with sparsekv.patch(tiny("llama"), budget=0.25, policy="all", dense_layers=2) as patch:
         assert "budget 25% of the context" in str(patch)
         assert "layers 0-1: dense (dense_layers=2, in pages)" in str(patch)
         assert "layers 2-3: dense (policy 'all', in pages)" in str(patch)
@@ -276,8 +277,8 @@ def test_the_report_of_budgets_by_layer(tiny) -> None:
             "sparsekv patch of LlamaForCausalLM (budget by layer, page_size 16)",
             "  layer 0: dense (dense_layers=1, in pages)",
             "  layer 1: dense (budget=1.0, in pages)",
-            "  layer 2: sparse (top_k over minmax digests, 25% of the context)",
-            "  layer 3: sparse (top_k over minmax digests, 512 tokens)",
+            "  layer 2: sparse (top_k over sign_sketch digests, 25% of the context)",
+            "  layer 3: sparse (top_k over sign_sketch digests, 512 tokens)",
         ]
 
 

@@ -68,7 +68,7 @@ def test_layers_that_share_keys_and_values(family, tiny, prompt, decode, assert_
     assert (patch.stats.dense_steps, patch.stats.dense_passes) == (NEW - 1, 1)
 
     naive_sparse(naive, **SMALL)
-    with sparsekv.patch(model, **SMALL) as patch:
+    with sparsekv.patch(model, **SMALL, digest="minmax") as patch:
         assert_same(decode(model, prompt(40, 33)), decode(naive, prompt(40, 33)))
     assert (patch.stats.sparse_steps, patch.stats.dense_steps) == (NEW - 1, 0)
 
@@ -235,7 +235,7 @@ def test_bfloat16(settings, tiny, prompt, naive_sparse) -> None:
             naive_sparse(reference, **SMALL)
     ids = prompt(40 + NEW)["input_ids"]
     truth, theirs = (teacher_forced(reference, ids) for reference in (exact, plain))
-    with sparsekv.patch(model, **settings) as patch:
+    with sparsekv.patch(model, **settings, digest="minmax") as patch:
         ours = teacher_forced(model, ids)
     assert ours.dtype == torch.bfloat16
     assert float((ours - truth).norm()) <= 2 * float((theirs - truth).norm())
@@ -303,7 +303,7 @@ def test_autocast(settings, tiny, prompt, naive_sparse) -> None:
     truth = teacher_forced(exact, ids)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = teacher_forced(plain, ids)
-        with sparsekv.patch(model, **settings) as patch:
+        with sparsekv.patch(model, **settings, digest="minmax") as patch:
             ours = teacher_forced(model, ids)
     assert float((ours.float() - truth).norm()) <= 2 * float((theirs.float() - truth).norm())
     assert patch.stats.sparse_steps + patch.stats.dense_steps == NEW
@@ -360,7 +360,7 @@ def test_values_narrower_than_keys(settings, prompt, decode, assert_same, naive_
         patched = decode(model, inputs, **settings)
     assert_same(patched, unpatched)
     assert [tuple(x.shape[3] for x in layer.content()) for layer in patched.past_key_values.layers] == [(16, 8)] * 4
-    with sparsekv.patch(model, **small):
+    with sparsekv.patch(model, **small, digest="minmax"):
         patched = decode(model, inputs, **settings)
     naive_sparse(model, **small)
     assert_same(patched, decode(model, inputs, **settings))

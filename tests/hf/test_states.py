@@ -164,9 +164,9 @@ def test_a_model_with_states_takes_no_draft_as_without_a_patch(hybrid, prompt, d
 @pytest.mark.parametrize(
     ("family", "told"),
     [
-        ("qwen3_next", {"a state, in place": False, "top_k over minmax digests": True}),
-        ("nemotron_h", {"a state, in place": False, "no attention": False, "top_k over minmax digests": True}),
-        ("falcon_h1", {"top_k over minmax digests, beside a state": True}),
+        ("qwen3_next", {"a state, in place": False, "top_k over sign_sketch digests": True}),
+        ("nemotron_h", {"a state, in place": False, "no attention": False, "top_k over sign_sketch digests": True}),
+        ("falcon_h1", {"top_k over sign_sketch digests, beside a state": True}),
         ("inkling_text", {"its attention adds a bias by distance": False}),
     ],
 )

@@ -18,7 +18,7 @@ from sparsekv.digests.minmax import MinMax
 from sparsekv.pages import Arena
 from sparsekv.testing.cache_pair import CachePair
 
-SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0}
+SMALL: dict[str, Any] = {"page_size": 4, "sinks": 1, "recent": 4, "budget": 16, "dense_layers": 0, "digest": "minmax"}
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def test_digests_are_fitted_anew() -> None:
         pair = used(arena, digest="test.fitted")
         where = places(pair)
         del pair
-        pair = CachePair(digest="test.fitted", arena=arena, **SMALL)
+        pair = CachePair(arena=arena, **SMALL | {"digest": "test.fitted"})
         pair.forward(30, 2)
     finally:
         DIGESTS.remove("test.fitted")

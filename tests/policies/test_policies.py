@@ -66,7 +66,7 @@ def test_all_reads_everything() -> None:
 @pytest.mark.parametrize("pooling", ["max", "sum", "mean_softmax", "share"])
 def test_top_k_takes_the_pages_with_the_best_bounds(pooling: str) -> None:
     pages = random_pages([*edge_lengths(P), 100], page_size=P)
-    slots, step = select("top_k", pages, group_pooling=pooling)
+    slots, step = select("top_k", pages, group_pooling=pooling, digest="minmax")
     scores = naive.pool_group(naive.page_bounds(step.query.double() * step.scaling, pages), 2, pooling)
     assert torch.equal(slots, naive.select_pages(scores, pages.seq_lens, P, step.k, 2, 1))
 
@@ -128,7 +128,7 @@ def test_a_fraction_is_of_each_sequence_s_own_length(policy: str, budget: float)
 
 def test_a_fraction_takes_the_best_pages_within_each_row_s_limit() -> None:
     pages = random_pages([200, 100, 64], page_size=P)
-    slots, step = select("top_k", pages, budget=0.25)
+    slots, step = select("top_k", pages, budget=0.25, digest="minmax")
     scores = naive.pool_group(naive.page_bounds(step.query, pages), 2, "max")
     limits = torch.tensor([step.config.budget_pages(n) for n in pages.lengths])
     assert torch.equal(slots, naive.select_pages(scores, pages.seq_lens, P, step.k, 2, 1, limits))
@@ -148,7 +148,8 @@ def test_scores_of_digests_that_are_not_kept(ask: object) -> None:
 
 def test_digest_scores_are_the_op_s() -> None:
     pages = random_pages([100, 20], page_size=P)
-    config = SparseConfig(page_size=P, sinks=2, recent=1, budget=40, group_pooling="sum", backend="reference")
+    settings = {"digest": "minmax", "group_pooling": "sum", "backend": "reference"}
+    config = SparseConfig(page_size=P, sinks=2, recent=1, budget=40, **settings)
     step = decode_step(torch.randn(2, 4, 16), pages, config)
     summary = fresh_summary("minmax", pages, [])
     expected = torch.ops.sparsekv.score_pages(

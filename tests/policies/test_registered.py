@@ -56,7 +56,7 @@ def test_what_it_declares_to_read_is_what_it_reads(name: str) -> None:
     """A policy that reads neither digests nor keys must decide without them: they are NaN here."""
     policy = POLICIES.get(name)()
     pages = random_pages([100, 64], page_size=P)
-    step = step_of(pages, small(name))
+    step = step_of(pages, small(name, digest="minmax"))
     expected = policy.select(step)
     spoiled = {
         "summary": [torch.full_like(x, float("nan")) for x in step.summary] if policy.reads is Reads.KEYS else []

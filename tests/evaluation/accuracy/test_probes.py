@@ -18,7 +18,10 @@ def model() -> Any:
 
 def looked(model: Any, steps: list[Any] | None = None, **settings: Any) -> Probe:
     ids = torch.randint(3, 2000, (2, 300), generator=torch.Generator().manual_seed(0))
-    with sparsekv.patch(model, **{"budget": 128, "recent": 16} | settings) as patch, torch.inference_mode():
+    with (
+        sparsekv.patch(model, **{"budget": 128, "recent": 16, "dense_layers": 2} | settings) as patch,
+        torch.inference_mode(),
+    ):
         cache = patch.new_cache()
         model(input_ids=ids, past_key_values=cache)
         probe = Probe(cache, 1)

@@ -145,7 +145,7 @@ def test_layers_that_read_everything_are_an_error_and_named(
             self, step, *rest
         ),
     )  # fmt: skip
-    (line,) = run(loaded, tmp_path, methods=("quest",), probe=False)
+    (line,) = run(loaded, tmp_path, methods=("quest",), dense_layers=2, probe=False)
     lost = ", ".join(str(i) for i in range(2, 6) if i not in sparse_layers)
     assert line["score"] is None
     assert "steps were dense" in line["error"]
@@ -184,7 +184,7 @@ def test_layers_that_turned_dense_are_in_the_manifest_and_the_report(
         return cache
 
     monkeypatch.setattr(Patch, "new_cache", with_odd_layer)
-    lines = run(loaded, tmp_path, methods=("quest",), probe=False)
+    lines = run(loaded, tmp_path, methods=("quest",), dense_layers=2, probe=False)
     assert lines[0]["error"] is None
     found = json.loads((tmp_path / "manifest.json").read_text())["layers_not_sparse"]
     assert [(some["layers"], some["is_asked_for"]) for some in found] == [([0, 1], True), ([3], False)]

@@ -19,7 +19,7 @@ from sparsekv.evaluation.tasks import Writer
 
 SCORED = 8
 LENGTH = MIN_LENGTH
-BASE = SparseConfig(dense_layers=0)
+BASE = SparseConfig(digest="minmax", dense_layers=0)
 DENSE = BASE.with_(policy="all")
 
 

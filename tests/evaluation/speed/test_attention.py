@@ -59,7 +59,7 @@ def check_of(where: LayerPoint) -> Check:
     ],
 )
 def test_floors_are_those_worked_out_for_an_h200(batch: int, context: int, sparse_us: float, dense_us: float) -> None:
-    (where,) = grid([named("llama-3.1-8b")], [batch], [context], [SparseConfig(budget=2 * K)])
+    (where,) = grid([named("llama-3.1-8b")], [batch], [context], [SparseConfig(budget=2 * K, digest="minmax")])
     h200 = Machine(CPU, 60 << 20, 4.39, 4.39)
     assert h200.floor_us(where.sparse_bytes) == pytest.approx(sparse_us, rel=0.02)
     assert h200.floor_us(where.dense_bytes) == pytest.approx(dense_us, rel=0.02)
@@ -83,7 +83,7 @@ def test_layers_reach_past_the_l2_cache_and_stay_within_memory() -> None:
 
 
 def test_presets_name_known_shapes_and_quests_own_times_belong_to_one_of_them() -> None:
-    full = preset_points("full")
+    full = preset_points("full", [SparseConfig(digest="minmax")])
     assert len({str(p.describe()) for p in full}) == len(full)
     assert {p.geometry.name for p in full} == {*GEOMETRIES, "llama-3.1-8b", "qwen3-32b"}
     quest = {p.context: p.quest_us for p in full if p.quest_us}
@@ -96,7 +96,7 @@ def test_presets_name_known_shapes_and_quests_own_times_belong_to_one_of_them() 
 @pytest.mark.parametrize("context", [160, 157])
 def test_inputs_are_shuffled_pages_with_their_digests(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsekv.evaluation.speed.attention_inputs.CHUNK_ELEMENTS", 2000)  # several pieces
-    inputs = Inputs(point(context), 2, CPU)
+    inputs = Inputs(point(context, digest="minmax"), 2, CPU)
     assert torch.equal(inputs.block_table.flatten().sort().values, torch.arange(60, dtype=torch.int32))
     first, second = inputs.layers
     assert not torch.equal(first.kv_pool, second.kv_pool)
@@ -245,7 +245,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", list(COMPETITORS))
 @pytest.mark.parametrize("batch", [1, 3])
 def test_competitors_do_the_same_work(name: str, batch: int) -> None:
-    check = check_of(point(batch=batch, sinks=True))
+    check = check_of(point(batch=batch, sinks=True, digest="minmax"))
     with torch.inference_mode():
         competitor = COMPETITORS[name](check.inputs)
         check.competitor(name, competitor)
@@ -256,9 +256,9 @@ def test_competitors_do_the_same_work(name: str, batch: int) -> None:
 @pytest.mark.usefixtures("flashinfer")
 def test_the_shelf_takes_no_part_where_it_cannot() -> None:
     with pytest.raises(Unavailable, match="nothing to choose"):
-        COMPETITORS["shelf"](Inputs(point(60), 2, CPU))
+        COMPETITORS["shelf"](Inputs(point(60, digest="minmax"), 2, CPU))
     with pytest.raises(Unavailable, match="partly filled"):
-        COMPETITORS["shelf"](Inputs(point(157), 2, CPU))
+        COMPETITORS["shelf"](Inputs(point(157, digest="minmax"), 2, CPU))
     COMPETITORS["flashinfer"](Inputs(point(157), 2, CPU))
 
 
@@ -403,15 +403,15 @@ def test_the_whole_command_prints_and_writes(
     """Several geometries, batches and budgets, and a context that Quest's own kernels were measured at."""
     monkeypatch.setitem(GEOMETRIES, "mha", Geometry("mha", 2, 2, 16))
     command = ["bench", "--device", "cpu", "--geometry", "mha", "--contexts", "8k", "4000", "--batches", "1", "2"]
-    command += ["--budget", "2k", "--repeats", "2", "--against", "sdpa", "shelf", "--out", str(tmp_path)]
-    assert main(command) == 0
+    command += ["--digest", "minmax", "--budget", "2k", "--repeats", "2", "--against", "sdpa", "shelf"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "Quest's own kernels, measured separately (speed/attention_points.py): 35.4 us (mha 1 x 8k)" in printed
     assert "shelf: flashinfer is not installed" in printed or "flashinfer" in sys.modules
-    result = json.loads((tmp_path / "attention_cpu.json").read_text())
+    result = json.loads((tmp_path / "attention_cpu_minmax.json").read_text())
     assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 8192), (1, 4000), (2, 8192), (2, 4000)]
     assert {row["dtype"] for row in result["rows"]} == {"float32"}
-    assert (tmp_path / "attention_cpu.png").stat().st_size > 5_000
+    assert (tmp_path / "attention_cpu_minmax.png").stat().st_size > 5_000
 
 
 def test_a_measurement_from_python_is_what_json_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -437,7 +437,7 @@ def test_a_file_of_settings_has_a_layer_for_each_of_its_budgets(tmp_path: Path) 
 def test_files_of_settings_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those with a least share over keys of which pages hold it; the others over random ones."""
     names = [str(tmp_path / name) for name in ("one.json", "other.json")]
-    SparseConfig(budget=256).save(names[0])
+    SparseConfig(budget=256, digest="minmax").save(names[0])
     SparseConfig(budget=512, digest="sketch2", group_pooling="share", min_share=0.001).save(names[1])
     command = f"attention --settings {shlex.join(names)} --device cpu --contexts 4k 256 --repeats 1 --read 320"
     rows = speed.measure(f"{command} --out {tmp_path}")["rows"]

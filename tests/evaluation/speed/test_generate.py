@@ -324,7 +324,7 @@ def test_every_row_says_how_it_was_measured(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"--dtype": "bfloat16"}, "dtype 'torch.float32' there, 'torch.bfloat16' here"),
-        ({"--dense-layers": "0"}, "dense_layers 2 there, 0 here"),
+        ({"--dense-layers": "2"}, "dense_layers 0 there, 2 here"),
         ({"--new-tokens": "9"}, "new_tokens 8 there, 9 here"),
         ({"--budget": "144"}, "budget 128 there, 144 here"),
         ({"gpu": "a GPU"}, "gpu 'a GPU' there"),
@@ -373,7 +373,7 @@ def test_geometries_have_the_sizes_of_their_namesakes(name: str, billions: float
     assert subject.weight_bytes / 2e9 == pytest.approx(billions, rel=0.01)
     text = subject.text
     assert subject.step_bytes(1) == subject.weight_bytes - 2 * text.vocab_size * text.hidden_size
-    tokens, config = 1 << 15, SparseConfig()
+    tokens, config = 1 << 15, SparseConfig(digest="minmax", dense_layers=2)
     kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * tokens
     assert subject.cache_bytes(tokens, None) == subject.cache_bytes(tokens, config.with_(policy="all")) == kv
     digests = kv * (text.num_hidden_layers - 2) // text.num_hidden_layers // 16
