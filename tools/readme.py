@@ -69,7 +69,6 @@ def _demo() -> str:
         "method, budget": "{method}",
         "right answers": "{right} of {num_answers}",
         "cache read per token": "{share:.1%}",
-        "in the sparse layers": "{sparse_share:.1%}",
         "ms per token": "{ms_per_token:.1f}",
     }
     rows = [{**row, "num_answers": len(row["answers"])} for row in _load("demo")["rows"]]

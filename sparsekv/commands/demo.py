@@ -30,7 +30,7 @@ MIN_CONTEXT, MAX_CONTEXT = 4096, 32768  # below, the smallest budget is all sink
 BUDGET_SHARES = (32, 16, 8)  # the budgets shown: the context divided by these
 _CAPTION = (
     "The story is prefilled once, densely; questions and answers are decoded token by token.\n"
-    "Budgets are tokens per kv head; the first two of the six layers always read everything. Shares count digests."
+    "Budgets are tokens per kv head in each of the six layers. Shares count digests."
 )
 
 
@@ -117,7 +117,6 @@ def _table(story: Story, methods: list[Method]) -> Table:
     total = len(story.questions)
     table.add_row("[bold]right[/bold]", "", *(f"[bold]{m.num_right} of {total}[/bold]" for m in methods))
     table.add_row("share of the cache read per token", "", *(f"{m.share:.1%}" for m in methods))
-    table.add_row("... in the sparse layers alone", "", *(f"{m.sparse_share:.1%}" for m in methods))
     table.add_row("ms per token", "", *(f"{m.ms_per_token:.1f}" for m in methods))
     return table
 
