@@ -113,7 +113,7 @@ class LayerBench:
         before = [replace(step, seq_lens=step.seq_lens - 1) for step in layers]
         return [
             *((name, whole(decode), point.sparse_bytes) for name, decode in ways.items()),
-            *((BETWEEN, whole(decode, before), point.sparse_bytes) for decode in list(ways.values())[:1]),
+            (BETWEEN, whole(ways["sparse"], before), point.sparse_bytes),
             ("append", lambda i: layers[i].append(), 0),
             ("dense", lambda i: layers[i].attend(None, 0.0, sinks), point.dense_bytes),
         ]

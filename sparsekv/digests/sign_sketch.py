@@ -303,7 +303,7 @@ def _products(query: Tensor, packed: Tensor, bits: int, page_size: int) -> Tenso
 
 
 def _codes_of_bytes(bits: int, like: Tensor) -> Tensor:
-    """`[256, numbers]`"""
+    """The codes that the numbers of every byte stand for, `[256, numbers]`."""
     numbers = torch.arange(256, dtype=torch.uint8, device=like.device)[:, None] >> _shifts(bits, like.device)
     return 2 * (numbers & (1 << bits) - 1).to(like.dtype) + (1 - 2**bits)
 
