@@ -16,7 +16,7 @@ constexpr int MEAN_BITS = 2;
 
 // The tensors of SignSketch, in its order. Kernels rotate by the flips alone, without the matrix.
 struct SketchTensors {
-    char* records;       // [num_pages, hkv, bytes of SketchRecord]
+    char* records;       // [num_pages, hkv, bytes of SketchLayout]
     const float* flips;  // [hkv, 2, d]; before it lies the rotation, [hkv, d, d]
 
     __device__ SketchTensors(const Digests& digests) : records(digests.at<char>(0)), flips(digests.at<float>(2)) {}
@@ -85,36 +85,33 @@ struct Rotation {
 
 __device__ constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-// Where the codes of a page lie: in blocks of TOKENS tokens, in which each of the four lanes has SHARE bytes.
+// Where the parts of a page's record lie, in bytes. It is a record for every sixteen tokens, a block: a head, which
+// has their factors and, in the first block, the page's mean and its factor, then rows, the codes of TOKENS tokens
+// each, in which each of the four lanes has SHARE bytes. Heads and rows are whole PIECEs, and so is where they begin:
+// of 128 bytes, what the cache hands out at once, or half of that where it would be too much.
 template <int D, int BITS>
 struct SketchLayout {
     static constexpr int REGISTERS = D / 16, OF_WORD = 8 / BITS;  // of a token that a lane has; that a word has
-    static constexpr int SHARE = D == 96 ? 48 : 32, BLOCK = 4 * SHARE, TOKENS = SHARE * 32 / (BITS * D);
+    static constexpr int SHARE = D == 96 ? 48 : 32, ROW = 4 * SHARE, TOKENS = SHARE * 32 / (BITS * D);
     // Tokens that share words are made together: so many, in so many words of a lane.
     static constexpr int TOGETHER = OF_WORD / common_divisor(REGISTERS, OF_WORD);
     static constexpr int WORDS = TOGETHER * REGISTERS / OF_WORD;
 
-    // Where these of a lane begin.
+    static constexpr int BLOCK_TOKENS = 16, ROWS = BLOCK_TOKENS / TOKENS, PIECE = D < 128 ? 64 : 128;
+    static constexpr int MEAN_WORDS = (D + 63) / 64;  // of a lane, one after the other
+    static constexpr int UNIT = 16 * MEAN_WORDS, FACTORS = UNIT + 16;
+    static constexpr int HEAD = (FACTORS + 2 * BLOCK_TOKENS + PIECE - 1) / PIECE * PIECE, BLOCK = HEAD + ROWS * ROW;
+
+    __device__ static int bytes(int page_size) { return page_size / BLOCK_TOKENS * BLOCK; }
+    // Where the codes of `TOGETHER` tokens of a lane begin, and where a token's factor lies.
     __device__ static int place(int token, int lane) {
-        return (token / TOKENS * 4 + lane) * SHARE + token % TOKENS * (BITS * D / 32);
+        return block_of(token) + HEAD + (token % BLOCK_TOKENS / TOKENS * 4 + lane) * SHARE +
+               token % TOKENS * (BITS * D / 32);
     }
-};
+    __device__ static int factor_place(int token) { return block_of(token) + FACTORS + token % BLOCK_TOKENS * 2; }
 
-template <int D>
-struct MeanLayout {
-    static constexpr int WORDS = (D + 63) / 64, BYTES = 16 * WORDS;  // of a lane, one after the other; of all four
-};
-
-// Where the parts of a page's record lie, in bytes: the codes come first. It is a number of whole sectors.
-template <int D, int BITS>
-struct SketchRecord {
-    i64 factors, mean, unit, bytes;
-
-    __device__ explicit SketchRecord(int page_size)
-        : factors(page_size * (BITS * D / 8)),
-          mean(factors + page_size * 2),
-          unit(mean + MeanLayout<D>::BYTES),
-          bytes((unit + 4 + 31) / 32 * 32) {}
+  private:
+    __device__ static int block_of(int token) { return token / BLOCK_TOKENS * BLOCK; }
 };
 
 // The code of a vector x. Lane l has channels l, l + 32, ...
@@ -184,17 +181,17 @@ struct SketchSummary : KeySums<T, D> {
         const float unit = code.factor();
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = unit * code.numbers[i];
-        const SketchRecord<D, BITS> layout(page_size);
-        char* const record = tensors.records + page.item * layout.bytes;
-        u16* const factors = reinterpret_cast<u16*>(record + layout.factors);
+        char* const record = tensors.records + page.item * Layout::bytes(page_size);
+        const auto factor_of = [&](int token) -> u16& {
+            return *reinterpret_cast<u16*>(record + Layout::factor_place(token));
+        };
         if (part == 0) {
-            u32 words[MeanLayout<D>::WORDS] = {};
+            u32 words[Layout::MEAN_WORDS] = {};
             code.template add_to<0>(words, lane_id() % 4);
-            store_words(record + layout.mean + lane_id() % 4 * sizeof(words), words);
-            if (lane_id() < 8 && layout.unit + lane_id() * 4 < layout.bytes)
-                reinterpret_cast<float*>(record + layout.unit)[lane_id()] = lane_id() ? 0.f : unit;
+            store_words(record + lane_id() % 4 * sizeof(words), words);
+            if (lane_id() == 0) *reinterpret_cast<float*>(record + Layout::UNIT) = unit;
             for (int token = count + lane_id(); token < page_size; token += WARP)
-                factors[token] = 0x7FFF;  // NaN: none
+                factor_of(token) = 0x7FFF;  // NaN: none
         }
 #pragma unroll 1
         for (int first = part * Layout::TOGETHER; first < count; first += parts * Layout::TOGETHER) {
@@ -209,7 +206,7 @@ struct SketchSummary : KeySums<T, D> {
                 for (int j = 0; j < N; ++j) x[j] -= mean[j];
                 const SketchCode<D, BITS> code(x);
                 code.template add_to<i.value * Layout::REGISTERS>(words, lane_id() % 4);
-                if (lane_id() == 0 && token < count) factors[token] = fp16::pack(code.factor(), 0.f);
+                if (lane_id() == 0 && token < count) factor_of(token) = fp16::pack(code.factor(), 0.f);
             });
             store_words(record + Layout::place(first, lane_id() % 4), words);
         }

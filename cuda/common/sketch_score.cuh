@@ -13,12 +13,14 @@
 // other register the mask alone, whose numbers are then 2^bits times as large, and so is the unit of q' in these
 // channels.
 //
-// Codes come through shared memory, a few tokens of sixteen pages at a time, and while a warp works on one block the
-// next ones are under way. Of copies a warp waits for the oldest alone; loads to registers, which the compiler counts
-// together, it would have to wait for all at once.
+// Heads and rows come through shared memory, those of sixteen pages at a time, and while a warp works on one the next
+// two are under way. Of copies a warp waits for the oldest alone; loads to registers, which the compiler counts
+// together, it would have to wait for all at once. The lanes that copy a piece lie side by side, so that memory is
+// asked for it once.
 #pragma once
 #include "common/sketch.cuh"
 
+constexpr int SLOTS = 3;          // heads or rows that a warp has room for
 constexpr int QUERY_LIMIT = 124;  // the largest whole number of a rotated query, a multiple of four
 
 // c[16 x 8] += a[16 x 32] b[32 x 8], of bytes, those of b with signs. Of lane l, r = l / 4 and q = l % 4: a0, a2
@@ -70,45 +72,35 @@ struct SketchScorer {
     using Layout = SketchLayout<D, BITS>;
     using Query = SketchQuery<D, BITS>;
     static constexpr int N = Query::N, TILES = MAX_HEADS / 4, STAGED = HEAD_TILES * Query::WORDS;
-    static constexpr int TOKENS = Layout::TOKENS, SHARE_WORDS = Layout::SHARE / 4;
-    static constexpr int MEAN_WORDS = MeanLayout<D>::WORDS;
-    static constexpr int AHEAD = TOKENS < TILE ? 2 : 1;  // blocks that are under way; a page has no fewer
+    static constexpr int TOKENS = Layout::TOKENS, SHARE_WORDS = Layout::SHARE / 4, MEAN_WORDS = Layout::MEAN_WORDS;
+    static constexpr int PARTS = Layout::PIECE / 16, PAGES = WARP / PARTS;  // lanes of a piece; pages copied at once
     // From page to page in shared memory, so that lanes meet no other's banks.
-    static constexpr int PITCH = Layout::BLOCK + (D == 96 ? 0 : 16);
+    static constexpr int PITCH = Layout::ROW + (D == 96 ? 0 : 16), FACTOR_WORDS = 12;
 
-    // What a warp works with in shared memory.
-    struct Block {
-        char codes[TILE][PITCH];
-        u32 factors[TILE][TOKENS / 2];
-    };
+    using Slot = char[TILE][PITCH];
     struct Room {
-        Block blocks[AHEAD + 1];
-        u32 means[TILE][4][MEAN_WORDS];
-        float units[TILE];
+        Slot slots[SLOTS];
+        u32 factors[TILE][FACTOR_WORDS];  // of the block at hand
     };
     static constexpr int ROOM = sizeof(Room) / 16;
-    static_assert(sizeof(Room) % 16 == 0 && sizeof(Block) % 16 == 0);
-
-    // Bytes of a page's factors that come at once, and how many times that a block has.
-    static constexpr int FACTORS = TOKENS < 8 ? 2 * TOKENS : 16, FACTOR_PARTS = 2 * TOKENS / FACTORS;
+    static_assert(sizeof(Room) % 16 == 0 && Layout::HEAD <= PITCH);
 
     Room& room;
-    int slot = 0;                          // of the block at hand
-    const char *low_record, *high_record;  // of pages lane / 4 and lane / 4 + 8, whose blocks are asked for
-    int coming;                            // the block that is asked for next
+    int slot = SLOTS - 1;            // of what is at hand
+    const char* from[TILE / PAGES];  // of the pages that this lane copies from, its part of what is asked for next
+    bool is_there[TILE / PAGES];     // whether there are such
+    int coming;                      // which of a block's that is: its head or a row
     u32 query[HEAD_TILES][N][2];
-    float half[TILES], unit[TILES];  // of this lane's heads
+    float unit[TILES], shift[TILES];  // of this lane's heads: of a number, and minus half the sum of all
     const SketchTensors tensors;
-    const SketchRecord<D, BITS> record;
-    int num_kv_heads, head, page_shift;
-    float scaling;
+    const int stride, head, page_shift;  // bytes from page to page
+    const float scaling;
 
     __device__ SketchScorer(const SketchTensors& tensors, int num_kv_heads, int head, int page_shift, float scaling,
                             uint4* room)
         : room(*reinterpret_cast<Room*>(room)),
           tensors(tensors),
-          record(1 << page_shift),
-          num_kv_heads(num_kv_heads),
+          stride(num_kv_heads * Layout::bytes(1 << page_shift)),
           head(head),
           page_shift(page_shift),
           scaling(scaling) {}
@@ -144,44 +136,49 @@ struct SketchScorer {
             for (int i = 0; i < 2 * N; ++i) query[tile][i / 2][i % 2] = from.numbers[i / 2][i % 2][lane_id()];
 #pragma unroll
             for (int i = 0; i < 2 && 2 * tile + i < TILES; ++i) {
-                half[2 * tile + i] = from.halves[lane_id() % 4 * 2 + i];
                 unit[2 * tile + i] = from.units[lane_id() % 4 * 2 + i];
+                shift[2 * tile + i] = -from.halves[lane_id() % 4 * 2 + i] * unit[2 * tile + i];
             }
         }
     }
 
-    // The next tile: this lane's two pages are these. Their means are asked for, once those at hand were used.
-    // Nothing is asked for where there is no page: many warps would ask for the same at once.
+    // The next tile: this lane's two pages are these. Nothing is asked for where there is no page: many warps would
+    // ask for the same at once.
     __device__ void aim(int low_id, int high_id) {
-        low_record = low_id < 0 ? nullptr : record_of(low_id);
-        high_record = high_id < 0 ? nullptr : record_of(high_id);
+#pragma unroll
+        for (int i = 0; i < TILE / PAGES; ++i) {
+            const int page = i * PAGES + lane_id() / PARTS;
+            const int id = __shfl_sync(ALL_LANES, i * PAGES < 8 ? low_id : high_id, page % 8 * 4);
+            is_there[i] = id >= 0;
+            from[i] =
+                tensors.records + i64(id) * stride + head * Layout::bytes(1 << page_shift) + lane_id() % PARTS * 16;
+        }
         coming = 0;
-        copy_parts<16, MEAN_WORDS>(record.mean, [&](int page, int i) { return room.means[page][0] + i * 4; });
-        copy_parts<4, 1>(record.unit, [&](int page, int) { return room.units + page; });
     }
 
     __device__ void load_first() {
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) load_block(i);
+        load_next(0);
+        load_next(1);
     }
 
-    // Scores the tile whose first tokens are under way; `next()` aims at the one after.
+    // Scores the tile whose first head and row are under way; `next()` aims at the one after.
     template <typename Next>
     __device__ void score(float (&scores)[HEAD_TILES][4], Next next) {
         float sums[TILES][2] = {}, firsts[TILES][2], of_means[TILES][2];
-        const int blocks = (1 << page_shift) / TOKENS;
+        const int blocks = (1 << page_shift) / Layout::BLOCK_TOKENS;
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
-            wait_for_copies<AHEAD - 1>();
-            __syncwarp();  // all lanes have the block at hand, and need the one before no more
-            if (block == 0) {
-                score_means(of_means);
-                __syncwarp();
+            turn(next, block == blocks - 1 && Layout::ROWS == 1);
+            if (block == 0) score_means(of_means);
+            const bool missing = take_factors();
+#pragma unroll 1
+            for (int row = 0; row < Layout::ROWS; ++row) {
+                turn(next, block == blocks - 1 && row == Layout::ROWS - 2);
+                if (missing)
+                    add_row<true>(sums, firsts, row, block + row == 0);
+                else
+                    add_row<false>(sums, firsts, row, block + row == 0);
             }
-            if (block + AHEAD == blocks) next();
-            load_block(slot == 0 ? AHEAD : slot - 1);
-            add_block(sums, firsts, block == 0);
-            slot = slot == AHEAD ? 0 : slot + 1;
         }
 #pragma unroll
         for (int i = 0; i < HEAD_TILES * 4; ++i) scores[i / 4][i % 4] = 0.f;
@@ -194,60 +191,76 @@ struct SketchScorer {
   private:
     using Products = int[HEAD_TILES][4];
 
-    __device__ const char* record_of(int id) const {
-        return tensors.records + (i64(id) * num_kv_heads + head) * record.bytes;
+    // Waits for the next head or row, and asks for the one two further; `next()` comes before that, if it is the next
+    // tile's first.
+    template <typename Next>
+    __device__ void turn(Next next, bool is_last_of_tile) {
+        wait_for_copies<1>();
+        __syncwarp();  // all lanes have what is at hand, and need the one before no more
+        slot = slot == SLOTS - 1 ? 0 : slot + 1;
+        if (is_last_of_tile) next();
+        load_next(slot == 0 ? SLOTS - 1 : slot - 1);
     }
-    // PARTS pieces of BYTES that lie side by side in each of this lane's pages, by the four lanes that share them;
-    // `place(page, i)` is where they go.
-    template <int BYTES, int PARTS, typename Place>
-    __device__ void copy_parts(i64 from, Place place) {
-#pragma unroll
-        for (int base = 0; base < 2 * PARTS; base += 4) {
-            const int i = base + lane_id() % 4;
-            const char* const page = i < PARTS ? low_record : high_record;
-            if (page && i < 2 * PARTS)
-                copy_async<BYTES>(place(lane_id() / 4 + i / PARTS * 8, i % PARTS), page + from + i % PARTS * BYTES);
-        }
-    }
-
-    // Asks for the next block.
-    __device__ void load_block(int to) {
-        Block& block = room.blocks[to];
-        copy_parts<16, Layout::BLOCK / 16>(coming * Layout::BLOCK,
-                                           [&](int page, int i) { return block.codes[page] + i * 16; });
-        copy_parts<FACTORS, FACTOR_PARTS>(record.factors + coming * (2 * TOKENS),
-                                          [&](int page, int i) { return block.factors[page] + i * (FACTORS / 4); });
-        ++coming;
+    __device__ void load_next(int to) {
+        if (coming == 0)
+            copy<Layout::HEAD>(to);
+        else
+            copy<Layout::ROW>(to);
+        coming = coming == Layout::ROWS ? 0 : coming + 1;
         commit_copies();
+    }
+    template <int BYTES>
+    __device__ void copy(int to) {
+        char* const place = room.slots[to][lane_id() / PARTS] + lane_id() % PARTS * 16;
+#pragma unroll
+        for (int i = 0; i < TILE / PAGES; ++i) {
+#pragma unroll
+            for (int piece = 0; piece < BYTES; piece += Layout::PIECE)
+                if (is_there[i]) copy_async<16>(place + i * PAGES * PITCH + piece, from[i] + piece);
+            from[i] += BYTES;
+        }
     }
 
     // What the means add to the logits of this lane's heads, in base 2.
     __device__ void score_means(float (&logits)[TILES][2]) const {
+        const char* const low_head = room.slots[slot][lane_id() / 4];
+        const char* const high_head = low_head + 8 * PITCH;
         u32 low[MEAN_WORDS], high[MEAN_WORDS];
 #pragma unroll
         for (int i = 0; i < MEAN_WORDS; ++i) {
-            low[i] = room.means[lane_id() / 4][lane_id() % 4][i];
-            high[i] = room.means[lane_id() / 4 + 8][lane_id() % 4][i];
+            const int at = (lane_id() % 4 * MEAN_WORDS + i) * 4;
+            low[i] = *reinterpret_cast<const u32*>(low_head + at);
+            high[i] = *reinterpret_cast<const u32*>(high_head + at);
         }
-        const float factors[2] = {room.units[lane_id() / 4], room.units[lane_id() / 4 + 8]};
+        const float factors[2] = {*reinterpret_cast<const float*>(low_head + Layout::UNIT),
+                                  *reinterpret_cast<const float*>(high_head + Layout::UNIT)};
         Products products;
         multiply<0, MEAN_BITS>(products, low, high);
 #pragma unroll
         for (int i = 0; i < TILES * 2; ++i)
-            logits[i / 2][i % 2] = factors[i % 2] * unit[i / 2] * sum_of<MEAN_BITS>(products, i / 2, i % 2);
+            logits[i / 2][i % 2] = factors[i % 2] * sum_of<MEAN_BITS>(products, i / 2, i % 2);
     }
 
-    __device__ void add_block(float (&sums)[TILES][2], float (&firsts)[TILES][2], bool is_first) const {
-        const Block& block = room.blocks[slot];
+    // The head's factors, put where they stay. True: some are no numbers, as those of tokens that are missing.
+    __device__ bool take_factors() {
+        const int page = lane_id() / 2, part = lane_id() % 2;
+        const uint4 v = *reinterpret_cast<const uint4*>(room.slots[slot][page] + Layout::FACTORS + part * 16);
+        *reinterpret_cast<uint4*>(room.factors[page] + part * 4) = v;
+        return __any_sync(ALL_LANES, no_number(v.x) | no_number(v.y) | no_number(v.z) | no_number(v.w));
+    }
+    __device__ static u32 no_number(u32 pair) { return ((pair & 0x7FFF7FFF) + 0x04000400) & 0x80008000; }
+
+    template <bool GUARDED>
+    __device__ void add_row(float (&sums)[TILES][2], float (&firsts)[TILES][2], int row, bool is_first) const {
+        const char* const codes = room.slots[slot][lane_id() / 4] + lane_id() % 4 * Layout::SHARE;
         u32 low[SHARE_WORDS], high[SHARE_WORDS];
 #pragma unroll
         for (int i = 0; i < SHARE_WORDS / 4; ++i) {
-            const int at = lane_id() % 4 * Layout::SHARE + i * 16;
-            copy_words(low + 4 * i, block.codes[lane_id() / 4] + at);
-            copy_words(high + 4 * i, block.codes[lane_id() / 4 + 8] + at);
+            copy_words(low + 4 * i, codes + i * 16);
+            copy_words(high + 4 * i, codes + i * 16 + 8 * PITCH);
         }
-        const u32* const low_factors = block.factors[lane_id() / 4];
-        const u32* const high_factors = block.factors[lane_id() / 4 + 8];
+        const u32* const low_factors = room.factors[lane_id() / 4] + row * (TOKENS / 2);
+        const u32* const high_factors = low_factors + 8 * FACTOR_WORDS;
         unrolled<TOKENS>([&](auto token) {
             constexpr int TOKEN = token.value;
             const float factors[2] = {half_of<TOKEN % 2>(low_factors[TOKEN / 2]),
@@ -257,9 +270,10 @@ struct SketchScorer {
 #pragma unroll
             for (int i = 0; i < TILES * 2; ++i) {
                 float &sum = sums[i / 2][i % 2], &first = firsts[i / 2][i % 2];
-                const float factor = factors[i % 2] * unit[i / 2], x = sum_of<BITS>(products, i / 2, i % 2);
+                const float factor = factors[i % 2], x = sum_of<BITS>(products, i / 2, i % 2);
                 if (TOKEN == 0 && is_first) first = fminf(factor * x, -LOWEST);
-                sum += fmaxf(exp2_fast(fmaf(factor, x, -first)), 0.f);  // NaN, if there is no token: 0
+                const float e = exp2_fast(fmaf(factor, x, -first));
+                sum += GUARDED ? fmaxf(e, 0.f) : e;  // NaN: 0
             }
         });
     }
@@ -293,10 +307,11 @@ struct SketchScorer {
         constexpr int BEGIN = REGISTER * CODE_BITS % 8, SHIFT = REGISTER % 2 * BITS;
         return words[REGISTER * CODE_BITS / 8] >> (BEGIN - SHIFT) & (0x01010101u * ((1 << CODE_BITS) - 1)) << SHIFT;
     }
-    // Half of the sum over channels of c * q', in whole numbers of q'.
+    // Half of the sum over channels of c * q', in base 2 once multiplied by the code's factor.
     template <int CODE_BITS>
     __device__ float sum_of(const Products& products, int tile, int row) const {
-        return fmaf(1 - (1 << CODE_BITS), half[tile], __int2float_rn(products[tile / 2][tile % 2 + 2 * row]));
+        const float number = __int2float_rn(products[tile / 2][tile % 2 + 2 * row]);
+        return fmaf(number, unit[tile], ((1 << CODE_BITS) - 1) * shift[tile]);
     }
 };
 

@@ -21,7 +21,6 @@ are two rounds of it, because after one a channel that outweighs all others woul
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,7 +38,8 @@ QUERY_LIMIT = 124  # the largest whole number of a rotated query: of a byte, and
 MEAN_BITS = 2  # per channel of a page's mean
 LANES = 4  # threads of a kernel that share a token: each reads its part of the channels of several tokens at once
 LANE_BYTES = 32  # what a lane reads of a page in one go
-SECTOR = 32  # bytes that a GPU's memory hands out together
+BLOCK_TOKENS = 16  # of a record
+WORD = 16  # bytes that a kernel copies at once
 
 
 def sketch_kernel(bits: int) -> DigestKernel:
@@ -50,9 +50,8 @@ def sketch_kernel(bits: int) -> DigestKernel:
     """
 
     def room(head_dim: int, heads: int) -> int:
-        share = 48 if head_dim == 96 else 32
-        tokens, pitch = share * 32 // (bits * head_dim), 4 * share + (0 if head_dim == 96 else 16)
-        return (3 if tokens < 16 else 2) * (pitch + 2 * tokens) + 16 * -(-head_dim // 64) + 4
+        pitch = 192 if head_dim == 96 else 144
+        return 3 * pitch + 48  # three heads or rows of sixteen pages, and their factors
 
     return DigestKernel(
         "common/sketch_score.cuh",
@@ -64,48 +63,86 @@ def sketch_kernel(bits: int) -> DigestKernel:
     )
 
 
-class Sketched(NamedTuple):
-    """What is kept of pages, as parts of their records, in this order.
+class Layout(NamedTuple):
+    """Where the parts of a page's record lie, in bytes. It is made of blocks of sixteen tokens: a head, which has the
+    factors of their codes and, in the first block before them, the mean and its factor; then the codes. A page that
+    is not of sixteens is one block.
 
     Attributes:
-        codes: `[..., p / tokens, parts, words, 4]` uint8. A token's bits lie in up to four parts, as four threads of
-            a kernel read them, and the parts of several tokens side by side, as `_packed` packs them.
-        factor: `[..., p]`, in half precision in the record; NaN for no token.
-        mean: as the codes of a page of one token.
-        unit: `[..., 1]` float32, the mean's factor; more bytes are reserved for it, so that a record is one of whole
-            sectors.
+        mean, codes: shapes, as `_packed` packs them, of the mean and of a block's codes; bytes come last.
+        factors: where they begin.
+        head, block: bytes of a head, and of a block.
+        blocks, tokens: of a page, and of a block.
     """
 
-    codes: Tensor
-    factor: Tensor
+    mean: tuple[int, ...]
+    codes: tuple[int, ...]
+    factors: int
+    head: int
+    block: int
+    blocks: int
+    tokens: int
+
+    @classmethod
+    def of(cls, page_size: int, head_dim: int, bits: int) -> Layout:
+        mean, (rows, *row) = _packing(1, head_dim, MEAN_BITS), _packing(page_size, head_dim, bits)
+        tokens = page_size if page_size % BLOCK_TOKENS else BLOCK_TOKENS
+        blocks = page_size // tokens
+        codes = rows // blocks, *row
+        factors = math.prod(mean) + WORD
+        piece = 2 if page_size % BLOCK_TOKENS else 64 if head_dim < 128 else 128
+        head = -(-(factors + 2 * tokens) // piece) * piece
+        return cls(mean, codes, factors, head, head + math.prod(codes), blocks, tokens)
+
+
+class Sketched(NamedTuple):
+    """What is kept of pages.
+
+    Attributes:
+        mean: as the codes of a page of one token.
+        unit: `[..., 1]` float32, the mean's factor.
+        codes: `[..., blocks, rows, parts, words, 4]` uint8. A token's bits lie in up to four parts, as four threads
+            of a kernel read them, and the parts of several tokens side by side, as `_packed` packs them.
+        factor: `[..., p]`, in half precision in the record; NaN for no token.
+    """
+
     mean: Tensor
     unit: Tensor
+    codes: Tensor
+    factor: Tensor
 
     @classmethod
     def of(cls, records: Tensor, head_dim: int, bits: int) -> Sketched:
-        """The parts of records `[..., bytes]`."""
-        page_size = _page_size(records.shape[-1], head_dim, bits)
-        codes, factor, mean, unit = records.split(_sizes(page_size, head_dim, bits), dim=-1)
-        layouts = _layout(page_size, head_dim, bits), _layout(1, head_dim, MEAN_BITS)
+        """The parts of records `[..., p, bytes of a token]`."""
+        layout = Layout.of(records.shape[-2], head_dim, bits)
+        size, records = math.prod(layout.mean), records.flatten(-2)[..., : layout.blocks * layout.block]
+        blocks = records.unflatten(-1, (layout.blocks, layout.block))
+        factors = blocks[..., layout.factors : layout.factors + 2 * layout.tokens]
         return cls(
-            codes.unflatten(-1, layouts[0]),
-            _viewed(factor, torch.float16).float(),
-            mean.unflatten(-1, layouts[1]),
-            _viewed(unit[..., :4], torch.float32),
+            records[..., :size].unflatten(-1, layout.mean),
+            _viewed(records[..., size : size + 4], torch.float32),
+            blocks[..., layout.head :].unflatten(-1, layout.codes),
+            _viewed(factors, torch.float16).flatten(-2).float(),
         )
 
-    def record(self) -> Tensor:
-        """One tensor `[..., bytes]` uint8."""
-        factor, unit = self.factor.to(torch.float16), self.unit.float()
-        mean = self.mean.flatten(-4)
-        rest = F.pad(unit.view(torch.uint8), (0, SECTOR - mean.shape[-1] % SECTOR - 4))
-        return torch.cat([self.codes.flatten(-4), factor.view(torch.uint8), mean, rest], dim=-1)
+    def record(self, head_dim: int, bits: int) -> Tensor:
+        """One tensor `[..., p, bytes of a token]` uint8; zeros fill it up."""
+        page_size = self.factor.shape[-1]
+        layout = Layout.of(page_size, head_dim, bits)
+        blocks = self.codes.new_zeros(*self.unit.shape[:-1], layout.blocks, layout.block)
+        blocks[..., layout.head :] = self.codes.flatten(-4)
+        factor = self.factor.to(torch.float16).unflatten(-1, (layout.blocks, -1)).view(torch.uint8)
+        blocks[..., layout.factors : layout.factors + 2 * layout.tokens] = factor
+        first = torch.cat([self.mean.flatten(-4), self.unit.float().view(torch.uint8)], dim=-1)
+        blocks[..., 0, : first.shape[-1]] = first
+        record = blocks.flatten(-2)
+        return F.pad(record, (0, -record.shape[-1] % page_size)).unflatten(-1, (page_size, -1))
 
 
 @register("sign_sketch")
 class SignSketch(Digest):
     """Per token the packed signs (d / 8 bytes) and a half-precision factor, per page its mean in two bits a channel
-    (d / 4 bytes) and a factor: at pages of 16 and d of 128, 22 bytes per token. They are one record (`Sketched`), as
+    (d / 4 bytes) and a factor: at pages of 16 and d of 128, 24 bytes per token. They are one record (`Sketched`), as
     memory is read fastest by long pieces.
 
     Fixed, all float32: the rotation `[hkv, d, d]`, and the flips that it is made of `[hkv, rounds, d]`, from which
@@ -126,7 +163,8 @@ class SignSketch(Digest):
     kernel = sketch_kernel(bits)
 
     def fields(self, page_size: int, head_dim: int) -> list[Field]:
-        return [Field((sum(_sizes(page_size, _rotated(head_dim), self.bits)),), torch.uint8)]
+        layout = Layout.of(page_size, _rotated(head_dim), self.bits)
+        return [Field((page_size, -(-layout.blocks * layout.block // page_size)), torch.uint8)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
         num_kv_heads, head_dim = keys.shape[1], _rotated(keys.shape[3])
@@ -148,14 +186,16 @@ class SignSketch(Digest):
         centred = torch.where(exists, rotated - code * unit[..., None], 0.0)
         numbers, code = _code(centred, self.bits)
         factor = _factor(centred, code).masked_fill(~valid[:, None], float("nan"))  # no token
-        kept = Sketched(_packed(numbers, self.bits), factor, _packed(mean_numbers, MEAN_BITS), unit)
-        return [kept.record()]
+        layout = Layout.of(rotated.shape[2], rotated.shape[3], self.bits)
+        codes = _packed(numbers, self.bits).unflatten(2, (layout.blocks, -1))
+        return [Sketched(_packed(mean_numbers, MEAN_BITS), unit, codes, factor).record(rotated.shape[3], self.bits)]
 
     def score(self, query: Tensor, summary: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor:
-        rotated = _rounded(query @ state[0].transpose(-1, -2), self.bits)
-        codes, factor, mean, unit = Sketched.of(summary[0], rotated.shape[-1], self.bits)
-        of_mean = _products(rotated, mean, MEAN_BITS, 1)[:, 0] * unit.squeeze(-1)  # [g, b, pages, h]
-        products = _products(rotated, codes, self.bits, factor.shape[-1])
+        numbers, worth = _whole(query @ state[0].transpose(-1, -2), self.bits)
+        worth = rearrange(worth, "b h g 1 -> g 1 b 1 h")
+        mean, unit, codes, factor = Sketched.of(summary[0], numbers.shape[-1], self.bits)
+        of_mean = (_products(numbers, mean, MEAN_BITS, 1) * worth)[:, 0] * unit.squeeze(-1)  # [g, b, pages, h]
+        products = _products(numbers, codes.flatten(3, 4), self.bits, factor.shape[-1]) * worth
         factor = rearrange(factor, "b pages h p -> p b pages h").contiguous()
         beyond = (products * factor).nan_to_num_(float("-inf"), float("inf"), float("-inf"))  # NaN is of no token
         return rearrange(of_mean + beyond.logsumexp(1), "g b pages h -> b h g pages")
@@ -164,7 +204,7 @@ class SignSketch(Digest):
         self, summary: Sequence[Tensor], expected: Sequence[Tensor], page_size: int, head_dim: int
     ) -> str | None:
         """Up to the order of sums: it decides about bits of channels near a threshold, and last bits of factors."""
-        (codes, factors, means, units), (expected_codes, expected_factors, expected_means, expected_units) = (
+        (means, units, codes, factors), (expected_means, expected_units, expected_codes, expected_factors) = (
             Sketched.of(record, _rotated(head_dim), self.bits) for (record,) in (summary, expected)
         )
         same = (means == expected_means).flatten(2).all(-1)  # where a bit of a mean differs, all else may
@@ -172,7 +212,9 @@ class SignSketch(Digest):
             return f"{int((~same).sum())} of {same.numel()} means are others"
         if not torch.allclose(units[same], expected_units[same], rtol=1e-5, equal_nan=True):
             return "other units of means"
-        numbers, expected_numbers = (_unpacked(x, self.bits, page_size)[same] for x in (codes, expected_codes))
+        numbers, expected_numbers = (
+            _unpacked(x.flatten(2, 3), self.bits, page_size)[same] for x in (codes, expected_codes)
+        )
         differ = (numbers != expected_numbers) & ~expected_factors[same].isnan()[..., None]  # [m, p, d]
         if int(differ.sum()) > 2 + 1e-4 * differ.numel():
             return f"{int(differ.sum())} of {differ.numel()} codes are others"
@@ -193,24 +235,12 @@ def _rotated(head_dim: int) -> int:
     return -(-head_dim // 8) * 8
 
 
-def _layout(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
-    """Blocks of a page, parts of a token, words of the tokens of a block in a part, and bytes of a word."""
+def _packing(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
+    """Rows of a page, parts of a token, words of the tokens of a row in a part, and bytes of a word."""
     parts = math.gcd(LANES, head_dim // 8)
     size = bits * head_dim // 8 // parts  # bytes of a token
     tokens = math.gcd(page_size, 1 << (-(-LANE_BYTES // size) - 1).bit_length())
     return page_size // tokens, parts, -(-tokens * size // 4), 4
-
-
-def _sizes(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
-    """Bytes of the parts of a record."""
-    codes, mean = (math.prod(_layout(*shape)) for shape in ((page_size, head_dim, bits), (1, head_dim, MEAN_BITS)))
-    return codes, 2 * page_size, mean, SECTOR - mean % SECTOR
-
-
-@functools.lru_cache(64)
-def _page_size(nbytes: int, head_dim: int, bits: int) -> int:
-    """Tokens of a page whose record has so many bytes."""
-    return next(p for p in itertools.count(1) if sum(_sizes(p, head_dim, bits)) == nbytes)
 
 
 def _mixing(head_dim: int) -> Tensor:
@@ -230,11 +260,12 @@ def _identity(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float32, device="cpu")
 
 
-def _rounded(x: Tensor, bits: int) -> Tensor:
-    """Whole numbers `[..., d]`, up to the limit, every other a multiple of 2^bits; times what 1 is worth."""
+def _whole(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Vectors `[..., d]` in whole numbers, up to the limit, every other a multiple of 2^bits; and what 1 is worth,
+    `[..., 1]`."""
     unit = x.abs().amax(-1, keepdim=True) / QUERY_LIMIT
     steps = (1 << bits) ** (torch.arange(x.shape[-1], device=x.device) % 2).to(x.dtype)
-    return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps * unit
+    return (x / (unit.clamp_min(torch.finfo(unit.dtype).tiny) * steps)).round() * steps, unit
 
 
 def _code(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -258,7 +289,7 @@ def _packed(numbers: Tensor, bits: int) -> Tensor:
     the order of tokens, of eights, of the last 2: so a register's four bytes are a shift and a mask away.
     """
     page_size, head_dim = numbers.shape[-2:]
-    blocks, parts, words, _ = _layout(page_size, head_dim, bits)
+    blocks, parts, words, _ = _packing(page_size, head_dim, bits)
     order = "m h (block token) (eight byte part two) -> m h block part (token eight two) byte"
     inner = rearrange(numbers, order, block=blocks, part=parts, byte=4, two=2)
     inner = F.pad(inner, (0, 0, 0, words * (8 // bits) - inner.shape[-2]))
@@ -320,8 +351,11 @@ def _looked_up(packed: Tensor, weights: Tensor, bits: int) -> Tensor:
 
 
 def _multiplied(packed: Tensor, weights: Tensor, bits: int) -> Tensor:
-    """The same by a matrix product of unpacked codes: fastest on a GPU."""
-    places = rearrange(packed, "unit b pages h k -> b h (unit pages) k")
-    codes = _codes_of_bytes(bits, weights)[places.int()]
-    sums = codes.flatten(3) @ weights.flatten(2, 3)
-    return rearrange(sums, "b h (unit pages) n -> unit b pages h n", unit=len(packed))
+    """The same by a matrix product of unpacked codes, which are gathered a byte's at a time: fastest on a GPU. Whole
+    numbers of so few digits are exact in bfloat16, and so are their sums in float32."""
+    codes, weights = _codes_of_bytes(bits, weights.bfloat16()), weights.bfloat16()
+    of_byte = codes.view(torch.complex128 if bits == 1 else torch.complex64).flatten()
+    places = rearrange(packed, "unit b pages h k -> (b h) (unit pages) k")
+    rows = of_byte.index_select(0, places.flatten().int()).view(torch.bfloat16).view(*places.shape[:2], -1)
+    sums = torch.bmm(rows, weights.flatten(2, 3).flatten(0, 1), out_dtype=torch.float32)
+    return rearrange(sums, "(b h) (unit pages) n -> unit b pages h n", unit=len(packed), b=len(weights))

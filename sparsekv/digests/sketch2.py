@@ -17,7 +17,7 @@ from sparsekv.digests.sign_sketch import SignSketch, sketch_kernel
 
 @register("sketch2")
 class Sketch2(SignSketch):
-    """Per token d / 4 bytes of bits and a half-precision factor; the rest as `SignSketch` keeps it: 38 bytes."""
+    """Per token d / 4 bytes of bits and a half-precision factor; the rest as `SignSketch` keeps it: 40 bytes."""
 
     bits = 2
     revision = 2  # 1 had another order of bits, and queries up to 40

@@ -169,7 +169,7 @@ def test_sign_sketch_bytes() -> None:
     pair = CachePair(**SMALL | {"digest": "sign_sketch"})
     pair.forward(40)
     pair.forward(1)
-    scored = 2 * 2 * 11 * (4 * (8 // 8) + 4 * 2 + 32)  # layers, heads, pages, bytes of signs, factors, mean and unit
+    scored = 2 * 2 * 11 * (4 * (8 // 8) + 4 * 2 + 4 + 16)  # layers, heads, pages, bytes of signs, factors, mean, unit
     read = 2 * 2 * 4 * (2 * 4 * 8 * 4)
     assert pair.paged.stats.bytes_read == read + scored
 
