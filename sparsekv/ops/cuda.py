@@ -64,7 +64,7 @@ def _served(query: Tensor, kv_pool: Tensor, format: str) -> type[PageFormat] | N
     reason = instances.why_not(query.dtype, head_dim, query.shape[1] // num_kv_heads, page_size)
     if reason is not None or kind.kernel is None or not kv_pool.is_contiguous() or num_halves == 1:
         return None
-    return kind if kind().record(page_size, head_dim, query.dtype) == (record, kv_pool.dtype) else None
+    return kind if kind().mean_record(page_size, head_dim, query.dtype) == (record, kv_pool.dtype) else None
 
 
 def append_kv(

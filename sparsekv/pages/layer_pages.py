@@ -9,13 +9,14 @@ from torch import Tensor
 
 from sparsekv.digests import Digest
 from sparsekv.pages import residency
-from sparsekv.pages.formats import KEYS, VALUES, PageFormat, Plain
+from sparsekv.pages.formats import KEYS, PageFormat, Plain, halves
 from sparsekv.pages.page_pool import PageIds
 from sparsekv.pages.page_rows import PageCopies
 from sparsekv.policies import Reads
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom
 RESERVE_SLACK = 64  # pages more than reserved, at most
+BLOCK = 1 << 24  # elements that are decoded at once
 
 
 class LayerPages:
@@ -36,7 +37,8 @@ class LayerPages:
         summary: the digest's fields, each `[capacity, hkv, ...]`; empty if the layer is never scored.
         state: the digest's fixed per-head tensors `[hkv, ...]`.
         addresses: where all of these lie.
-        page_nbytes, digest_nbytes: bytes of one page's keys and values, and of its digest, of one kv head.
+        page_nbytes, key_nbytes, digest_nbytes: bytes of one page's keys and values, of its keys, and of its digest,
+            of one kv head.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class LayerPages:
         self.value_dim, num_halves = value_dim or head_dim, 1 if is_shared else 2
         fields = digest.fields(page_size, head_dim) if digest is not None else []
         self.format = format()
-        record, dtype = self.format.record(page_size, head_dim, key.dtype)
+        record, dtype = self.format.mean_record(page_size, head_dim, key.dtype, num_halves)
         with torch.inference_mode(False), torch.no_grad():  # else a later call outside inference mode cannot write
             self.no_tokens = key.new_empty(1, num_kv_heads, 0, head_dim)
             self.residency = where(key.new_empty(0, num_halves, num_kv_heads, page_size, record, dtype=dtype))
@@ -80,14 +82,15 @@ class LayerPages:
 
     def nbytes_to_choose(self, reads: Reads) -> int:
         """Bytes of a page, in one kv head, that a policy reads to decide whether to read all of it."""
-        keys_nbytes = self.page_nbytes // self.kv.shape[1]
-        return {Reads.NOTHING: 0, Reads.DIGESTS: self.digest_nbytes, Reads.KEYS: keys_nbytes}[reads]
+        return {Reads.NOTHING: 0, Reads.DIGESTS: self.digest_nbytes, Reads.KEYS: self.key_nbytes}[reads]
 
     def _note(self) -> None:
         """Notes what every decode step asks for, after the tensors were made or moved."""
         tensors = (self.kv, *self.summary, *self.state)
         self.addresses = tuple(tensor.data_ptr() for tensor in tensors)
         self.page_nbytes = self.kv.shape[1] * self.kv.shape[3:].numel() * self.kv.itemsize if self.capacity else 0
+        keys = self.format.stored(self.kv[:0], self.no_tokens.shape[3], KEYS)
+        self.key_nbytes = keys.shape[2:].numel() * keys.itemsize if self.capacity else 0
         self.digest_nbytes = sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,10 +144,17 @@ class LayerPages:
     def tokens(self, pages: PageIds) -> tuple[Tensor, Tensor]:
         """Keys `[b, hkv, n * p, d]` and values `[b, hkv, n * p, dv]` of pages `[b, n]`; what no token was written to
         is arbitrary."""
-        stored = self.residency.read(pages.reshape(-1)).unflatten(0, pages.shape)
-        like, halves = self.no_tokens, (KEYS, VALUES)[: self.kv.shape[1]]
-        found = [
-            self.format.decode(stored[:, :, which].transpose(1, 2), like.shape[3], like.dtype, which).flatten(2, 3)
-            for which in halves
-        ]
-        return found[KEYS], found[VALUES][..., : self.value_dim]
+        content = self.residency.read(pages.reshape(-1))
+        found = [self._decoded(content, pages, which) for which in halves(self.kv)]
+        return found[KEYS], found[-1][..., : self.value_dim]
+
+    def _decoded(self, content: Tensor, pages: PageIds, which: int) -> Tensor:
+        """Keys or values of pages `[b, n]` that were read, `[b, hkv, n * p, d]`; beside the result it takes the
+        memory of a block of pages."""
+        like = self.no_tokens
+        stored = self.format.stored(content, like.shape[3], which).unflatten(0, pages.shape).transpose(1, 2)
+        tokens = like.new_empty(*stored.shape[:-1], like.shape[3])
+        size = max(1, BLOCK * stored.shape[2] // max(tokens.numel(), 1))
+        for block, part in zip(tokens.split(size, 2), stored.split(size, 2), strict=True):
+            block.copy_(self.format.read(part, like.shape[3], like.dtype, which))
+        return tokens.flatten(2, 3)

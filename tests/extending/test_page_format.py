@@ -15,8 +15,8 @@ import sparsekv
 from sparsekv import ConfigError, UnknownNameError, ops
 from sparsekv.ops import compiler, instances, reference, why_reference
 from sparsekv.ops.formulas import kernel_of, with_kernels
-from sparsekv.pages.formats import FORMATS, KEYS, VALUES, PageFormat, Plain
-from sparsekv.testing.pages import NAN, Pages, empty_summary, fitted_state, random_pages
+from sparsekv.pages.formats import FORMATS, KEYS, PageFormat, Plain
+from sparsekv.testing.pages import NAN, empty_summary, fitted_state, random_pages, stored_as
 
 E5M2 = runpy.run_path(str(Path(__file__).with_name("e5m2_pages.py")))["E5M2"]
 OPS: Any = torch.ops.sparsekv
@@ -38,7 +38,7 @@ class Rounded(Plain):
 class Scaled(PageFormat):
     """8 bits and, for each channel of a page, a power of two: a page is encoded as a whole."""
 
-    def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    def record(self, page_size: int, head_dim: int, dtype: torch.dtype, which: int) -> tuple[int, torch.dtype]:
         if head_dim * 4 % page_size:
             raise ConfigError(f"a page of {page_size} tokens cannot share out {head_dim} scales.")
         return head_dim + head_dim * 4 // page_size, torch.uint8
@@ -49,9 +49,9 @@ class Scaled(PageFormat):
         codes = (known.float() / scale[:, :, None]).round().to(torch.int8).flatten(2)
         return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], -1).unflatten(2, (states.shape[2], -1))
 
-    def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
-        page_size = stored.shape[-2]
-        codes, scale = stored.flatten(-2).split([page_size * head_dim, head_dim * 4], -1)
+    def decode(self, records: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
+        page_size = records.shape[-2]
+        codes, scale = records.flatten(-2).split([page_size * head_dim, head_dim * 4], -1)
         tokens = codes.contiguous().view(torch.int8).unflatten(-1, (page_size, head_dim))
         return (tokens * scale.contiguous().view(torch.float32)[..., None, :]).to(dtype)
 
@@ -120,23 +120,6 @@ def test_a_format_that_is_not_there_and_one_that_does_not_fit_are_errors() -> No
         sparsekv.PagedCache(config, page_format="scaled")
 
 
-def pool_of(pages: Pages, kind: PageFormat) -> Tensor:
-    """The pool of plain pages in another format; what no token was written to is all ones."""
-    num_pages, _, hkv, p, d = pages.kv_pool.shape
-    size, dtype = kind.record(p, d, pages.kv_pool.dtype)
-    pool = torch.full((num_pages, 2, hkv, p, size), 255, dtype=dtype, device=pages.kv_pool.device)
-    for row, slot, count in pages.used():
-        page = pages.block_table[row, slot].long()
-        valid = (torch.arange(p, device=pool.device) < count)[None]
-        for which in (KEYS, VALUES):
-            encoded = kind.encode(pages.kv_pool[page, which][None], valid, which)[0]
-            if kind.by_token:
-                pool[page, which, :, :count] = encoded[:, :count]
-            else:
-                pool[page, which] = encoded
-    return pool
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["e5m2", "scaled"])
 def test_ops_read_and_write_pages_in_their_format(name: str, padded: bool) -> None:
@@ -156,7 +139,7 @@ def test_ops_read_and_write_pages_in_their_format(name: str, padded: bool) -> No
         key, value, before = key[:2], value[:2], replace(before, seq_lens=before.seq_lens[:2])
         after = replace(after, block_table=after.block_table[:2], seq_lens=lens[:2])
         before = replace(before, block_table=after.block_table)
-    pool, expected = pool_of(before, kind), pool_of(after, kind)
+    pool, expected = stored_as(kind, before), stored_as(kind, after)
     summary = [torch.full((len(pool), 2, 2, 8), NAN)]
     OPS.append_kv(key, value, valid, after.block_table, after.seq_lens, pool, summary, [], "minmax", name)
     query = torch.randn(len(key), 4, 8)
@@ -190,10 +173,10 @@ def test_its_kernels_compile(arch: str) -> None:
 @needs_nvrtc
 def test_records_of_another_size_do_not_compile() -> None:
     class Wrong(E5M2):
-        def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        def record(self, page_size: int, head_dim: int, dtype: torch.dtype, which: int) -> tuple[int, torch.dtype]:
             return head_dim + 1, torch.uint8
 
-    with pytest.raises(sparsekv.errors.KernelCompileError, match=r"record<64>\(4\) == 65"):
+    with pytest.raises(sparsekv.errors.KernelCompileError, match=r"key_record<64>\(4\) == 65"):
         compiler.compile_cubin(instances.attend_pages(torch.bfloat16, 64, 4, Wrong), "sm_90")
 
 
@@ -201,7 +184,7 @@ def test_a_format_without_a_kernel_says_that_plain_torch_serves_it(monkeypatch: 
     monkeypatch.setattr(compiler, "unavailable", lambda device=None: None)
     on = (torch.device("cuda", 0), torch.bfloat16, (128, 4), 16, "minmax")
     assert why_reference(*on, "e5m2") is None
-    assert "'scaled' are written and read in plain torch (kernels: 'e5m2', 'plain')" in str(
+    assert "'scaled' are written and read in plain torch (kernels: 'e5m2', 'int4', " in str(
         why_reference(*on, "scaled")
     )
 
@@ -223,7 +206,7 @@ def test_on_a_gpu_its_kernels_do_what_its_class_says(
     valid = torch.arange(t, device=device) >= t - pages.seq_lens[:, None]
     pools, summaries = [], []
     for op in (OPS.append_kv, reference.append_kv):
-        pools.append(torch.zeros_like(pool_of(pages, E5M2())))
+        pools.append(torch.zeros_like(stored_as(E5M2(), pages)))
         summaries.append([x.nan_to_num(0).zero_() for x in empty_summary(formula, pages)])
         op(key, value, valid, *where, pools[-1], summaries[-1], state, digest, "e5m2")
     assert torch.equal(*pools)
