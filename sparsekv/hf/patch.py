@@ -132,7 +132,8 @@ class Patch:
 
     def __repr__(self) -> str:
         config, state = self.config, "" if self.is_active else ", undone"
-        settings = f"budget {told(config.budget)}, page_size {config.page_size}{state}"
+        kv = "" if config.kv == "plain" else f", kv {config.kv}"
+        settings = f"budget {told(config.budget)}, page_size {config.page_size}{kv}{state}"
         head = f"sparsekv patch of {type(self.model).__name__} ({settings})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
         dense = [f"  decoded densely: {reason}" for reason in self.notices.reasons]

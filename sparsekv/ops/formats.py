@@ -168,7 +168,7 @@ def take_rows(source: Tensor, rows: Tensor) -> Tensor:
     return source.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
-FORMATS: Registry[PageFormat] = Registry("page_format")
+FORMATS: Registry[PageFormat] = Registry("kv")
 
 
 @FORMATS.register("plain")

@@ -1,10 +1,11 @@
 """Keys and values as whole numbers of a few bits: a channel is `scale * (code + zero)`.
 
-`int8` has a scale and a zero for every token of a kv head, `int4` for every 32 channels of it. Keys decide where a
-model looks and want more bits than values: six and four, with factors of a byte, take what four bits for both take
-with factors of two bytes by channel of a page, and say less that is not true (mean KL to dense decoding, plain text /
-where a text repeats itself: SmolLM2 .001 / .004 beside .0034 / .0205, Gemma 3 270M .0009 / .0042 beside .0009 /
-.0040). And a token's record is made of that token alone, so nothing waits for a page to be full.
+`int8` has a scale and a zero for every token of a kv head, `int4` for every 32 channels of it; latents, wider than
+any head, have some for every 64 at least, so that their rotary parts have their own. Keys decide where a model looks
+and want more bits than values: six and four, with factors of a byte, take what four bits for both do with factors of
+two bytes, of keys by channel of a page. They stay close to dense decoding (mean KL, in plain text and where a text
+repeats itself: SmolLM2 .0013 and .0045 beside .0026 and .0175, Gemma 3 270M .0013 and .0041 beside .0013 and .0023),
+and a token's record is made of that token alone: nothing waits for a full page, or is rounded again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sparsekv.pages.formats import register
 
 UNIT = 16  # tokens that a warp attends to at a time
 GROUP = 32  # channels that share factors, where codes have less than eight bits
+MAX_HEAD, WIDE_GROUP = 256, 64  # of eight bits one head's channels do; what is wider is latents and rotary parts
 MAX_ZERO = {8: 800, 6: 127, 4: 127}  # by bits of a code: kernels have code + zero exactly in half precision
 MIN_SCALE, MIN_SHORT_SCALE = 2.0**-40, 2.0**-20  # of eight bits, and of less
 
@@ -65,14 +67,14 @@ class Codes(PageFormat):
         bits = self._bits(which)
         packed, factors = records.split(_sizes(head_dim, bits), -1)
         scale, zero = _read_factors(factors, bits)
-        codes, size = _unpacked(packed, bits, head_dim).float(), _group(head_dim, bits)
-        parts = zip(codes.split(size, -1), scale.split(1, -1), zero.split(1, -1), strict=True)
-        states = torch.cat([(codes + zero) * scale for codes, scale, zero in parts], -1)
+        states, size = _unpacked(packed, bits, head_dim).float(), _group(head_dim, bits)
+        for group, a_scale, a_zero in zip(states.split(size, -1), scale.split(1, -1), zero.split(1, -1), strict=True):
+            group.add_(a_zero).mul_(a_scale)
         return _ordered(states, which, back=True).to(dtype)
 
     def places(self, page_size: int, head_dim: int, which: int) -> Tensor | None:
         """As kernels read them (cuda/common/code_keys.cuh, code_values.cuh); else one record after the other."""
-        if page_size % UNIT or head_dim % GROUP:
+        if page_size % UNIT or head_dim % GROUP or head_dim > MAX_HEAD:
             return None
         bits, (size, factors) = self._bits(which), _sizes(head_dim, self._bits(which))
         position, byte = torch.arange(page_size)[:, None], torch.arange(size)
@@ -112,14 +114,14 @@ class Int4(Codes):
     key_bits, value_bits, kernel = 6, 4, _kernel(6, 4)
 
 
-@register("int8+int4")
+@register("int8-int4")
 class Int8Int4(Codes):
     """Keys as in `int8`, values as in `int4`: 0.40."""
 
     value_bits, kernel = 4, _kernel(8, 4)
 
 
-@register("int4+int8")
+@register("int4-int8")
 class Int4Int8(Codes):
     """Keys as in `int4`, values as in `int8`: 0.46."""
 
@@ -131,7 +133,9 @@ class Int4Int8(Codes):
 
 def _group(head_dim: int, bits: int) -> int:
     """Channels that share factors."""
-    return head_dim if bits == 8 else GROUP
+    if bits < 8:
+        return GROUP
+    return head_dim if head_dim <= MAX_HEAD else WIDE_GROUP
 
 
 def _ordered(states: Tensor, which: int, back: bool = False) -> Tensor:
@@ -142,7 +146,7 @@ def _ordered(states: Tensor, which: int, back: bool = False) -> Tensor:
         return states
     shape = (-1, 2, 8, 4) if back else (-1, 8, 2, 4)
     blocks = states[..., :whole].unflatten(-1, shape).transpose(-3, -2).flatten(-4)
-    return torch.cat([blocks, states[..., whole:]], -1)
+    return blocks if whole == states.shape[-1] else torch.cat([blocks, states[..., whole:]], -1)
 
 
 def _coded(states: Tensor, bits: int) -> Coded:
@@ -193,7 +197,7 @@ def _sizes(head_dim: int, bits: int) -> list[int]:
     """Bytes of a token's codes, and of their factors."""
     twos = -(-head_dim // 64) * 16  # of the upper bits of six
     codes = {8: head_dim, 6: head_dim // 2 + twos, 4: head_dim // 2}[bits]
-    return [codes, 4 if bits == 8 else 2 * -(-head_dim // GROUP)]
+    return [codes, (4 if bits == 8 else 2) * -(-head_dim // _group(head_dim, bits))]
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:

@@ -10,7 +10,7 @@ __all__ = ["FORMATS", "KEYS", "VALUES", "FormatKernel", "PageFormat", "Plain", "
 
 
 def register(name: str) -> Callable[[type[PageFormat]], type[PageFormat]]:
-    """Class decorator: files a format under `name` for `SparseConfig(page_format=name)`.
+    """Class decorator: files a format under `name` for `SparseConfig(kv=name)`.
 
     Raises:
         ConfigError: another format has that name.

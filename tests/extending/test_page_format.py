@@ -30,9 +30,17 @@ class Rounded(Plain):
     """Plain pages that hold what E5M2 leaves of keys and values: what its steps must be like."""
 
     kernel = None
+    of: type[PageFormat] = E5M2
 
     def encode(self, states: Tensor, valid: Tensor | None, which: int) -> Tensor:
-        return rounded(states)
+        kind = self.of()
+        return kind.decode(kind.encode(states, valid, which), states.shape[-1], states.dtype, which)
+
+
+class Recoded(Rounded):
+    """The same of a format that ships."""
+
+    of = FORMATS.get("int4")
 
 
 class Scaled(PageFormat):
@@ -58,7 +66,7 @@ class Scaled(PageFormat):
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    own = {"e5m2": E5M2, "rounded": Rounded, "scaled": Scaled}
+    own = {"e5m2": E5M2, "rounded": Rounded, "recoded": Recoded, "scaled": Scaled}
     for name, kind in own.items():
         FORMATS.register(name)(kind)
     yield
@@ -66,11 +74,7 @@ def _registered() -> Iterator[None]:
         FORMATS.remove(name)
 
 
-def rounded(states: Tensor) -> Tensor:
-    return states.to(torch.float8_e5m2).to(states.dtype)
-
-
-def generated(page_format: str, **options: Any) -> tuple[Tensor, sparsekv.PagedCache]:
+def generated(kv: str, **options: Any) -> tuple[Tensor, sparsekv.PagedCache]:
     """What a tiny model writes after a prompt with padding, and its cache."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
@@ -78,7 +82,7 @@ def generated(page_format: str, **options: Any) -> tuple[Tensor, sparsekv.PagedC
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.5)).eval()
     tokens, mask = torch.randint(1, 50, (2, 60)), torch.ones(2, 60, dtype=torch.int64)
     mask[0, :7] = 0
-    settings = {"budget": 24, "page_size": 4, "recent": 4, "dense_layers": 0, "page_format": page_format}
+    settings = {"budget": 24, "page_size": 4, "recent": 4, "dense_layers": 0, "kv": kv}
     with sparsekv.patch(model, **settings):
         out = model.generate(
             tokens, attention_mask=mask, max_new_tokens=12, do_sample=False, return_dict_in_generate=True,
@@ -88,15 +92,21 @@ def generated(page_format: str, **options: Any) -> tuple[Tensor, sparsekv.PagedC
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_a_model_generates_as_if_its_pages_held_rounded_keys_and_values(options: dict[str, Any]) -> None:
-    logits, cache = generated("e5m2", **options)
-    expected, plain = generated("rounded", **options)
+@pytest.mark.parametrize(("kv", "held"), [("e5m2", "rounded"), ("int4", "recoded")])
+def test_a_model_generates_as_if_its_pages_held_rounded_keys_and_values(
+    kv: str, held: str, options: dict[str, Any]
+) -> None:
+    logits, cache = generated(kv, **options)
+    expected, plain = generated(held, **options)
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, generated("plain", **options)[0])
     assert cache.stats.sparse_steps == plain.stats.sparse_steps > 0
     pages, wide = cache._store.layers[0], plain._store.layers[0]
-    assert pages.page_nbytes * 4 == wide.page_nbytes == 2 * 4 * 8 * 4  # of float32, a byte is left
+    assert pages.page_nbytes == 4 * {"e5m2": 8 + 8, "int4": 22 + 6}[kv]
+    assert wide.page_nbytes == 2 * 4 * 8 * 4  # float32
     assert cache.nbytes < plain.nbytes
+    plain_cache = cache.to_dynamic()
+    assert torch.equal(plain_cache.layers[1].values, cache.layers[1].values)
     for layer, other in zip(cache.layers, plain.layers, strict=True):
         assert torch.equal(layer.keys, other.keys)
         assert torch.equal(layer.values, other.values)
@@ -108,16 +118,16 @@ def test_cropped_and_forked_caches_keep_the_format() -> None:
     cache.crop(-3)
     fork = cache.fork(policy="oracle")
     torch.testing.assert_close(fork.layers[0].keys, before[:, :, :-3], rtol=0, atol=0.05)
-    with pytest.raises(ConfigError, match="page_format must stay 'scaled'"):
-        cache.fork(page_format="plain")
+    with pytest.raises(ConfigError, match="kv must stay 'scaled'"):
+        cache.fork(kv="plain")
 
 
 def test_a_format_that_is_not_there_and_one_that_does_not_fit_are_errors() -> None:
     config = LlamaConfig(num_hidden_layers=2, head_dim=10, num_attention_heads=2, hidden_size=20)
-    with pytest.raises(UnknownNameError, match=r"page_format='e5m3' .*Did you mean 'e5m2'"):
-        sparsekv.PagedCache(config, page_format="e5m3")
+    with pytest.raises(UnknownNameError, match=r"kv='e5m3' .*Did you mean 'e5m2'"):
+        sparsekv.PagedCache(config, kv="e5m3")
     with pytest.raises(ConfigError, match="16 tokens cannot share out 10 scales"):
-        sparsekv.PagedCache(config, page_format="scaled")
+        sparsekv.PagedCache(config, kv="scaled")
 
 
 @pytest.mark.parametrize("padded", [False, True])

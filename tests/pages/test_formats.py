@@ -17,7 +17,7 @@ from sparsekv.testing.pages import Pages, in_format, random_pages, stored_as
 from sparsekv.testing.soak import Tally, check
 
 OPS: Any = torch.ops.sparsekv
-LOSSY = ["int8", "int4", "int8+int4", "int4+int8"]
+LOSSY = ["int8", "int4", "int8-int4", "int4-int8"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -31,7 +31,7 @@ def odd_states(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "bits"), [("int8", (8, 8)), ("int4", (6, 4)), ("int8+int4", (8, 4))])
+@pytest.mark.parametrize(("name", "bits"), [("int8", (8, 8)), ("int4", (6, 4)), ("int8-int4", (8, 4))])
 def test_tokens_are_right_to_half_a_step(name: str, bits: tuple[int, int], dtype: torch.dtype) -> None:
     kind, states = FORMATS.get(name)(), odd_states(dtype)
     exact = states.float()
@@ -49,7 +49,7 @@ def test_tokens_are_right_to_half_a_step(name: str, bits: tuple[int, int], dtype
 
 def test_bytes_of_a_token() -> None:
     """At a head size of 128, beside 16 bits."""
-    for name, share in {"int8": 0.516, "int4": 0.344, "int8+int4": 0.399, "int4+int8": 0.461}.items():
+    for name, share in {"int8": 0.516, "int4": 0.344, "int8-int4": 0.399, "int4-int8": 0.461}.items():
         size, dtype = FORMATS.get(name)().mean_record(16, 128, torch.bfloat16)
         assert size * dtype.itemsize / (128 * 2) <= share
     with pytest.raises(ConfigError, match="head_dim=12: codes are packed for head sizes that are multiples of 8"):

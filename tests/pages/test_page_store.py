@@ -92,11 +92,11 @@ class Forks(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 2, 4, 8]),
         digest=st.sampled_from(["minmax", "sign_sketch"]),
         max_pages=st.none() | st.integers(6, 40),
-        page_format=st.sampled_from(["plain", "int8", "int8+int4"]),
+        kv=st.sampled_from(["plain", "int8", "int8-int4"]),
     )
-    def start(self, page_size: int, digest: str, max_pages: int | None, page_format: str) -> None:
+    def start(self, page_size: int, digest: str, max_pages: int | None, kv: str) -> None:
         limit = None if max_pages is None else max_pages * page_size
-        pages = {"page_size": page_size, "page_format": page_format, "max_tokens": limit}
+        pages = {"page_size": page_size, "kv": kv, "max_tokens": limit}
         config = SparseConfig(digest=digest, sinks=0, recent=1, budget=1.0, **pages)
         self.next_number = 0
         self.all = [Modelled(PageStore(config), [])]
