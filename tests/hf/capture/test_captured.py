@@ -84,6 +84,19 @@ def test_every_policy_and_digest(policy, digest, budget, model, ids) -> None:
         assert patch.stats.as_dict() == counted
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("policy", ["top_k", "oracle", "all"])
+@pytest.mark.parametrize("kv", ["int8", "int4", "int4-int8"])
+def test_pages_in_fewer_bits(kv, policy, backend, model, ids) -> None:
+    made, inputs = model(), ids(300, 41)
+    with sparsekv.patch(made, **SETTINGS | {"kv": kv, "policy": policy, "backend": backend}) as patch:
+        captured, counted = tokens(made, inputs), patch.stats.as_dict()
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs))
+        assert patch.decoder.replays > 0
+        assert patch.stats.as_dict() == counted
+
+
 @pytest.mark.parametrize("policy", ["top_k", "oracle", "unsteady"])
 def test_steps_that_read_fewer_pages_than_the_budget(policy, model, ids, monkeypatch) -> None:
     """How many, the slots alone tell: they are counted after every replay, and of a step that is compared once."""
