@@ -29,6 +29,10 @@ struct StoredPage : Page {
     __device__ uint4 key8(int token, int channel) const {
         return Format::template unpack_key<T, D>(Format::template load_key<D>(keys, page_shift, token, channel));
     }
+    __device__ uint4 value8(int token, int channel) const {
+        return Format::template unpack_value<T, D>(
+            Format::template load_value<D>(values, page_shift, token, channel));
+    }
     // Eight channels of a token; gives what is left of the key. The lanes of a token call it together.
     __device__ uint4 store(int token, int channel, uint4 key, uint4 value) const {
         const auto packed = Format::template pack_key<T, D>(key);

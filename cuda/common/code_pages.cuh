@@ -53,16 +53,28 @@ struct Codes {
     static __device__ Value<D> pack_value(uint4 v) {
         return Value<D>::template of<T>(v);
     }
-    template <typename T, int D>
-    static __device__ uint4 unpack_key(const Key<D>& key) {
+    template <typename T, typename Packed>
+    static __device__ uint4 unpack(const Packed& packed) {
         u32 words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = T::pack(key.number(2 * i), key.number(2 * i + 1));
+        for (int i = 0; i < 4; ++i) words[i] = T::pack(packed.number(2 * i), packed.number(2 * i + 1));
         return {words[0], words[1], words[2], words[3]};
+    }
+    template <typename T, int D>
+    static __device__ uint4 unpack_key(const Key<D>& key) {
+        return unpack<T>(key);
+    }
+    template <typename T, int D>
+    static __device__ uint4 unpack_value(const Value<D>& value) {
+        return unpack<T>(value);
     }
     template <int D>
     static __device__ Key<D> load_key(const Element* page, int page_shift, int token, int channel) {
         return Key<D>::load(page, page_shift, token, channel);
+    }
+    template <int D>
+    static __device__ Value<D> load_value(const Element* page, int page_shift, int token, int channel) {
+        return Value<D>::load(page, page_shift, token, channel);
     }
     template <typename T, int D>
     static __device__ u16 load1(const Element* page, int page_shift, int token, int channel) {

@@ -178,4 +178,22 @@ struct PackedValue {
         if (BITS < 8 && Page::is_whole(channel))
             Page::store(page, page_shift, token, Page::group(channel) + 1, factors[1]);
     }
+    static __device__ PackedValue load(const unsigned char* page, int page_shift, int token, int channel) {
+        using Page = ValuePage<D, BITS>;
+        constexpr int STEP = 8 / BITS;
+        PackedValue packed = {};
+#pragma unroll
+        for (int i = 0; i < 8; i += STEP) {
+            const u32 byte = page[Page::place(token, channel + i)];
+            const u32 codes = BITS == 8 ? byte : (byte & 15u) | (byte >> 4) << 8;
+            (i < 4 ? packed.codes.x : packed.codes.y) |= codes << i % 4 * 8;
+        }
+        const int group = BITS == 8 ? 0 : Page::group(channel);
+        packed.factors[0] = packed.factors[1] = Page::load(page, page_shift, token, group);
+        if (BITS < 8 && Page::is_whole(channel)) packed.factors[1] = Page::load(page, page_shift, token, group + 1);
+        return packed;
+    }
+    __device__ float number(int i) const {
+        return factors[i / 4].number((i < 4 ? codes.x : codes.y) >> i % 4 * 8 & 255);
+    }
 };

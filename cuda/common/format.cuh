@@ -2,19 +2,17 @@
 // PageFormat (sparsekv/ops/formats.py). A page of one kv head has a record for every token. A format is a type with,
 // for element type T and head size D,
 //
-// - `Element`, of a record; `key_record<D>(page_shift)` and `value_record<D>(page_shift)`, how many of them one has
-// in
-//   pages of 1 << page_shift tokens; `PARTS`, 2 if a page has all kv heads' keys before all their values, as must be
-//   where both are as many, or 1 if each head's keys come before its values;
+// - `Element`, of a record; `key_record<D>(page_shift)` and `value_record<D>(page_shift)`, how many of them one has,
+//   in pages of 1 << page_shift tokens; `PARTS`, 2 if a page has all kv heads' keys before all their values, as must
+//   be where both are as many, or 1 if each head's keys come before its values;
 // - `query_words<D>(tiles)`, words of 16 bytes that a query of so many tiles of heads takes in shared memory, where
 //   `stage<T, D, HEAD_TILES>(query, group, staged)` puts it, called by all threads of a CTA;
 // - `Keys<T, D, STEP>` and `Values<T, D, STEP>`: what a lane holds of sixteen tokens, in the order of the matrix
 //   products in attend.cuh. `load` asks for it, the other functions use it: loads should be under way meanwhile.
-//   `SCALED` values are numbers that each token's weight is to be scaled for, 32 channels a time, and 2^EXPONENT
-//   more;
+//   `SCALED` values are numbers that each token's weight is to be scaled for, 32 channels a time, by 2^EXPONENT more;
 // - `pack_key<T, D>` and `pack_value<T, D>`, which the lanes of a token, eight channels each, call together, and
-//   `unpack_key<T, D>`, what is left; `store_key<D>`, `store_value<D>`, `load_key<D>`, and `load1<T, D>`, which give
-//   one channel, take a page and a token in it. `AS_IS`: all of them leave channels as they are.
+//   `unpack_key<T, D>` and `unpack_value<T, D>`, what is left; `store_key<D>`, `load_key<D>`, the same of values, and
+//   `load1<T, D>`, one channel of a key, take a page and a token in it. `AS_IS`: channels are left as they are.
 //
 // `ByChannel` makes a format out of how channels are packed and unpacked, where each is stored by itself.
 #pragma once
@@ -216,11 +214,19 @@ struct ByChannel {
     static __device__ uint4 unpack_key(Eight v) {
         return unpack8<T>(v);
     }
+    template <typename T, int D>
+    static __device__ uint4 unpack_value(Eight v) {
+        return unpack8<T>(v);
+    }
     template <int D>
     static __device__ Eight load_key(const Element* page, int /* page_shift */, int token, int channel) {
         Eight v;
         load_words<0>(v, page + i64(token) * D + channel);
         return v;
+    }
+    template <int D>
+    static __device__ Eight load_value(const Element* page, int page_shift, int token, int channel) {
+        return load_key<D>(page, page_shift, token, channel);
     }
     template <typename T, int D>
     static __device__ u16 load1(const Element* page, int /* page_shift */, int token, int channel) {

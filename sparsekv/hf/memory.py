@@ -18,7 +18,7 @@ from sparsekv.errors import ConfigError
 from sparsekv.hf import forecast, support
 from sparsekv.hf.chunks import chunk_size
 from sparsekv.pages.formats import FORMATS
-from sparsekv.pages.layer_pages import BLOCK, GROWTH_SLACK, RESERVE_SLACK
+from sparsekv.pages.layer_pages import GROWTH_SLACK, RESERVE_SLACK
 from sparsekv.pages.window_table import OF_LONG
 from sparsekv.policies import POLICIES, Reads
 
@@ -184,7 +184,6 @@ def _rest(model: PreTrainedModel, config: SparseConfig, context: int, batch: int
     between = batch * (chunk or context) * (6 * text.hidden_size + 3 * inner) * dtype.itemsize
     logits = 2 * batch * text.vocab_size * 4
     read = 0
-    if chunk is not None and heads is not None:  # a sequence's keys and values as they are, and how they are made
+    if chunk is not None and heads is not None:  # a sequence's keys and values as they are
         read = 2 * heads.num_kv_heads * heads.head_dim * context * dtype.itemsize
-        read += 0 if config.page_format == "plain" else 3 * BLOCK * 4
     return _RUNTIME + between + logits + read

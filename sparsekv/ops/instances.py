@@ -48,6 +48,13 @@ def append_kv(
     return KernelSpec("append_kv.cu", expression, (str(kernel.header), pages.header), pages.claim)
 
 
+def read_pages(dtype: torch.dtype, head_dim: int, format: type[PageFormat]) -> KernelSpec:
+    """Reading whole pages."""
+    pages = _pages(format, dtype, head_dim)
+    expression = f"read_pages<{ELEMENTS[dtype]}, {head_dim}, {pages.name}>"
+    return KernelSpec("read_pages.cu", expression, (pages.header,), pages.claim)
+
+
 def attend_pages(dtype: torch.dtype, head_dim: int, group: int, format: type[PageFormat] = Plain) -> KernelSpec:
     """Attending."""
     pages = _pages(format, dtype, head_dim)
@@ -125,6 +132,7 @@ def of_model(
         score_pages(dtype, head_dim, group, kernel),
         sparse_decode(dtype, head_dim, group, kernel, format),
         attend_pages(dtype, head_dim, group, format),
+        *([] if format is Plain else [read_pages(dtype, head_dim, format)]),
         merge_attention(dtype, head_dim, group),
     ]
 

@@ -28,6 +28,7 @@ LOWEST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 # Pages are attended to in chunks of about this many key elements, which stay in a CPU's cache: the whole context is
 # never copied, and dense decoding runs at the speed of one read. A GPU, for which it is launches, takes more at once.
 CHUNK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 24  # that are read from pages at once
 
 
 def append_kv(
@@ -80,6 +81,31 @@ def append_kv(
             stored[pages] = computed.to(stored.dtype)
 
 
+def read_pages(pages: Tensor, batch: int, head_dim: int, dtype: torch.dtype, format: str = "plain") -> list[Tensor]:
+    """Keys and values of whole pages, as many of every sequence, one sequence after the other.
+
+    Args:
+        pages: `[batch * n, 2, hkv, p, record]`, or `[batch * n, 1, ...]` of keys that are the values, too.
+        dtype: the model's.
+        format: name of the pages' format.
+
+    Returns:
+        Keys and values, or both in one, `[batch, hkv, n * p, d]` in that dtype; what no token was written to is
+        arbitrary. Beside them it takes the memory of a block of pages.
+    """
+    coded = page_format(format)
+    return [_read(coded.stored(pages, head_dim, x), batch, head_dim, dtype, coded, x) for x in halves(pages)]
+
+
+def _read(stored: Tensor, batch: int, head_dim: int, dtype: torch.dtype, coded: PageFormat, which: int) -> Tensor:
+    stored = stored.unflatten(0, (batch, -1)).transpose(1, 2)  # [batch, hkv, n, p, record]
+    tokens = stored.new_empty(*stored.shape[:-1], head_dim, dtype=dtype)
+    size = max(1, BLOCK_ELEMENTS * stored.shape[2] // max(tokens.numel(), 1))
+    for block, part in zip(tokens.split(size, 2), stored.split(size, 2), strict=True):
+        block.copy_(coded.read(part, head_dim, dtype, which))
+    return tokens.flatten(2, 3)
+
+
 def _num_new_tokens(key: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device)
@@ -104,7 +130,8 @@ def _write_tokens(
         position = start[row] + valid.cumsum(1)[row, column] - 1  # [num_valid]
     pages, offset = block_table[row, position // page_size], position % page_size
     for which, states in zip(halves(kv_pool), (key, value), strict=False):
-        records = coded.encode(states, valid, which)[row, :, column]  # [..., hkv, record]
+        records = coded.encode(states, valid, which).transpose(1, 2)  # [b, t, hkv, record]
+        records = records if valid is None else records[row, column]
         coded.write(records, kv_pool, pages, offset, key.shape[3], which)
 
 

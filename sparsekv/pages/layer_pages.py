@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekv import ops
 from sparsekv.digests import Digest
 from sparsekv.pages import residency
-from sparsekv.pages.formats import KEYS, PageFormat, Plain, halves
+from sparsekv.pages.formats import KEYS, page_format
 from sparsekv.pages.page_pool import PageIds
 from sparsekv.pages.page_rows import PageCopies
 from sparsekv.policies import Reads
 
 GROWTH_SLACK = 8  # a pool that must grow gets an eighth more than it needs, so that it grows seldom
 RESERVE_SLACK = 64  # pages more than reserved, at most
-BLOCK = 1 << 24  # elements that are decoded at once
 
 
 class LayerPages:
@@ -26,7 +26,7 @@ class LayerPages:
         key: `[b, hkv, t, d]`, the layer's first; valid: `[b, t]` bool, or None when all are.
         page_size: in tokens.
         digest: what is kept of a page to score it; None: the layer is never scored.
-        format, where: what a page looks like, and where it lies.
+        format, where: the name of what a page looks like, and where it lies.
         value_dim: channels of values, if they are not as many as those of keys.
         is_shared: whether values are the first channels of keys. Then they are kept once; else narrow ones lie in
             pages with zeros behind them.
@@ -47,7 +47,7 @@ class LayerPages:
         valid: Tensor | None,
         page_size: int,
         digest: Digest | None,
-        format: type[PageFormat] = Plain,
+        format: str = "plain",
         where: type[residency.Residency] = residency.OnDevice,
         value_dim: int | None = None,
         is_shared: bool = False,
@@ -55,7 +55,7 @@ class LayerPages:
         num_kv_heads, head_dim = key.shape[1], key.shape[3]
         self.value_dim, num_halves = value_dim or head_dim, 1 if is_shared else 2
         fields = digest.fields(page_size, head_dim) if digest is not None else []
-        self.format = format()
+        self.format_name, self.format = format, page_format(format)
         record, dtype = self.format.mean_record(page_size, head_dim, key.dtype, num_halves)
         with torch.inference_mode(False), torch.no_grad():  # else a later call outside inference mode cannot write
             self.no_tokens = key.new_empty(1, num_kv_heads, 0, head_dim)
@@ -141,20 +141,14 @@ class LayerPages:
         """Copies whole pages and their digests."""
         self.write(copies.target, *self.read(copies.source))
 
-    def tokens(self, pages: PageIds) -> tuple[Tensor, Tensor]:
+    def tokens(self, pages: PageIds, namespace: Any = None) -> tuple[Tensor, Tensor]:
         """Keys `[b, hkv, n * p, d]` and values `[b, hkv, n * p, dv]` of pages `[b, n]`; what no token was written to
-        is arbitrary."""
-        content = self.residency.read(pages.reshape(-1))
-        found = [self._decoded(content, pages, which) for which in halves(self.kv)]
-        return found[KEYS], found[-1][..., : self.value_dim]
+        is arbitrary.
 
-    def _decoded(self, content: Tensor, pages: PageIds, which: int) -> Tensor:
-        """Keys or values of pages `[b, n]` that were read, `[b, hkv, n * p, d]`; beside the result it takes the
-        memory of a block of pages."""
-        like = self.no_tokens
-        stored = self.format.stored(content, like.shape[3], which).unflatten(0, pages.shape).transpose(1, 2)
-        tokens = like.new_empty(*stored.shape[:-1], like.shape[3])
-        size = max(1, BLOCK * stored.shape[2] // max(tokens.numel(), 1))
-        for block, part in zip(tokens.split(size, 2), stored.split(size, 2), strict=True):
-            block.copy_(self.format.read(part, like.shape[3], like.dtype, which))
-        return tokens.flatten(2, 3)
+        Args:
+            namespace: of the ops; None: whatever serves the device.
+        """
+        like, read = self.no_tokens, (namespace or ops.for_backend("auto")).read_pages
+        content = self.residency.read(pages.reshape(-1)).contiguous()
+        found = read(content, pages.shape[0], like.shape[3], like.dtype, self.format_name)
+        return found[KEYS], found[-1][..., : self.value_dim]

@@ -86,6 +86,7 @@ def check_append(case: Case, device: torch.device) -> None:
     shape = (2, len(case.lengths), case.num_kv_heads, columns, case.head_dim)
     key, value = _normal(shape, generator).to(case.dtype)
     stored, pages = in_format(case.format, pages)
+    _check_read(case, stored)
     state, written = _state(case, pages), []
     for op in (OPS.append_kv, reference.append_kv):
         pool, summary = stored.clone(), _summary_before(case.num_new, case, pages, state)
@@ -94,6 +95,15 @@ def check_append(case: Case, device: torch.device) -> None:
     (pool, summary), (expected_pool, expected_summary) = written
     _same("append_kv: pool", pool, expected_pool, case)
     same_summary(case.digest, summary, expected_summary, pages.kv_pool.shape, "append_kv: digests", case)
+
+
+def _check_read(case: Case, pool: Tensor) -> None:
+    """All pages, as a batch of one sequence: also what was never written, of which nothing is said."""
+    arguments = (pool, 1, case.head_dim, case.dtype, case.format)
+    for name, actual, expected in zip(
+        ("keys", "values"), OPS.read_pages(*arguments), reference.read_pages(*arguments), strict=True
+    ):
+        _same(f"read_pages: {name}", actual, expected, case)
 
 
 def _state(case: Case, pages: Pages) -> list[Tensor]:
