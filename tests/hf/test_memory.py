@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from transformers import LlamaConfig
 
 import sparsekv
 from sparsekv import ConfigError, SparseConfig
+from sparsekv.cache import BesideState, StateLayer
 from sparsekv.cli import main
 from sparsekv.evaluation.testbed import MODEL_DIR
-from sparsekv.hf.memory import GIB, forecast_memory
+from sparsekv.hf import forecast
+from sparsekv.hf.memory import GIB, forecast_memory, memory
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -21,10 +24,11 @@ LLAMA_8B = LlamaConfig(
 
 
 @pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gemma3n_text", "mistral", "llama4_text", "deepseek_v3"])
 def test_pages_and_digests_are_those_of_a_cache(family, kv, tiny) -> None:
+    """Also of windows and chunks, of layers that read another's, and of latents."""
     model = tiny(family, **({"sliding_window": 8} if family == "mistral" else {}))
-    settings = {"budget": 48, "page_size": 4, "recent": 4, "dense_layers": 1, "kv": kv}
+    settings = {"budget": 48, "page_size": 4, "recent": 4, "dense_layers": (0,), "kv": kv}
     with sparsekv.patch(model, **settings) as patch:
         told = patch.memory(152, 3)
         cache = patch.new_cache(reserve_tokens=3 * 152)
@@ -36,8 +40,31 @@ def test_pages_and_digests_are_those_of_a_cache(family, kv, tiny) -> None:
         assert patch.memory(150, 3, limit=1).longest == 0
 
 
-def test_layers_that_are_not_in_pages_are_told(tiny) -> None:
-    assert "not counted: 3 layers" in str(forecast_memory(tiny("qwen3_next").config, SparseConfig(), 100))
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "falcon_h1", "zamba2"])
+def test_states_are_those_of_a_cache(family: str, hybrid) -> None:
+    """Alone or beside keys and values."""
+    model = hybrid(family)
+    with sparsekv.patch(model, page_size=4) as patch:
+        told = patch.memory(40, 3)
+        cache = patch.new_cache(reserve_tokens=3 * 40)
+        model(torch.randint(3, 100, (3, 40)), past_key_values=cache)
+        states = [layer if isinstance(layer, StateLayer) else layer.state for layer in with_states(cache)]
+        assert told.states == sum(x.nbytes for state in states for x in state.states) > 0
+        assert told.pages + told.digests == cache.nbytes
+        assert told.not_counted == 0
+        assert "states" in str(told)
+
+
+def with_states(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if isinstance(layer, StateLayer | BesideState)]
+
+
+def test_what_is_not_in_pages_is_told(tiny, monkeypatch) -> None:
+    """Layers of transformers' own cache, and states that model code makes by looking at numbers."""
+    assert "not counted: 4 layers" in str(forecast_memory(tiny("diffllama").config, SparseConfig(), 100))
+    monkeypatch.setattr(forecast, "without_weights", lambda config: 1 / 0)
+    told = memory(tiny("qwen3_next"), SparseConfig(), 100)
+    assert (told.not_counted, told.states) == (3, 0)
 
 
 @pytest.mark.parametrize(("kv", "pages", "fits"), [("plain", 128, False), ("int8", 66, False), ("int4", 44, True)])
