@@ -18,6 +18,7 @@ from sparsekv.testing.soak import Tally, check
 
 OPS: Any = torch.ops.sparsekv
 LOSSY = ["int8", "int4", "int8-int4", "int4-int8"]
+ROTARY = torch.arange(512, 576)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -102,12 +103,33 @@ def test_attention_is_that_to_what_is_held(name: str) -> None:
     pool, held = in_format(name, pages)
     query, where = torch.randn(3, 4, 64), (pages.block_table, pages.seq_lens)
     slots = torch.tensor([[[0, 3], [2, 4]], [[0, -1], [-1, -1]], [[0, -1], [0, -1]]], dtype=torch.int32)
-    for listed in (None, slots):
-        mine = OPS.attend_pages(query, pool, *where, listed, 0.3, 3.0, None, name)
-        torch.testing.assert_close(mine, OPS.attend_pages(query, held.kv_pool, *where, listed, 0.3, 3.0))
+    first = torch.tensor([19, 0, 4], dtype=torch.int32)  # as a window has one
+    for listed, start in ((None, None), (slots, None), (None, first)):
+        mine = OPS.attend_pages(query, pool, *where, listed, 0.3, 3.0, None, name, start)
+        expected = OPS.attend_pages(query, held.kv_pool, *where, listed, 0.3, 3.0, None, "plain", start)
+        torch.testing.assert_close(mine, expected)
     plain = OPS.attend_pages(query, pages.kv_pool, *where, None, 0.3)[0]
     out = OPS.attend_pages(query, pool, *where, None, 0.3, 0.0, None, name)[0]
     assert 0 < (out - plain).norm() < (0.2 if name.endswith("4") else 0.05) * plain.norm()
+
+
+@pytest.mark.parametrize(("name", "share", "step"), [("int8", 0.532, 0.04), ("int4", 0.41, 0.2)])
+def test_latents_are_kept_once_and_what_is_rotary_in_them_has_its_own_factors(name, share, step) -> None:
+    """576 channels, keys and values in one: however far the last ones reach, the others are as without them."""
+    kind, states = FORMATS.get(name)(), torch.randn(1, 1, 40, 576)
+    size, _ = kind.mean_record(16, 576, torch.bfloat16, num_halves=1)
+    assert size / (576 * 2) <= share
+    where, read = (torch.arange(3, dtype=torch.int32)[None], torch.tensor([40], dtype=torch.int32)), []
+    for reach in (1, 100):
+        pool, scale = torch.zeros(3, 1, 1, 16, size, dtype=torch.uint8), torch.ones(576).index_fill(0, ROTARY, reach)
+        OPS.append_kv(states * scale, states * scale, None, *where, pool, [], [], "minmax", name)
+        (held,) = OPS.read_pages(pool, 1, 576, torch.float32, name)
+        read.append(held[:, :, :40] / scale)
+        assert bool(((read[-1] - states).abs() <= step).all())
+        query, plain = torch.randn(1, 4, 576), held.view(3, 1, 1, 16, 576)
+        mine = OPS.attend_pages(query, pool, *where, None, 0.01, 0.0, None, name)
+        torch.testing.assert_close(mine, OPS.attend_pages(query, plain, *where, None, 0.01))
+    assert torch.equal(*(x[..., :512] for x in read))
 
 
 @pytest.mark.gpu
