@@ -140,3 +140,15 @@ def test_kernels_do_what_the_class_says(name: str, head_dim: int) -> None:
     for _ in range(20):
         case = replace(Case.draw(rng), format=name, head_dim=head_dim)
         check(case, torch.device("cuda", 0), Tally())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOSSY)
+def test_kernels_leave_out_tokens_before_a_window(name: str) -> None:
+    pages = random_pages([5, 32, 60, 300, 700], head_dim=64, page_size=16, dtype=torch.bfloat16)
+    first, query = torch.tensor([0, 16, 3, 90, 183], dtype=torch.int32), torch.randn(5, 8, 64).bfloat16()
+    where = (in_format(name, pages)[0], pages.block_table, pages.seq_lens)
+    expected, _ = OPS.attend_pages(query.float(), *where, None, 0.25, 0.0, None, name, first)
+    query, *on_gpu = (x.cuda() for x in (query, *where))
+    out, _ = OPS.attend_pages(query, *on_gpu, None, 0.25, 0.0, None, name, first.cuda())
+    torch.testing.assert_close(out.float().cpu(), expected, rtol=0.02, atol=0.02)
