@@ -28,8 +28,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
         block_table + i64(row) * max_pages, seq_lens[row], page_shift, num_kv_heads, head, first ? first[row] : 0};
     const int* const mine = slots ? slots + i64(item) * k : nullptr;
     if (threadIdx.x == 0) used = mine ? 0 : min(pages.count(), max_pages);
-    for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
-        staged[i] = query_word<D, HEAD_TILES>(query + i64(item) * group * D, group, i);
+    Format::template stage<T, D, HEAD_TILES>(query + i64(item) * group * D, group, staged);
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; mine && i < k; i += blockDim.x)
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     const Result<D, HEAD_TILES> result(out, lse, Sinks{sinks, wide_sinks}, item, head, group, part);
     cluster_wait();
     const int sums = num_warps() * OutputFragments<T, D, HEAD_TILES>(group).count();
-    merge_cluster(attention, staged + max(sums, QUERY_WORDS<D, HEAD_TILES>), staged, result, [] {});
+    merge_cluster(attention, staged + max(sums, Format::template query_words<D>(HEAD_TILES)), staged, result, [] {});
 }
 
 // Puts the parts of a (sequence, kv head) together; the CTAs of a row share its words.

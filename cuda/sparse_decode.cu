@@ -41,7 +41,7 @@ __device__ float least_score(const StepParams& p, int length) {
 
 // What a CTA works with in shared memory, as `step_bytes` of sparsekv/ops/rooms.py counts it. Other CTAs write into
 // `select.priorities` and the room of the merge.
-template <typename T, int D, int HEAD_TILES, typename Scorer>
+template <typename T, int D, int HEAD_TILES, typename Scorer, typename Format>
 struct StepShared {
     uint4 *query, *score_query;  // as attention and as scoring want it
     uint4* scorer;               // this warp's
@@ -54,7 +54,7 @@ struct StepShared {
     __device__ StepShared(uint4* base, int max_pages, int k, bool direct, int group, int kept_tiles) {
         const auto words = [](int n) { return (n + 3) >> 2; };  // of 16 bytes
         query = base;
-        score_query = query + QUERY_WORDS<D, HEAD_TILES>;
+        score_query = query + Format::template query_words<D>(HEAD_TILES);
         uint4* const reused = score_query + Scorer::STAGED;
         scorer = reused + warp_id() * Scorer::ROOM;
         uint4* const chosen = reused + num_warps() * Scorer::ROOM;
@@ -146,13 +146,14 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
-    const Pages pages = {p.block_table + i64(row) * p.max_pages, p.seq_lens[row], p.page_shift, num_kv_heads, head};
+    const int* const own_table = p.block_table + i64(row) * p.max_pages;
+    const Pages pages = {own_table, p.seq_lens[row], p.page_shift, num_kv_heads, head, Format::PARTS};
     auto* const pool = static_cast<typename Format::Element*>(p.kv_pool);
     const bool direct = p.priorities == nullptr;
     const bool share = p.pooling == POOL_SHARE;
     const int tiles = ceil_div(p.max_pages, TILE);
     const int kept_tiles = share && !p.kept ? ceil_div(tiles, cluster_size() * num_warps()) * num_warps() : 0;
-    const StepShared<T, D, HEAD_TILES, Scorer> room(base, p.max_pages, p.k, direct, p.group, kept_tiles);
+    const StepShared<T, D, HEAD_TILES, Scorer, Format> room(base, p.max_pages, p.k, direct, p.group, kept_tiles);
     const int count = min(pages.count(), p.max_pages), limit = min(p.limits ? p.limits[row] : p.k, p.k);
     const bool choose = count > limit || least_score(p, pages.length) > -infinity();
     const int warps = cluster_size() * num_warps(), first = cluster_rank() * num_warps() + warp_id();
@@ -181,8 +182,7 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256) sparse_decod
         score_own_pages<T, D, Scorer, HEAD_TILES>(p, pages, room, my_priorities, kept, my_query, forced, append);
         cluster_arrive();
     }
-    for (int i = threadIdx.x; i < QUERY_WORDS<D, HEAD_TILES>; i += blockDim.x)
-        room.query[i] = query_word<D, HEAD_TILES>(my_query, p.group, i);
+    Format::template stage<T, D, HEAD_TILES>(my_query, p.group, room.query);
 #pragma unroll 1
     for (int i = threadIdx.x; direct && choose && i < count; i += blockDim.x)
         copy_async<4>(room.table + i, pages.block_table + i);

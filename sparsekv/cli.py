@@ -166,20 +166,27 @@ def _add_models(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="versions, devices, and what would run where")
+    from sparsekv.commands import memory
+
+    parser = commands.add_parser("doctor", help="versions, devices, what would run where, and what would fit")
     add_json_option(parser)
     parser.add_argument("--compile", action="store_true", help="compile all kernels now rather than at first use")
     parser.add_argument("--arch", nargs="+", metavar="SM", help="for these, as sm_90 (default: the GPUs present)")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="at once (default %(default)s)")
+    memory.add_arguments(parser)
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace, command: str) -> int:
     from sparsekv import doctor
+    from sparsekv.commands import memory
 
+    if memory.is_asked(args):
+        return with_json(memory.run)(args, command)
     if args.arch and not args.compile:
         raise ConfigError("--arch goes with --compile.")
-    compiled = {"compile": doctor.compile_kernels(args.arch, args.jobs)} if args.compile else {}
+    formats = [args.kv or "plain"]
+    compiled = {"compile": doctor.compile_kernels(args.arch, args.jobs, formats)} if args.compile else {}
     report = doctor.report() | compiled
     if args.json:
         print(json.dumps(report, indent=1))

@@ -18,7 +18,7 @@ GROUP_POOLINGS = ("max", "sum", "mean_softmax", "share")
 BACKENDS = ("auto", "reference")
 MAX_RECENT = 64  # tokens, where `recent` follows the budget
 MAX_WHOLE = 2048  # tokens of a sequence that `min_share` spares: there, choosing costs more than reading less saves
-_NAMES = ("digest", "policy", "page_format", "residency")  # of classes in registries
+_NAMES = ("digest", "policy", "residency")  # of classes in registries
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class SparseConfig:
         fuse: whether the norms and rotary embeddings of a captured step run as one kernel each, where that gives
             the same but for the last bits: a millisecond a token less for 32 layers. Not with `backend="reference"`.
         max_tokens: the most tokens the page pool of a cache may hold over all its sequences; None: no limit.
-        page_format: what a page of keys and values looks like in memory (`sparsekv.pages.formats`).
+        kv: what pages of keys and values look like in memory (`sparsekv.pages.formats`): `plain`, as they are;
+            `int8`, a byte to a channel; `int4`, six bits to one of a key and four of a value. A pair, for keys and
+            for values, is kept as one name: `("int8", "int4")` is `int8-int4`.
         residency: where pages lie between steps (`sparsekv.pages.residency`).
 
     Raises:
@@ -81,7 +83,7 @@ class SparseConfig:
     capture: bool = True
     fuse: bool = True
     max_tokens: int | None = None
-    page_format: str = "plain"
+    kv: str | tuple[str, str] = "plain"
     residency: str = "device"
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ class SparseConfig:
         _check_bool("capture", self.capture)
         _check_bool("fuse", self.fuse)
         _check_dense_layers(self.dense_layers)
+        object.__setattr__(self, "kv", _one_name(self.kv))
         object.__setattr__(self, "budget", layer_budgets.canonical(self.budget))
         if isinstance(self.budget, tuple):
             self._by_layer  # noqa: B018  (they are checked when they are made)
@@ -130,6 +133,11 @@ class SparseConfig:
         """
         return type(self).of(self, **settings)
 
+    @property
+    def page_format(self) -> str:
+        """The name of the format that `kv` asks for."""
+        return str(self.kv)
+
     # -- files
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,8 +164,9 @@ class SparseConfig:
             ConfigError: the file cannot be read or is damaged, or a name or a value is not allowed.
         """
         settings = settings_file.read(path, [field.name for field in fields(cls)])
-        if isinstance(settings.get("dense_layers"), list):
-            settings["dense_layers"] = tuple(settings["dense_layers"])
+        for name in ("dense_layers", "kv"):
+            if isinstance(settings.get(name), list):
+                settings[name] = tuple(settings[name])
         for name in _NAMES:
             if not isinstance(settings.get(name, ""), str):
                 raise ConfigError(f"{path}: {name}={settings[name]!r} must be a name.")
@@ -333,6 +342,14 @@ def _check_share(share: object, group_pooling: str) -> None:
             f"min_share={share} is a share of a head's attention, and group_pooling={group_pooling!r} tells none: "
             "set group_pooling='share', or leave min_share out."
         )
+
+
+def _one_name(kv: object) -> str:
+    """The name of a format of keys and values, or of those of keys and of values."""
+    names = (kv,) if isinstance(kv, str) else kv
+    if not isinstance(names, tuple) or len(names) not in (1, 2) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"kv={kv!r} must be the name of a format, or a pair of such, of keys and of values.")
+    return "-".join(dict.fromkeys(names))
 
 
 def _check_bool(field: str, value: object) -> None:

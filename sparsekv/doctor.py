@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
@@ -53,8 +54,9 @@ def report() -> Report:
     }
 
 
-def compile_kernels(archs: list[str] | None, jobs: int) -> Report:
-    """Compile every kernel that is promised, for these architectures or for the GPUs present, into the disk cache.
+def compile_kernels(archs: list[str] | None, jobs: int, formats: Sequence[str] = ("plain",)) -> Report:
+    """Compile every kernel that is promised for pages of these formats, for these architectures or for the GPUs
+    present, into the disk cache.
 
     Threads do: NVRTC compiles without holding Python's lock. A progress bar goes to stderr.
 
@@ -62,10 +64,11 @@ def compile_kernels(archs: list[str] | None, jobs: int) -> Report:
         `archs`, `kernels` (how many, over all of these), `seconds` and `failed` (dicts of `kernel`, `arch`, `error`).
     Raises:
         ConfigError: no architecture is named and there is no GPU, or one is named that NVRTC does not know.
+        UnknownNameError: there is no such format.
         KernelCompileError: nothing can be compiled here.
     """
     archs = _archs(archs)
-    specs = instances.promised()
+    specs = instances.promised(formats)
     start = time.perf_counter()
     pool = ThreadPoolExecutor(jobs)
     try:

@@ -43,6 +43,8 @@ from sparsekv.errors import ConfigError, UnknownNameError
         ("dense_layers", (0, "1"), ["dense_layers='1'", "whole number"]),
         ("dense_layers", [0, 1], ["dense_layers=[0, 1]", "whole number", "tuple"]),
         ("dense_layers", True, ["dense_layers=True", "whole number"]),
+        ("kv", 8, ["kv=8", "the name of a format, or a pair of such, of keys and of values"]),
+        ("kv", ("int8", "int4", "int4"), ["kv=('int8', 'int4', 'int4')", "a pair"]),
         ("budget", "2048", ["budget='2048'", "int", "(0, 1]"]),
         ("budget", True, ["budget=True", "int"]),
         ("budget", None, ["budget=None", "int"]),
@@ -92,7 +94,7 @@ def test_what_is_not_allowed(field: str, value: object, parts: list[str]) -> Non
         {"max_tokens": 16},
         *({"group_pooling": name} for name in GROUP_POOLINGS),
         *({"backend": name} for name in BACKENDS),
-        {"digest": "of my own", "policy": "of my own"},  # resolved when a cache is made
+        {"digest": "of my own", "policy": "of my own", "kv": "of my own"},  # resolved when a cache is made
     ],
 )
 def test_what_is_allowed(settings: dict[str, object]) -> None:
@@ -342,8 +344,8 @@ def test_a_file_says_everything_and_may_say_less(tmp_path: Path) -> None:
     assert content.pop("sparsekv_settings") == 1
     assert content["budget"] == {"5": 2048, "rest": 512}
     assert list(content) == [field.name for field in dataclasses.fields(SparseConfig)]
-    path.write_text('{"sinks": 8, "dense_layers": [0, 3]}')
-    assert SparseConfig.load(path) == SparseConfig(sinks=8, dense_layers=(0, 3))
+    path.write_text('{"sinks": 8, "dense_layers": [0, 3], "kv": ["int8", "int4"]}')
+    assert SparseConfig.load(path) == SparseConfig(sinks=8, dense_layers=(0, 3), kv="int8-int4")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec
     (tmp_path / "good.cu").write_text("template <int N> __global__ void good() {}")
     (tmp_path / "bad.cu").write_text("template <int N> __global__ void bad() { nonsense[tag]; }")
     specs = [GOOD]
-    monkeypatch.setattr(instances, "promised", lambda: specs)
+    monkeypatch.setattr(instances, "promised", lambda formats: specs)
     monkeypatch.setattr(compiler, "sources_dir", lambda: tmp_path)
     monkeypatch.setenv("SPARSEKV_CACHE_DIR", str(tmp_path / "cache"))
     return specs

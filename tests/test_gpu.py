@@ -73,11 +73,12 @@ def test_small_budgets_read_the_same_pages_as_on_the_cpu(digest: str, dtype: tor
     torch.testing.assert_close(logits["cuda"], logits["cpu"], rtol=tolerance, atol=tolerance)
 
 
-def test_the_testbed_answers_on_the_gpu() -> None:
+@pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
+def test_the_testbed_answers_on_the_gpu(kv: str) -> None:
     model, tokenizer = testbed.load("cuda", torch.bfloat16)
     story = testbed.make_story(16384, ("needle",), num_questions=16, seed=5)
     scene = scene_of(story, tokenizer)
-    with sparsekv.patch(model, budget=2048) as patch:
+    with sparsekv.patch(model, budget=2048, kv=kv) as patch:
         cache = patch.new_cache()
         prefill(model, [scene.document], cache)
         answers = [ask(model, tokenizer, cache, scene, question) for question in scene.asks]

@@ -9,19 +9,37 @@ template <typename T, int D, typename Format>
 struct StoredPage : Page {
     using Element = typename Format::Element;
     Element *keys, *values;  // [page_size, record]
+    int page_shift;
 
     __device__ StoredPage(Element* kv_pool, i64 page, int head, int num_kv_heads, int page_shift)
-        : Page{head, page * num_kv_heads + head},
-          keys(kv_pool + (((page * 2 * num_kv_heads + head) << page_shift) * Format::template record<D>(page_shift))),
-          values(keys + ((i64(num_kv_heads) << page_shift) * Format::template record<D>(page_shift))) {}
-
-    __device__ u16 key(int token, int channel) const { return Format::template load1<T, D>(keys, token, channel); }
-    __device__ uint4 key8(int token, int channel) const { return Format::template load8<T, D>(keys, token, channel); }
-    __device__ void store_key8(int token, int channel, uint4 key) const {
-        Format::template store8<T, D>(keys, token, channel, key);
+        : Page{head, page * num_kv_heads + head}, page_shift(page_shift) {
+        const int of_key = Format::template key_record<D>(page_shift);
+        if constexpr (Format::PARTS == 2) {
+            keys = kv_pool + ((page * 2 * num_kv_heads + head) << page_shift) * of_key;
+            values = keys + (i64(num_kv_heads) << page_shift) * of_key;
+        } else {
+            keys = kv_pool + (this->item << page_shift) * (of_key + Format::template value_record<D>(page_shift));
+            values = keys + (i64(of_key) << page_shift);
+        }
     }
-    __device__ void store_value8(int token, int channel, uint4 value) const {
-        Format::template store8<T, D>(values, token, channel, value);
+
+    __device__ u16 key(int token, int channel) const {
+        return Format::template load1<T, D>(keys, page_shift, token, channel);
+    }
+    __device__ uint4 key8(int token, int channel) const {
+        return Format::template unpack_key<T, D>(Format::template load_key<D>(keys, page_shift, token, channel));
+    }
+    __device__ uint4 value8(int token, int channel) const {
+        return Format::template unpack_value<T, D>(
+            Format::template load_value<D>(values, page_shift, token, channel));
+    }
+    // Eight channels of a token; gives what is left of the key. The lanes of a token call it together.
+    __device__ uint4 store(int token, int channel, uint4 key, uint4 value) const {
+        const auto packed = Format::template pack_key<T, D>(key);
+        Format::template store_key<D>(keys, page_shift, token, channel, packed);
+        const auto packed_value = Format::template pack_value<T, D>(value);
+        Format::template store_value<D>(values, page_shift, token, channel, packed_value);
+        return Format::template unpack_key<T, D>(packed);
     }
 };
 
@@ -39,7 +57,8 @@ struct NewTokens {
 template <typename Kind, typename T, int D, typename Format>
 __device__ void append_to_page(const StoredPage<T, D, Format>& page, const Digests& digests, const NewTokens& fresh,
                                int first, int start, int length, int page_size, int part = 0, int parts = 1) {
-    constexpr int LANES = D / 8, TOKENS = WARP / LANES, BATCH = 8;  // TOKENS at once, BATCH loads in flight
+    constexpr int LANES = D / 8, TOKENS = WARP / LANES;  // TOKENS at once
+    constexpr int BATCH = Format::AS_IS ? 8 : 2;         // loads in flight; else instructions count
     using Summary = typename Kind::template Summary<T, D>;
     const int token = lane_id() / LANES, channel = lane_id() % LANES * 8;
     const int end = min(first + page_size, length);
@@ -66,11 +85,12 @@ __device__ void append_to_page(const StoredPage<T, D, Format>& page, const Diges
         for (int j = 0; j < BATCH; ++j) {
             const int position = base + j * TOKENS;
             if (!active || position >= end) continue;
-            summary.take(position < start ? loaded[j] : Format::template rounded8<T>(loaded[j]));
-            if (position < start) continue;
-            page.store_key8(position - first, channel, loaded[j]);
-            page.store_value8(position - first, channel,
-                              load16(fresh.value + fresh.column(position - start) * fresh.value_stride + channel));
+            uint4 key = loaded[j];
+            if (position >= start) {
+                const u16* const value = fresh.value + fresh.column(position - start) * fresh.value_stride;
+                key = page.store(position - first, channel, key, load16(value + channel));
+            }
+            summary.take(key);
         }
     }
     __syncwarp();
@@ -83,9 +103,7 @@ __device__ void store_token(const StoredPage<T, D, Format>& page, int offset, co
                             const u16* value /* [d] */) {
     const int channel = lane_id() * 8;
     if (channel >= D) return;
-    const uint4 k = load16(key + channel), v = load16(value + channel);
-    page.store_key8(offset, channel, k);
-    page.store_value8(offset, channel, v);
+    page.store(offset, channel, load16(key + channel), load16(value + channel));
 }
 
 // The digest of a page that holds `count` tokens. All warps of a CTA call it, `part` counts them from any of them on.

@@ -9,18 +9,6 @@
 #include "common/digest.cuh"
 #include "common/format.cuh"
 
-// A query's words of 16 bytes, in the order the lanes want them.
-template <int D, int HEAD_TILES>
-constexpr int QUERY_WORDS = HEAD_TILES * (D / 32) * WARP;
-
-template <int D, int HEAD_TILES>
-__device__ inline uint4 query_word(const u16* query /* [group, d] */, int group, int word) {
-    const int lane = word % WARP, chunk = word / WARP % (D / 32),
-              head = word / (WARP * (D / 32)) * MMA_HEADS + lane / 4;
-    if (head >= group) return {0, 0, 0, 0};
-    return load16(query + head * D + chunk * 32 + lane % 4 * 8);
-}
-
 // The logits' scale, softcap and the base 2 of the exponentials in one place.
 struct Logits {
     float factor, cap;  // cap 0: none
@@ -33,20 +21,43 @@ struct Logits {
     }
 };
 
+// A lane's weights of a unit: operands of the second product, or numbers of which such are still to be made.
+template <typename Number, int HEAD_TILES, bool SCALED>
+struct WeightsOf {
+    u32 words[HEAD_TILES][2];
+
+    __device__ void set(int tile, const float (&x)[4]) {
+        words[tile][0] = Number::pack(x[0], x[1]);
+        words[tile][1] = Number::pack(x[2], x[3]);
+    }
+};
+template <typename Number, int HEAD_TILES>
+struct WeightsOf<Number, HEAD_TILES, true> {
+    float numbers[HEAD_TILES][4];
+
+    __device__ void set(int tile, const float (&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) numbers[tile][i] = x[i];
+    }
+};
+
 // What a warp has gathered so far: of head lane / 4 of a tile the largest logit and this lane's share of the weights'
 // sum, and the weighted sum of the values as d [16 channels a time] x heads [8], not divided by the weights yet.
 template <typename T, int D, int HEAD_TILES, typename Format = Plain>
 struct Attention {
     // Head sizes above 128 go in steps of 128 channels, so that loads in flight fit the registers.
     static constexpr int STEP = D <= 128 ? D : 128, STEPS = D / STEP;
-    static constexpr int BLOCKS = STEP / 64,
-                         TAIL = STEP % 64 / 32;                 // channels in blocks of 64, and one of 32 for d 96
+    static constexpr int BLOCKS = STEP / 64;                    // of 64 channels; for d 96 there is one of 32, too
     static constexpr int ROWS = D / 16, STEP_ROWS = STEP / 16;  // tiles of sixteen channels
+
+    using Keys = typename Format::template Keys<T, D, STEP>;
+    using Values = typename Format::template Values<T, D, STEP>;
+    using Weights = WeightsOf<typename Values::Number, HEAD_TILES, Values::SCALED>;
 
     float out[HEAD_TILES][ROWS][4];
     float m[HEAD_TILES], l[HEAD_TILES];  // largest logit, share of the weights' sum
-    typename Format::template Keys<T, D, STEP> keys;
-    typename Format::template Values<T, D, STEP> values;
+    Keys keys;
+    Values values;
 
     __device__ Attention() {
 #pragma unroll
@@ -59,25 +70,10 @@ struct Attention {
         }
     }
 
-    // Adds the dot products of a step's channels: [tile of 8 tokens] x (heads r: 2 tokens, heads r + 8: 2 tokens).
-    __device__ void multiply_keys(float (&dots)[2][4], const uint4* query, int step) {
-#pragma unroll
-        for (int j = 0; j < STEP / 32; ++j) {
-            const uint4 low = query[(step * (STEP / 32) + j) * WARP + lane_id()];
-            const uint4 high =
-                HEAD_TILES == 2 ? query[(D / 32 + step * (STEP / 32) + j) * WARP + lane_id()] : uint4{0, 0, 0, 0};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint4 key = keys.get(half, j);
-                T::mma(dots[half], low.x, high.x, low.y, high.y, key.x, key.y);
-                T::mma(dots[half], low.z, high.z, low.w, high.w, key.z, key.w);
-            }
-        }
-    }
-
-    // Turns dot products into weights relative to the largest logit so far, as the second product wants them.
-    __device__ void weigh(u32 (&weights)[HEAD_TILES][2], const float (&dots)[2][4], const Unit& unit,
-                          const Logits& logits) {
+    // Turns dot products into weights relative to the largest logit so far, as the second product wants them. Weights
+    // that are still to be scaled for their values are relative to the largest that it makes, which is as good and
+    // keeps them within the range of 16 bits.
+    __device__ void weigh(Weights& weights, const Dots& dots, const Unit& unit, const Logits& logits) {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float x[4];
@@ -85,8 +81,11 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const bool is_seen = value_token(i) < unit.count && (unit.skip <= 0 || value_token(i) >= unit.skip);
-                x[i] = is_seen ? logits(dots[i / 2][tile * 2 + i % 2]) : -infinity();
-                largest = fmaxf(largest, x[i]);
+                x[i] = is_seen ? logits(dots.tiles[i / 2][tile * 2 + i % 2]) : -infinity();
+                if constexpr (Values::SCALED)
+                    largest = fmaxf(largest, x[i] + values.log2_scale(i));
+                else
+                    largest = fmaxf(largest, x[i]);
             }
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
@@ -96,8 +95,7 @@ struct Attention {
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum += x[i] = exp2_fast(x[i] - largest);
             l[tile] = l[tile] * shrink + sum;
-            weights[tile][0] = T::pack(x[0], x[1]);
-            weights[tile][1] = T::pack(x[2], x[3]);
+            weights.set(tile, x);
             if (__any_sync(ALL_LANES, shrink != 1.f)) rescale(tile, shrink);
         }
     }
@@ -122,29 +120,28 @@ struct Attention {
             if (value_token(i) >= count) values.clear(i);
     }
 
-    __device__ void add_row(int row, const u32 (&weights)[HEAD_TILES][2], u32 t0, u32 t1, u32 t2, u32 t3) {
+    __device__ void multiply_values(const Weights& weights, int step) {
+        using Number = typename Values::Number;
+        const auto add = [&](const u32(&scaled)[HEAD_TILES][2], int row, u32 a, u32 b, u32 c, u32 d) {
 #pragma unroll
-        for (int tile = 0; tile < HEAD_TILES; ++tile)
-            T::mma(out[tile][row], low_halves(t0, t1), high_halves(t0, t1), low_halves(t2, t3), high_halves(t2, t3),
-                   weights[tile][0], weights[tile][1]);
-    }
-
-    __device__ void multiply_values(const u32 (&weights)[HEAD_TILES][2], int step) {
-        int row = step * STEP_ROWS;
+            for (int tile = 0; tile < HEAD_TILES; ++tile)
+                Number::mma(out[tile][step * STEP_ROWS + row], a, b, c, d, scaled[tile][0], scaled[tile][1]);
+        };
+        if constexpr (Values::SCALED) {
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-            const uint4 a = values.get(0, block), b = values.get(1, block), c = values.get(2, block),
-                        d = values.get(3, block);
-            add_row(row++, weights, a.x, b.x, c.x, d.x);
-            add_row(row++, weights, a.y, b.y, c.y, d.y);
-            add_row(row++, weights, a.z, b.z, c.z, d.z);
-            add_row(row++, weights, a.w, b.w, c.w, d.w);
-        }
-        if constexpr (TAIL != 0) {
-            const uint2 a = values.get_tail(0), b = values.get_tail(1), c = values.get_tail(2),
-                        d = values.get_tail(3);
-            add_row(row++, weights, a.x, b.x, c.x, d.x);
-            add_row(row++, weights, a.y, b.y, c.y, d.y);
+            for (int j = 0; j < STEP / 32; ++j) {
+                u32 scaled[HEAD_TILES][2];
+#pragma unroll
+                for (int i = 0; i < HEAD_TILES * 2; ++i) {
+                    const float* const two = weights.numbers[i / 2] + i % 2 * 2;
+                    scaled[i / 2][i % 2] = Number::pack(two[0] * values.scale(step, j, i % 2 * 2),
+                                                        two[1] * values.scale(step, j, i % 2 * 2 + 1));
+                }
+                values.rows(step, j,
+                            [&](int row, u32 a, u32 b, u32 c, u32 d) { add(scaled, j * 2 + row, a, b, c, d); });
+            }
+        } else {
+            values.rows([&](int row, u32 a, u32 b, u32 c, u32 d) { add(weights.words, row, a, b, c, d); });
         }
     }
 
@@ -162,20 +159,21 @@ struct Attention {
         for (int i = first; i < end; i += stride) {
             const bool more = i + stride < end;
             const Unit next = locate(more ? i + stride : i);
-            float dots[2][4] = {};
+            typename Keys::template Sums<HEAD_TILES> sums;
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                multiply_keys(dots, query, step);
-                if (step + 1 < STEPS)
-                    keys.load(pool, now.block, step + 1, page_shift);
-                else if (more)
-                    keys.load(pool, next.block, 0, page_shift);
+            for (int step = 0; step + 1 < STEPS; ++step) {
+                keys.template multiply<HEAD_TILES>(sums, query, step);
+                keys.load(pool, now.block, step + 1, page_shift);
             }
-            u32 weights[HEAD_TILES][2];
+            keys.template multiply<HEAD_TILES>(sums, query, STEPS - 1);
+            const Dots dots = keys.template dots<HEAD_TILES>(sums, query);
+            if (more) keys.load(pool, next.block, 0, page_shift);
+            Weights weights;
+            if (Values::SCALED && now.count < UNIT) clear_missing_values(now.count);
             weigh(weights, dots, now, logits);
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                if (now.count < UNIT) clear_missing_values(now.count);
+                if (!Values::SCALED && now.count < UNIT) clear_missing_values(now.count);
                 multiply_values(weights, step);
                 if (step + 1 < STEPS)
                     values.load(pool, now.block + values_after, step + 1, page_shift);
@@ -183,6 +181,13 @@ struct Attention {
                     values.load(pool, next.block + values_after, 0, page_shift);
             }
             now = next;
+        }
+        if constexpr (Values::SCALED) {  // the scales are 2^EXPONENT times what they were taken for
+#pragma unroll
+            for (int tile = 0; tile < HEAD_TILES; ++tile) {
+                m[tile] += Values::EXPONENT;
+                l[tile] *= 1.f / (1 << Values::EXPONENT);
+            }
         }
     }
 

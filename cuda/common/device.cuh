@@ -38,6 +38,10 @@ __device__ inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;
 }
+__device__ inline float log2_fast(float x) {
+    asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
 __device__ inline float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;

@@ -19,11 +19,12 @@ struct Pages {
     int length;              // tokens of this sequence
     int page_shift;          // log2 of the page size
     int num_kv_heads, kv_head;
+    int parts;      // of a page: 2, keys and values, or 1, in which a head's values come after its keys
     int first = 0;  // the first token that is seen
 
     __device__ int count() const { return (length + (1 << page_shift) - 1) >> page_shift; }
     __device__ int unit_shift() const { return page_shift - UNIT_SHIFT; }  // log2 of a page's units
-    __device__ int values_after() const { return num_kv_heads << unit_shift(); }
+    __device__ int values_after() const { return parts == 2 ? num_kv_heads << unit_shift() : 0; }
 
     // The i-th unit of the listed slots (null: of all), a slot of -1 being empty; `table` may be a copy of
     // block_table.
@@ -31,7 +32,7 @@ struct Pages {
         const int index = i >> unit_shift(), unit = i - (index << unit_shift());
         const int slot = slots ? slots[index] : index;
         const int start = (slot << page_shift) + unit * UNIT;
-        return {((table[max(slot, 0)] * 2 * num_kv_heads + kv_head) << unit_shift()) + unit,
+        return {((table[max(slot, 0)] * parts * num_kv_heads + kv_head) << unit_shift()) + unit,
                 slot < 0 ? 0 : min(length - start, UNIT), first > 0 ? first - start : 0};
     }
 };

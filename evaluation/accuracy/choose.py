@@ -250,9 +250,12 @@ def _by_method(lines: Iterable[Line]) -> dict[tuple[str, int | None], list[Line]
 
 
 def _setting(run: Run, name: str, budget: int | None) -> Setting | None:
-    """None if it reads everything, chooses by what is no digest, or the run does not say how."""
+    """None if it reads everything, chooses by what is no digest, reads what takes fewer bytes, or the run does not
+    say how."""
     method, (pooling, dense_layers) = known(name), run.settings_of(name)
     if budget is None or method is None or method.digest is None or pooling is None or dense_layers is None:
+        return None
+    if (method.kv or run.manifest["settings"].get("kv", "plain")) != "plain":
         return None
     page_size, min_share = run.manifest["settings"].get("page_size", 16), method.min_share or 0.0
     return Setting(method.digest, method.policy, pooling, dense_layers, budget, page_size, min_share)

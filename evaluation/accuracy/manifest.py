@@ -23,7 +23,7 @@ OF_PEERS = "manifest-*.json"
 # What may differ when a run goes on: more tasks, lengths, methods, budgets and examples. All else must be the same.
 _GROWING = ("tasks", "lengths", "methods", "budgets")
 # What was not asked of earlier runs, and stood for this.
-_ADDED = {"chat": None, "group_pooling": "max"}
+_ADDED = {"chat": None, "group_pooling": "max", "kv": "plain"}
 _HASHED = {"data": "content", "code": "code"}  # of tasks, of methods
 _CIRCUMSTANCES = ("command", "date", "gpu", "cpu_threads", "versions")
 

@@ -10,11 +10,13 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from sparsekv import DIGESTS, POLICIES, SparseConfig
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.errors import UnknownNameError
+from sparsekv.pages import FORMATS
 from sparsekv.policies import Reads
 
 DENSE = "dense"
@@ -28,7 +30,7 @@ class Method:
 
     Attributes:
         digest: None if the policy reads none, or only true keys.
-        group_pooling, dense_layers, min_share: None: the run's.
+        group_pooling, dense_layers, min_share, kv: None: the run's.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Method:
     group_pooling: str | None = None
     dense_layers: int | None = None
     min_share: float | None = None
+    kv: str | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -83,7 +86,7 @@ def _source(made: type) -> str:
         return "".join(f"{f.__name__} {f.__code__.co_code.hex()} {f.__code__.co_consts}" for f in functions)
 
 
-_OWN = ("policy", "digest", "group_pooling", "dense_layers", "min_share")
+_OWN = ("policy", "digest", "group_pooling", "dense_layers", "min_share", "kv")
 METHODS = {
     method.name: method
     for method in (
@@ -99,8 +102,8 @@ METHODS = {
 
 def method(name: str) -> Method:
     """The method called so; `DIGEST/POLICY` names any pair of the registries, as `sign_sketch/top_k`. What follows on
-    a `+` is a setting of its own: a pooling, `share.001` for that pooling and `min_share=0.001`, or `dense0` for
-    `dense_layers=0`.
+    a `+` is a setting of its own: a pooling, `share.001` for that pooling and `min_share=0.001`, `dense0` for
+    `dense_layers=0`, or a format of keys and values, as in `dense+int8`.
 
     Raises:
         UnknownNameError: there is none.
@@ -132,14 +135,17 @@ def _setting(text: str) -> dict[str, Any]:
         return {"dense_layers": int(dense[1])}
     if share := re.fullmatch(r"share(0?\.\d+)", text):
         return {"group_pooling": "share", "min_share": float(share[1])}
+    if text in FORMATS:
+        return {"kv": text}
     if text not in GROUP_POOLINGS:
-        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "share.001", "dense0"])
+        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "share.001", "dense0", *FORMATS])
     return {"group_pooling": text}
 
 
-def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int]) -> list[Method]:
+def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int], formats: Sequence[str]) -> list[Method]:
     """A method with every setting that makes a difference to it and that it does not name: poolings if it reads
-    digests, dense layers unless it reads everything anyway. The first of each is the run's own, and is not named.
+    digests, dense layers unless it reads everything anyway, formats of keys and values. The first of each is the
+    run's own, and is not named.
 
     Raises:
         UnknownNameError: there is no such method.
@@ -149,7 +155,8 @@ def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int]) ->
     more_layers = dense_layers[1:] if not found.is_dense and found.dense_layers is None else ()
     of_poolings = ["", *(f"{WITH}{pooling}" for pooling in more_poolings)]
     of_layers = ["", *(f"{WITH}dense{count}" for count in more_layers)]
-    return [method(f"{name}{pooling}{count}") for pooling in of_poolings for count in of_layers]
+    of_formats = ["", *(f"{WITH}{kv}" for kv in (formats[1:] if found.kv is None else ()))]
+    return [method(name + "".join(own)) for own in product(of_poolings, of_layers, of_formats)]
 
 
 def pairs() -> list[str]:

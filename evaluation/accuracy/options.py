@@ -18,11 +18,15 @@ from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
 from sparsekv.hf import models
 from sparsekv.hf.models import AUTO, DTYPES
 from sparsekv.hf.wording import CHATS
+from sparsekv.pages import FORMATS
 
 from .methods import METHODS, Method, pairs, variants
 
-_LISTS = {"tasks": str, "methods": str, "budgets": int, "lengths": int, "dense_layers": int, "group_pooling": str}
-_OFTEN_SINGLE = ("dense_layers", "group_pooling")
+_LISTS = {
+    **dict.fromkeys(("tasks", "methods", "group_pooling", "kv"), str),
+    **dict.fromkeys(("budgets", "lengths", "dense_layers"), int),
+}
+_OFTEN_SINGLE = ("dense_layers", "group_pooling", "kv")
 _TEXTS, _COUNTS, _FLAGS = ("model", "device"), ("num_examples", "batch_tokens", "batch_rows"), ("probe",)
 QUICK = {
     "lengths": (2048,),
@@ -46,8 +50,8 @@ class RunOptions:
         chat: whether questions are put into the tokenizer's chat template: `yes`, `no`, or `auto`, where it has one.
             Perplexity is of plain text in any case.
         page_size, sinks, recent: of the patch.
-        dense_layers, group_pooling: of the patch, one or several: methods are measured with each, as far as it makes
-            a difference to them. The first is the run's own; a method with another one says so in its name.
+        dense_layers, group_pooling, kv: of the patch, one or several: methods are measured with each, as far as it
+            makes a difference to them. The first is the run's own; a method with another one says so in its name.
         probe: whether to measure attention mass on a few steps.
         batch_tokens, batch_rows: most tokens of documents, and most questions, at once.
 
@@ -68,6 +72,7 @@ class RunOptions:
     sinks: int = 4
     recent: int = 64
     group_pooling: str | tuple[str, ...] = "max"
+    kv: str | tuple[str, ...] = "plain"
     probe: bool = True
     device: str = "auto"
     dtype: str = "auto"
@@ -82,6 +87,8 @@ class RunOptions:
             make_task(name)
         for pooling in self.poolings:
             self.base.with_(group_pooling=pooling)
+        for name in self._formats:
+            FORMATS.get(name)
         for found, budget in self.cells:
             found.config(self.base, budget)
 
@@ -109,14 +116,15 @@ class RunOptions:
         budget = max(self.budgets)
         forced = SparseConfig(
             budget=1 << 30, page_size=self.page_size, sinks=self.sinks, recent=self.recent,
-            dense_layers=self._layers[0], group_pooling=self.poolings[0],
+            dense_layers=self._layers[0], group_pooling=self.poolings[0], kv=self._formats[0],
         )  # fmt: skip
         return forced.with_(budget=max(budget, forced.forced_pages * self.page_size))
 
     @cached_property
     def cells(self) -> list[tuple[Method, int | None]]:
         """Every method with every setting at every budget; dense has none."""
-        found = {m.name: m for name in self.methods for m in variants(name, self.poolings, self._layers)}
+        own = (self.poolings, self._layers, self._formats)
+        found = {m.name: m for name in self.methods for m in variants(name, *own)}
         return [(m, b) for m in found.values() for b in ((None,) if m.is_dense else self.budgets)]
 
     @property
@@ -127,6 +135,10 @@ class RunOptions:
     @property
     def _layers(self) -> tuple[int, ...]:
         return cast("tuple[int, ...]", self.dense_layers)
+
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        return cast("tuple[str, ...]", self.kv)
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on, for the manifest."""
@@ -198,6 +210,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--group-pooling", nargs="+", metavar="P",
         help=f"of the scores of a kv head's query heads: {poolings} (default max); of several, digests with each",
+    )  # fmt: skip
+    add(
+        "--kv", nargs="+", metavar="FORMAT",
+        help=f"of keys and values: {', '.join(FORMATS)} (default plain); of several, methods with each: dense+int8",
     )  # fmt: skip
     models.add_arguments(parser, default=None)
     add("--quick", action="store_true", help="a few examples of a few tasks at 2k: a minute or two on two cores")

@@ -76,8 +76,8 @@ def _mass(step: DecodeStep, slots: Tensor) -> Tensor:
     """Share of the attention weights in the pages read, `[b, hkv, g]`: by how much their log-sum-exp is smaller."""
 
     def log_sum_exp(slots: Tensor | None) -> Tensor:
-        pages = (step.kv_pool, step.block_table, step.seq_lens)
-        lse: Tensor = step.ops.attend_pages(step.query, *pages, slots, step.scaling, 0.0, None)[1]
+        pages, kind = (step.kv_pool, step.block_table, step.seq_lens), step.config.page_format
+        lse: Tensor = step.ops.attend_pages(step.query, *pages, slots, step.scaling, 0.0, None, kind)[1]
         return lse
 
     share = (log_sum_exp(slots) - log_sum_exp(None)).exp()

@@ -153,8 +153,9 @@ class Runner:
         """The lines of a batch, cell by cell."""
         asked = self._written(batch)
         default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
-        for digest, cells in grouped(batch.cells, lambda cell: cell[0].digest or default):
-            base = self.options.base.with_(digest=digest)
+        own = self.options.base.page_format
+        for (digest, kv), cells in grouped(batch.cells, lambda cell: (cell[0].digest or default, cell[0].kv or own)):
+            base = self.options.base.with_(digest=digest, kv=kv)
             with sparsekv.patch(self.model, base, dense_layers=self.options.fewest_dense) as patch:
                 cache = patch.new_cache(asked.room(base.page_size))
                 mask = prefill(self.model, asked.ids, cache)

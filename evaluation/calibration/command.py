@@ -19,6 +19,7 @@ from sparsekv.command_line import EXIT_OK, new_console, positive, tokens
 from sparsekv.config import GROUP_POOLINGS, SparseConfig
 from sparsekv.hf import models
 from sparsekv.ops.formulas import with_kernels
+from sparsekv.pages import FORMATS
 
 EXIT_NOT_FOUND = 3  # no setting is known to meet the tolerance
 
@@ -49,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--poolings", nargs="+", choices=GROUP_POOLINGS, default=[pooling], metavar="P",
         help=f"of the scores of a kv head's query heads: {poolings} (default: {pooling})",
     )  # fmt: skip
+    formats = list(FORMATS)
+    add("--kv", choices=formats, metavar="FORMAT", help=f"of keys and values: {', '.join(formats)} (default plain)")
     add("--scored", type=positive, metavar="TOKENS", help="of a document, scored twice (default: 256, on a CPU 24)")
     add("--batch-tokens", type=tokens, metavar="N", help="of documents at once (default: 128k, on a CPU 32k)")
     add("--force", action="store_true", help="write the setting that comes closest, even if none is known to do")

@@ -52,7 +52,7 @@ class Session:
             raise ConfigError(
                 f"--out {self.out} is there, without {self._record.name} beside it: choose another name."
             )
-        self._base = SparseConfig(dense_layers=0, digest=args.digests[0])
+        self._base = SparseConfig(dense_layers=0, digest=args.digests[0], kv=args.kv or "plain")
         text = read_text("--text", args.text)
         self.model, tokenizer = models.load(args.model, args.device, args.dtype)
         writer, device = Writer(tokenizer), self.model.device.type

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekv.errors import SparseKVError
 from sparsekv.ops.reference import listed
+from sparsekv.pages.formats import KEYS
 from sparsekv.policies import DecodeStep, Policy
 from sparsekv.testing.soak import same_summary, tolerance_of
 
@@ -105,7 +106,7 @@ class Check:
         """What the append has to write is not there already."""
         last, offset = divmod(self.point.context - 1, self.point.config.page_size)
         pages = self.inputs.block_table[:, last]
-        self.step.kv_pool[pages, :, :, offset] = 9.0
+        self._write(pages, offset, torch.full_like(self._new(), 9.0))
         before = torch.arange(self.point.config.page_size, device=pages.device) < offset
         for stored, computed in self._summaries(pages, before.expand(len(pages), -1)):
             stored[pages] = computed
@@ -115,9 +116,10 @@ class Check:
         formula's."""
         step, table, page_size = self.step, self.inputs.block_table, self.point.config.page_size
         last, offset = divmod(self.point.context - 1, page_size)
-        stored = step.kv_pool[table[:, last], :, :, offset]  # [b, 2, hkv, d]
-        new = torch.cat([x for x in (step.key, step.value) if x is not None], 2)  # [b, hkv, 2, d]
-        if not torch.equal(stored, new.transpose(1, 2)):
+        pages = table[:, last]
+        stored = step.kv_pool[pages]
+        self._write(pages, offset, self._new())
+        if not torch.equal(stored, step.kv_pool[pages]):
             raise SparseKVError(f"The {name} step did not store the new token: no speed.")
         full = last + (offset + 1 == page_size)
         slots = torch.tensor([*range(min(4, full)), *range(full)[-1:]], dtype=torch.int64, device=table.device)
@@ -133,11 +135,23 @@ class Check:
                 message = f"Digests after the {name} step are not those of their pages: no speed."
                 raise SparseKVError(message) from error
 
+    def _new(self) -> Tensor:
+        """Key and value of the new token, `[2, b, hkv, 1, d]`."""
+        return torch.stack([x for x in (self.step.key, self.step.value) if x is not None])
+
+    def _write(self, pages: Tensor, offset: int, states: Tensor) -> None:
+        """Puts a token's keys and values into its pages, as the pages' format says."""
+        kind = self.point.format
+        for which, new in enumerate(states):
+            records, places = kind.encode(new, None, which)[:, :, 0], torch.full_like(pages, offset)
+            kind.write(records, self.step.kv_pool, pages, places, new.shape[3], which)
+
     def _summaries(self, pages: Tensor, valid: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each tensor of the digests, and what some pages' entries of it are by their formula."""
         if self.point.digest is None:
             return []
-        computed = self.point.digest.summarize(self.step.kv_pool[pages, 0], valid, self.step.state)
+        keys = self.inputs.read(self.step.kv_pool[pages], KEYS)
+        computed = self.point.digest.summarize(keys, valid, self.step.state)
         return [(kept, new.to(kept.dtype)) for kept, new in zip(self.step.summary, computed, strict=True)]
 
     def _selection(self, name: str, slots: Tensor | None) -> None:

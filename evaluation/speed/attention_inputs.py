@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekv import ops
-from sparsekv.ops.formats import KEYS
+from sparsekv.pages.formats import KEYS, VALUES, Plain
 from sparsekv.policies import DecodeStep
 
 from .attention_points import LayerPoint
@@ -43,11 +43,18 @@ class Inputs:
         """The layer's keys and values as SDPA reads them, each `[b, hkv, n, d]`."""
         point, geometry, pool = self.point, self.point.geometry, self.layers[layer].kv_pool
         size = (2, point.batch, geometry.num_kv_heads, point.context, geometry.head_dim)
-        dense = torch.empty(size, dtype=pool.dtype, device=pool.device)
+        dense = torch.empty(size, dtype=geometry.dtype, device=pool.device)
         for row, pages in enumerate(self.block_table):  # a sequence at a time: the copies in between stay small
-            tokens = pool.index_select(0, pages).permute(1, 2, 0, 3, 4).flatten(2, 3)  # [2, hkv, pages * p, d]
-            dense[:, row] = tokens[:, :, : point.context]
+            held = pool.index_select(0, pages)
+            for which in (KEYS, VALUES):
+                tokens = self.read(held, which).transpose(0, 1).flatten(1, 2)  # [hkv, pages * p, d]
+                dense[which, row] = tokens[:, : point.context]
         return dense[0], dense[1]
+
+    def read(self, pool: Tensor, which: int) -> Tensor:
+        """Keys or values of pages `[n, 2, hkv, p, record]`, `[n, hkv, p, d]`."""
+        kind, geometry = self.point.format, self.point.geometry
+        return kind.read(kind.stored(pool, geometry.head_dim, which), geometry.head_dim, geometry.dtype, which)
 
     def exact(self, rows: slice) -> DecodeStep:
         """The first layer's step of some sequences, by the reference and in float32, the new token in its page."""
@@ -67,17 +74,33 @@ class Inputs:
             pages.normal_(generator=self.generator)
         if self.point.is_planted:
             plant(self.point, query, pool, self.block_table, self.generator)
+        pool = self._in_format(pool, chunk)
         if digest is None:
             return pool, [], []
         fields = digest.fields(page_size, d)
-        summary = [pool.new_empty(num_pages, heads, *f.shape, dtype=f.dtype or pool.dtype) for f in fields]
+        summary = [pool.new_empty(num_pages, heads, *f.shape, dtype=f.dtype or geometry.dtype) for f in fields]
         state = digest.fit(self._random(1, heads, FITTED_TOKENS, d), None)
         for pages, *kept in zip(*(x.split(chunk) for x in (pool, *summary)), strict=True):
             # A last page that is partly filled is summarised anew by every append.
             every = torch.ones(len(pages), page_size, dtype=torch.bool, device=self.device)
-            for field, computed in zip(kept, digest.summarize(pages[:, KEYS], every, state), strict=True):
+            for field, computed in zip(kept, digest.summarize(self.read(pages, KEYS), every, state), strict=True):
                 field.copy_(computed)
         return pool, summary, state
+
+    def _in_format(self, plain: Tensor, chunk: int) -> Tensor:
+        """Plain pages `[n, 2, hkv, p, d]` in the format of the settings, made a few at a time."""
+        kind, (num_pages, _, heads, page_size, d) = self.point.format, plain.shape
+        if isinstance(kind, Plain):
+            return plain
+        record, dtype = kind.mean_record(page_size, d, plain.dtype)
+        pool = torch.empty(num_pages, 2, heads, page_size, record, dtype=dtype, device=self.device)
+        offset = torch.arange(page_size, device=self.device)
+        for pages, coded in zip(plain.split(max(1, chunk // 8)), pool.split(max(1, chunk // 8)), strict=True):
+            where = torch.arange(len(pages), device=self.device)[:, None]
+            for which in (KEYS, VALUES):
+                records = kind.encode(pages[:, which], None, which).transpose(1, 2)
+                kind.write(records, coded, where, offset.expand(len(pages), -1), d, which)
+        return pool
 
     def _step(self, layer_idx: int) -> DecodeStep:
         point, geometry = self.point, self.point.geometry

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsekv import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
+from sparsekv.pages.formats import FORMATS, KEYS, VALUES, PageFormat
 from sparsekv.policies import POLICIES, Reads
 
 from .geometry import Geometry, named
@@ -89,20 +90,26 @@ class LayerPoint:
         return self.k >= self.num_pages
 
     @property
-    def _row_bytes(self) -> int:
-        """A key and a value of every kv head of every sequence."""
-        return 2 * self.batch * self.geometry.num_kv_heads * self.geometry.head_dim * self.geometry.dtype.itemsize
+    def format(self) -> PageFormat:
+        """What pages of keys and values look like."""
+        return FORMATS.get(self.config.page_format)()
+
+    def _row_bytes(self, *parts: int) -> int:
+        """A key, a value, or both, of every kv head of every sequence."""
+        size, a_head = self.config.page_size, (self.geometry.head_dim, self.geometry.dtype)
+        records = [self.format.record(size, *a_head, which) for which in parts or (KEYS, VALUES)]
+        return self.batch * self.geometry.num_kv_heads * sum(n * dtype.itemsize for n, dtype in records)
 
     @property
     def dense_bytes(self) -> int:
         """All keys and values."""
-        return self._row_bytes * self.context
+        return self._row_bytes() * self.context
 
     @property
     def score_bytes(self) -> int:
         """What the policy looks at: keys, or digests, of which min/max takes as much as a key and a value a page."""
         if self.digest is None:
-            return self.dense_bytes // 2 if self.reads is Reads.KEYS else 0
+            return self._row_bytes(KEYS) * self.context if self.reads is Reads.KEYS else 0
         fields = self.digest.fields(self.config.page_size, self.geometry.head_dim)
         a_page = sum(math.prod(f.shape) * (f.dtype or self.geometry.dtype).itemsize for f in fields)
         return self.batch * self.geometry.num_kv_heads * self.num_pages * a_page
@@ -110,7 +117,7 @@ class LayerPoint:
     @property
     def attend_bytes(self) -> int:
         """Keys and values of the pages read."""
-        return self._row_bytes * self.tokens_read
+        return self._row_bytes() * self.tokens_read
 
     @property
     def sparse_bytes(self) -> int:
@@ -143,6 +150,7 @@ class LayerPoint:
             "digest": self.config.digest,
             "budget": self.config.budget,
             "page_size": self.config.page_size,
+            "kv": self.config.page_format,
             "group_pooling": self.config.group_pooling,
             "min_share": self.config.min_share,
             "planted": self.read if self.is_planted else None,  # tokens

@@ -34,11 +34,12 @@ from sparsekv.command_line import (
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.report import short
+from sparsekv.pages import FORMATS
 
 from . import attention_bench, generate_bench, generate_points
 from .attention_points import PRESETS, K, LayerPoint, grid, preset_points
 from .competitors import COMPETITORS
-from .generate_points import add_share_options
+from .generate_points import add_format_option, add_share_options
 from .geometry import NAMES, Geometry, named
 from .planted_keys import check_read
 
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page-size", type=positive, help=f"tokens per page (default {SparseConfig.page_size})")
     parser.add_argument("--policy", help=f"which pages a step reads (default {SparseConfig.policy})")
     parser.add_argument("--digest", help=f"page digest (default {SparseConfig.digest})")
+    add_format_option(parser)
     add_share_options(parser)
     parser.add_argument(
         "--read", type=tokens, metavar="TOKENS",
@@ -147,7 +149,7 @@ def _configs(args: argparse.Namespace, file: str | None, usual: Sequence[int]) -
     """The settings of a file, or the defaults, under the options: with each budget that they have, or are given."""
     one_file = argparse.Namespace(**vars(args) | {"settings": file})
     config = settings_of(one_file, budget=max(args.budgets or [], default=None))
-    POLICIES.get(config.policy), DIGESTS.get(config.digest)
+    POLICIES.get(config.policy), DIGESTS.get(config.digest), FORMATS.get(config.page_format)
     of_file = dict.fromkeys(each.plain_budget for each in config.each) if file else usual
     return [config.with_(budget=budget) for budget in args.budgets or of_file]
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekv.pages.formats import Plain
+
 from .attention_inputs import Inputs
 
 WORKSPACE_BYTES = 256 << 20
@@ -63,6 +65,8 @@ def _flashinfer_decode(inputs: Inputs, num_pages: int, indices: Tensor, per_head
         missing = "" if error.name == "flashinfer" else f" completely: {error}"
         raise Unavailable(f"flashinfer is not installed{missing}") from error
     point, geometry = inputs.point, inputs.point.geometry
+    if not isinstance(point.format, Plain):
+        raise Unavailable(f"it reads plain pages, not {point.config.page_format}")
     requests = point.batch * (geometry.num_kv_heads if per_head else 1)
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=indices.device)
     decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(

@@ -15,6 +15,7 @@ from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import testbed  # noqa: F401  (which has a name among models)
 from sparsekv.hf.models import pretrained
 from sparsekv.hf.support import context_of
+from sparsekv.pages import FORMATS
 
 from .known_models import MODELS
 
@@ -91,14 +92,16 @@ class Subject:
         types = set(getattr(text, "layer_types", None) or ["full_attention"])
         if heads is None or types != {"full_attention"} or getattr(text, "kv_lora_rank", None):
             return None
-        num_layers, itemsize = int(text.num_hidden_layers), self.model.dtype.itemsize
-        pairs = heads.num_halves * heads.num_kv_heads * heads.head_dim * itemsize * num_layers * num_tokens
+        num_layers, pages = int(text.num_hidden_layers), config or SparseConfig()
+        kind = FORMATS.get(pages.page_format)()
+        record, dtype = kind.mean_record(pages.page_size, heads.head_dim, self.model.dtype, heads.num_halves)
+        pairs = heads.num_halves * heads.num_kv_heads * record * dtype.itemsize * num_layers * num_tokens
         if config is None or POLICIES.get(config.policy).reads_all:
             return pairs
         fields = DIGESTS.get(config.digest)().fields(config.page_size, heads.head_dim)
         digest = sum(math.prod(f.shape) * (f.dtype or self.model.dtype).itemsize for f in fields)
-        pages = (num_layers - len(config.dense_among(range(num_layers)))) * config.pages_for(num_tokens)
-        return pairs + pages * heads.num_kv_heads * digest
+        scored = (num_layers - len(config.dense_among(range(num_layers)))) * config.pages_for(num_tokens)
+        return pairs + scored * heads.num_kv_heads * digest
 
     @property
     def weight_bytes(self) -> int:

@@ -15,6 +15,7 @@ from sparsekv.command_line import add_json_option, add_settings_option, positive
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.report import short
+from sparsekv.pages import FORMATS
 from sparsekv.policies import POLICIES
 
 from .known_models import MODELS
@@ -184,10 +185,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the first so many read everything (default {SparseConfig.dense_layers})",
     )  # fmt: skip
     parser.add_argument("--digest", help=f"page digest (default {SparseConfig.digest})")
+    add_format_option(parser)
     add_share_options(parser)
     parser.add_argument("--out", metavar="DIR", help="write DIR/generate_DEVICE.json and .png")
     parser.add_argument("--add", action="store_true", help="keep the other points of the files that are there")
     add_json_option(parser)
+
+
+def add_format_option(parser: argparse.ArgumentParser) -> None:
+    """What keys and values look like, for both benchmarks."""
+    formats = ", ".join(FORMATS)
+    parser.add_argument("--kv", metavar="FORMAT", help=f"of keys and values: {formats} (default {SparseConfig.kv})")
 
 
 def add_share_options(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +247,7 @@ def options_of(args: argparse.Namespace, device: torch.device) -> Options:
     kind = "cuda" if on_gpu else "cpu"
     modes = args.modes or _MODES_ON[kind]
     config = settings_of(args)
-    DIGESTS.get(config.digest), POLICIES.get(config.policy)
+    DIGESTS.get(config.digest), POLICIES.get(config.policy), FORMATS.get(config.page_format)
     if args.split and not on_gpu:
         raise ConfigError("--split profiles a captured step, and only --device cuda has one.")
     return Options(

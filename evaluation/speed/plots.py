@@ -24,7 +24,7 @@ _STEP_LINES = (
     ("dense_floor", "memory's speed, all keys and values", {"linestyle": "--", "color": GREY}),
     ("floor", "memory's speed, digests and budget", {"linestyle": "--", "color": BLUE}),
 )
-_ALIKE = ("geometry", "budget", "digest", "policy", "group_pooling", "min_share")
+_ALIKE = ("geometry", "budget", "digest", "policy", "kv", "group_pooling", "min_share")
 _PARTS = {"append": GREY, "score": BLUE, "select": ORANGE, "attend": GREEN}
 _SPLIT = {"attention": ("attention", BLUE), "gemm": ("matrix products", GREY), "rest": ("norms, rotary ...", ORANGE)}
 

@@ -96,7 +96,9 @@ def _microseconds(value: float | None) -> str:
 
 
 def _where_of_step(row: Row) -> list[str]:
-    return [row["geometry"], _where(row), row["digest"], short(row["tokens_read"])]
+    kv = row.get("kv", "plain")
+    digest = row["digest"] if kv == "plain" else f"{row['digest']}, {kv}"
+    return [row["geometry"], _where(row), digest, short(row["tokens_read"])]
 
 
 def _layer(row: Row) -> str:

@@ -66,7 +66,7 @@ def settings_for(config: SparseConfig, model_config: PretrainedConfig) -> Sparse
     deciding = [layer for layer in plain if layer not in dense]
     check_declared(config, policy, deciding)
     if heads is not None:
-        pages.record(config.page_size, heads.head_dim, torch.float16)
+        pages.mean_record(config.page_size, heads.head_dim, torch.float16, heads.num_halves)
     if policy.reads is Reads.DIGESTS and deciding and heads is not None:
         digest.fields(config.page_size, heads.head_dim)
     return config

@@ -30,7 +30,7 @@ from sparsekv.pages.arena import Arena
 from sparsekv.pages.page_store import PageStore
 from sparsekv.pages.step_state import Stage
 
-_FORK_FIXED = ("page_size", "digest", "backend", "max_tokens", "page_format", "residency")
+_FORK_FIXED = ("page_size", "digest", "backend", "max_tokens", "kv", "residency")
 
 
 class PagedCache(BatchRows):
@@ -189,7 +189,7 @@ class PagedCache(BatchRows):
             config, settings: what to change: budget, policy, sinks, recent, group_pooling, dense_layers.
 
         Raises:
-            ConfigError: page_size, digest, backend, max_tokens, page_format or residency would change, or digests are
+            ConfigError: page_size, digest, backend, max_tokens, kv or residency would change, or digests are
                 needed that were not kept for some layer.
             UnknownNameError: there is no such setting or policy.
         """
@@ -210,8 +210,8 @@ class PagedCache(BatchRows):
         return twin
 
     def to_dynamic(self) -> DynamicCache:
-        """A plain transformers cache with a copy of the same content, for an unpatched model; gradients do not flow
-        back through it."""
+        """A plain transformers cache with a copy of the same content, for an unpatched model: keys and values as the
+        pages hold them, which are rounded where `kv` is not plain. Gradients do not flow back through it."""
         self._settle()
         plain = DynamicCache(config=self.model_config)
         with torch.no_grad():

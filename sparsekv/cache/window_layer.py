@@ -97,7 +97,7 @@ class WindowLayer(StoredLayer):
         pages, *where = self.store.on(self.layer_idx)
         first = self.store.table.device_table(pages.kv.device).first
         with torch.no_grad(), own_precision(query.device):
-            last = (scaling, softcap, sinks, "plain", first)
+            last = (scaling, softcap, sinks, self.config.page_format, first)
             out = self.store.ops.attend_pages(query.squeeze(2), pages.kv, *where, None, *last)[0]
             self._record(None, new is not None)
         (out,) = self._untracked(out[..., : pages.value_dim], tracked=query.requires_grad)

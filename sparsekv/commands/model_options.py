@@ -12,6 +12,7 @@ from sparsekv.config import GROUP_POOLINGS
 from sparsekv.evaluation import testbed
 from sparsekv.hf import models
 from sparsekv.layer_budgets import as_mapping
+from sparsekv.pages import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
     add("policy", f"which pages are read: {', '.join(sparsekv.POLICIES)}")
     add("digest", f"what they are chosen by: {', '.join(sparsekv.DIGESTS)}")
     add("page_size", "tokens per page", type=positive)
+    add("kv", f"what keys and values look like in memory: {', '.join(FORMATS)}", metavar="FORMAT")
     add("dense_layers", "the first so many read everything", type=int, metavar="N")
     add("sinks", "first tokens that are always read", type=int, metavar="TOKENS")
     add("recent", "last tokens that are always read (default: by the budget, at most 64)", type=int, metavar="TOKENS")
@@ -72,5 +74,5 @@ def config_of(args: argparse.Namespace) -> SparseConfig:
     config = settings_of(args)
     if args.budget_of:
         config = config.with_(budget={**as_mapping(config.budget), **dict(args.budget_of)})
-    sparsekv.DIGESTS.get(config.digest), sparsekv.POLICIES.get(config.policy)
+    sparsekv.DIGESTS.get(config.digest), sparsekv.POLICIES.get(config.policy), FORMATS.get(config.page_format)
     return config

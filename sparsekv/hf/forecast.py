@@ -108,7 +108,7 @@ def supports(
     """
     settled = SparseConfig.of(config, **settings)
     is_config = isinstance(model_or_config, PretrainedConfig)
-    model = support.generating(_without_weights(model_or_config) if is_config else model_or_config)
+    model = support.generating(without_weights(model_or_config) if is_config else model_or_config)
     refusal = support.reason_to_refuse(model) if isinstance(model, PreTrainedModel) else None
     if refusal is not None:
         return Support(*_names(model), _refused_layers(model.config, refusal), refusal, "it is not patched")
@@ -117,7 +117,7 @@ def supports(
     return Support(*_names(model), _grouped(model.config, layers), None, why_eager)
 
 
-def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
     """The model that a config is of, on the meta device."""
     factory: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
     try:

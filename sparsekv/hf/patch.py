@@ -8,6 +8,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -18,6 +19,7 @@ from sparsekv.digests import DIGESTS
 from sparsekv.errors import PatchError
 from sparsekv.hf import attention, generation, support
 from sparsekv.hf.capture.decoder import CapturedDecoder
+from sparsekv.hf.memory import Memory, memory
 from sparsekv.hf.notices import Notices, attention_set_since
 from sparsekv.layer_budgets import told
 from sparsekv.pages import Arena
@@ -69,6 +71,21 @@ class Patch:
             on_notice=self.notices.say,
             arena=self._arena if self._captures else None,
         )
+
+    def memory(self, context: int, batch: int = 1, limit: int | None = None) -> Memory:
+        """What `generate` takes of the memory for so many tokens, before it is tried; print it.
+
+        Args:
+            context: tokens of a sequence, those to be generated counted; batch: sequences.
+            limit: bytes of the device; None: those of the GPU that the model is on.
+
+        Raises:
+            ConfigError: `context` or `batch` is below 1.
+        """
+        device = self.model.device
+        if limit is None and device.type == "cuda":
+            limit = torch.cuda.get_device_properties(device).total_memory
+        return memory(self.model, self.config, context, batch, limit)
 
     def free_memory(self) -> None:
         """Gives back the memory of the last cache, which is kept for the next one while decode steps are captured
@@ -132,7 +149,8 @@ class Patch:
 
     def __repr__(self) -> str:
         config, state = self.config, "" if self.is_active else ", undone"
-        settings = f"budget {told(config.budget)}, page_size {config.page_size}{state}"
+        kv = "" if config.kv == "plain" else f", kv {config.kv}"
+        settings = f"budget {told(config.budget)}, page_size {config.page_size}{kv}{state}"
         head = f"sparsekv patch of {type(self.model).__name__} ({settings})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
         dense = [f"  decoded densely: {reason}" for reason in self.notices.reasons]

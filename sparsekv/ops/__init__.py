@@ -1,7 +1,7 @@
 """The four operations of sparse decoding: append, score, select, attend; and `sparse_decode`, all of them at once.
 
 `rotate` and `rms_norm` stand beside them: with them a captured decode step does the model's small work in one launch
-each.
+each. `read_pages` gives pages back as keys and values, for what reads all of them densely.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PLAIN = SimpleNamespace(**schema.PLAIN)
 
 
 def for_backend(backend: str) -> Any:
-    """The namespace of the ops: `append_kv, score_pages, select_pages, attend_pages, sparse_decode`, which a cache
-    calls, and `rotate` and `rms_norm`, which a captured step does.
+    """The namespace of the ops: `append_kv, read_pages, score_pages, select_pages, attend_pages, sparse_decode`,
+    which a cache calls, and `rotate` and `rms_norm`, which a captured step does.
 
     `auto` is `torch.ops.sparsekv` (the dispatcher picks by device); `reference` is plain torch on any device.
     """

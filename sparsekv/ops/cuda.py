@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.ops import compiler, instances, reference, rooms
-from sparsekv.ops.formats import FORMATS, PageFormat, formats_with_kernels
+from sparsekv.ops.formats import FORMATS, PageFormat, Plain, formats_with_kernels
 from sparsekv.ops.formulas import MAX_TENSORS, DigestKernel, kernel_of, with_kernels
 from sparsekv.ops.launch import launch, readable, usable
 from sparsekv.ops.plans import UNIT, Split, attend_plan, score_plan, selectable, step_plan
@@ -59,12 +59,18 @@ def _served(query: Tensor, kv_pool: Tensor, format: str) -> type[PageFormat] | N
     """The pages' format, if kernels serve it in these shapes; warns once if none can run on this device."""
     if not usable(query.device.index):
         return None
-    _, num_halves, num_kv_heads, page_size, record = kv_pool.shape
-    head_dim, kind = query.shape[-1], FORMATS.get(format)
-    reason = instances.why_not(query.dtype, head_dim, query.shape[1] // num_kv_heads, page_size)
-    if reason is not None or kind.kernel is None or not kv_pool.is_contiguous() or num_halves == 1:
-        return None
-    return kind if kind().record(page_size, head_dim, query.dtype) == (record, kv_pool.dtype) else None
+    kind, group = FORMATS.get(format), query.shape[1] // kv_pool.shape[2]
+    return kind if _reads(kv_pool, kind, query.dtype, query.shape[-1], group) else None
+
+
+def _reads(kv_pool: Tensor, kind: type[PageFormat], dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether kernels read such pages, for so many query heads of a kv head."""
+    _, num_halves, _, page_size, record = kv_pool.shape
+    if instances.why_not(dtype, head_dim, group, page_size) is not None:
+        return False
+    if kind.kernel is None or not kv_pool.is_contiguous() or num_halves == 1:
+        return False
+    return kind().mean_record(page_size, head_dim, dtype) == (record, kv_pool.dtype)
 
 
 def append_kv(
@@ -98,6 +104,19 @@ def append_kv(
     args: list[Any] = [key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool]
     args += [*_digests(summary, state), *strides, t, num_kv_heads, _log2(page_size), block_table.shape[1], touched]
     launch(instances.append_kv(key.dtype, head_dim, kernel, kind), kv_pool, grid, warps, args)
+
+
+def read_pages(pages: Tensor, batch: int, head_dim: int, dtype: torch.dtype, format: str = "plain") -> list[Tensor]:
+    """See `reference.read_pages`. Plain pages are copied, which is torch's work."""
+    (count, _, num_kv_heads, page_size, _), kind = pages.shape, FORMATS.get(format)
+    if kind is Plain or not count or not usable(pages.device.index) or not _reads(pages, kind, dtype, head_dim, 1):
+        return reference.read_pages(pages, batch, head_dim, dtype, format)
+    shape = (batch, num_kv_heads, count // batch * page_size, head_dim)
+    both = [torch.empty(shape, dtype=dtype, device=pages.device) for _ in range(2)]
+    args: list[Any] = [pages, *both, count, count // batch, num_kv_heads, _log2(page_size)]
+    warps = 4
+    launch(instances.read_pages(dtype, head_dim, kind), pages, (-(-count * num_kv_heads // warps), 1, 1), warps, args)
+    return both
 
 
 def score_pages(

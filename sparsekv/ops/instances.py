@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 
 from sparsekv.ops.compiler import KernelSpec
-from sparsekv.ops.formats import FormatKernel, PageFormat, Plain
+from sparsekv.ops.formats import FORMATS, KEYS, VALUES, FormatKernel, PageFormat, Plain
 from sparsekv.ops.formulas import DigestKernel, kernel_of, with_kernels
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -45,6 +46,13 @@ def append_kv(
     kind, pages = kernel.type_name.format(heads=_heads(1)), _pages(format, dtype, head_dim)
     expression = f"append_kv<{ELEMENTS[dtype]}, {head_dim}, {kind}, {pages.name}>"
     return KernelSpec("append_kv.cu", expression, (str(kernel.header), pages.header), pages.claim)
+
+
+def read_pages(dtype: torch.dtype, head_dim: int, format: type[PageFormat]) -> KernelSpec:
+    """Reading whole pages."""
+    pages = _pages(format, dtype, head_dim)
+    expression = f"read_pages<{ELEMENTS[dtype]}, {head_dim}, {pages.name}>"
+    return KernelSpec("read_pages.cu", expression, (pages.header,), pages.claim)
 
 
 def attend_pages(dtype: torch.dtype, head_dim: int, group: int, format: type[PageFormat] = Plain) -> KernelSpec:
@@ -94,11 +102,15 @@ class _Pages(NamedTuple):
 @functools.lru_cache(256)  # as tokens may be appended at every step
 def _pages(format: type[PageFormat], dtype: torch.dtype, head_dim: int) -> _Pages:
     kernel, claims = cast(FormatKernel, format.kernel), []
+    name = kernel.type_name
+    for tiles in (1, 2):
+        claims.append(f"{name}::query_words<{head_dim}>({tiles}) == {kernel.query_words(head_dim, tiles)}")
     for page_size in PAGE_SIZES:
-        size, stored = format().record(page_size, head_dim, dtype)
-        claims.append(f"{kernel.type_name}::record<{head_dim}>({page_size.bit_length() - 1}) == {size}")
-    claims.append(f"sizeof({kernel.type_name}::Element) == {stored.itemsize}")
-    return _Pages(kernel.type_name, str(kernel.header), " && ".join(claims))
+        for which, part in ((KEYS, "key"), (VALUES, "value")):
+            size, stored = format().record(page_size, head_dim, dtype, which)
+            claims.append(f"{name}::{part}_record<{head_dim}>({page_size.bit_length() - 1}) == {size}")
+    claims.append(f"sizeof({name}::Element) == {stored.itemsize}")
+    return _Pages(name, str(kernel.header), " && ".join(claims))
 
 
 def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
@@ -109,22 +121,30 @@ def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
 SELECT_PAGES = KernelSpec("select_pages.cu", "select_pages")
 
 
-def of_model(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> list[KernelSpec]:
-    """All kernels that one geometry can need."""
+def of_model(
+    dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel, format: type[PageFormat] = Plain
+) -> list[KernelSpec]:
+    """All kernels that one geometry can need; its windows are plain."""
     return [
-        *(append_kv(dtype, head_dim, kept) for kept in (kernel, NO_DIGEST)),
+        *(append_kv(dtype, head_dim, kept, format) for kept in (kernel, NO_DIGEST)),
         *(elementwise(name, dtype) for name in ("rotate", "rms_norm")),
         SELECT_PAGES,
         score_pages(dtype, head_dim, group, kernel),
-        sparse_decode(dtype, head_dim, group, kernel),
-        attend_pages(dtype, head_dim, group),
+        sparse_decode(dtype, head_dim, group, kernel, format),
+        attend_pages(dtype, head_dim, group, format),
+        *([] if format is Plain else [read_pages(dtype, head_dim, format)]),
         merge_attention(dtype, head_dim, group),
     ]
 
 
-def promised() -> list[KernelSpec]:
-    """Every instantiation, each once, for every digest that has a kernel."""
-    geometries = itertools.product(ELEMENTS, HEAD_DIMS, GROUPS, filter(None, map(kernel_of, with_kernels())))
+def promised(formats: Sequence[str] = ("plain",)) -> list[KernelSpec]:
+    """Every instantiation for pages of these formats, each once, for every digest that has a kernel.
+
+    Raises:
+        UnknownNameError: there is no such format.
+    """
+    digests, kinds = filter(None, map(kernel_of, with_kernels())), map(FORMATS.get, formats)
+    geometries = itertools.product(ELEMENTS, HEAD_DIMS, GROUPS, digests, kinds)
     return list(dict.fromkeys(spec for geometry in geometries for spec in of_model(*geometry)))
 
 

@@ -115,7 +115,7 @@ def planned_attention(
 ) -> Plan:
     """attend_pages over a given split."""
     spec = instances.attend_pages(dtype, head_dim, group, format)
-    return Plan(spec, split, rooms.attend_bytes(head_dim, group, split.cluster, split.warps))
+    return Plan(spec, split, rooms.attend_bytes(head_dim, group, split.cluster, split.warps, format))
 
 
 @functools.lru_cache(1024)
@@ -131,7 +131,7 @@ def attend_plan(
     """attend_pages for `rows` (sequence, kv head) pairs of up to `units` of sixteen tokens."""
     facts = gpu(device)
     split = split_attention(facts, rows, units, max_warps(head_dim, group))
-    split = fitted(split, facts, lambda split: planned_attention(split, dtype, head_dim, group).shared)
+    split = fitted(split, facts, lambda split: planned_attention(split, dtype, head_dim, group, format).shared)
     return planned_attention(split, dtype, head_dim, group, format)
 
 
@@ -152,7 +152,7 @@ def planned_step(
     scorer = instances.scorer_words(kernel, head_dim, group)
     tiles = rooms.kept_tiles(max_pages, split.ctas, split.warps) if kept else 0
     scores = rooms.kept_bytes(group, tiles)
-    shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, scorer, max_pages, k, direct, scores)
+    shared = rooms.step_bytes(head_dim, group, split.ctas, split.warps, scorer, max_pages, k, direct, scores, format)
     return Plan(spec, split, shared, direct)
 
 

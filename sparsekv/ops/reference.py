@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparsekv.errors import ConfigError
-from sparsekv.ops.formats import KEYS, VALUES, PageFormat, page_format
+from sparsekv.ops.formats import KEYS, PageFormat, halves, page_format, take_rows
 from sparsekv.ops.formulas import formula
 
 NEG_INF = float("-inf")
@@ -28,6 +28,7 @@ LOWEST, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 # Pages are attended to in chunks of about this many key elements, which stay in a CPU's cache: the whole context is
 # never copied, and dense decoding runs at the speed of one read. A GPU, for which it is launches, takes more at once.
 CHUNK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 24  # that are read from pages at once
 
 
 def append_kv(
@@ -55,7 +56,7 @@ def append_kv(
         digest: name of the digest's formula.
         format: name of the pages' format.
     """
-    coded, page_size = page_format(format), kv_pool.shape[3]
+    coded, page_size, head_dim = page_format(format), kv_pool.shape[3], key.shape[3]
     start = seq_lens - _num_new_tokens(key, valid)
     if coded.by_token:
         _write_tokens(key, value, valid, start, block_table, kv_pool, coded)
@@ -68,15 +69,41 @@ def append_kv(
     if not coded.by_token and key.shape[2]:
         column = _columns(valid, position - start[row, None], row, key.shape[2])
         is_new = exists & (position >= start[row, None])
-        for which, states in _halves(kv_pool, key, value):
-            old = coded.decode(kv_pool[pages, which], key.shape[3], key.dtype, which)
+        for which, states in zip(halves(kv_pool), (key, value), strict=False):
+            old = coded.read(coded.stored(kv_pool, head_dim, which)[pages], head_dim, key.dtype, which)
             new = states[row[:, None], :, column].transpose(1, 2)  # [m, hkv, p, d]
             merged = torch.where(is_new[:, None, :, None], new, old)
-            kv_pool[pages, which] = coded.encode(merged, exists, which)
+            records = coded.encode(merged, exists, which).transpose(1, 2)
+            coded.write(records, kv_pool, pages[:, None], position % page_size, head_dim, which)
     if summary:
-        keys = coded.decode(kv_pool[pages, KEYS], key.shape[3], key.dtype, KEYS)
+        keys = coded.read(coded.stored(kv_pool, head_dim, KEYS)[pages], head_dim, key.dtype, KEYS)
         for stored, computed in zip(summary, formula(digest).summarize(keys, exists, state), strict=True):
             stored[pages] = computed.to(stored.dtype)
+
+
+def read_pages(pages: Tensor, batch: int, head_dim: int, dtype: torch.dtype, format: str = "plain") -> list[Tensor]:
+    """Keys and values of whole pages, as many of every sequence, one sequence after the other.
+
+    Args:
+        pages: `[batch * n, 2, hkv, p, record]`, or `[batch * n, 1, ...]` of keys that are the values, too.
+        dtype: the model's.
+        format: name of the pages' format.
+
+    Returns:
+        Keys and values, or both in one, `[batch, hkv, n * p, d]` in that dtype; what no token was written to is
+        arbitrary. Beside them it takes the memory of a block of pages.
+    """
+    coded = page_format(format)
+    return [_read(coded.stored(pages, head_dim, x), batch, head_dim, dtype, coded, x) for x in halves(pages)]
+
+
+def _read(stored: Tensor, batch: int, head_dim: int, dtype: torch.dtype, coded: PageFormat, which: int) -> Tensor:
+    stored = stored.unflatten(0, (batch, -1)).transpose(1, 2)  # [batch, hkv, n, p, record]
+    tokens = stored.new_empty(*stored.shape[:-1], head_dim, dtype=dtype)
+    size = max(1, BLOCK_ELEMENTS * stored.shape[2] // max(tokens.numel(), 1))
+    for block, part in zip(tokens.split(size, 2), stored.split(size, 2), strict=True):
+        block.copy_(coded.read(part, head_dim, dtype, which))
+    return tokens.flatten(2, 3)
 
 
 def _num_new_tokens(key: Tensor, valid: Tensor | None) -> Tensor:
@@ -95,25 +122,17 @@ def _write_tokens(
     coded: PageFormat,
 ) -> None:
     """Padding is left out, so a sequence's tokens lie without gaps from position 0."""
-    page_size = kv_pool.shape[3]
-    records = [(which, coded.encode(states, valid, which)) for which, states in _halves(kv_pool, key, value)]
-    if valid is None:
-        position = start[:, None] + torch.arange(key.shape[2], device=key.device)  # [b, t]
-        pages = block_table.gather(1, position // page_size)
-        offset = position % page_size
-        for which, record in records:
-            kv_pool[pages, which, :, offset] = rearrange(record, "b h t record -> b t h record")
-        return
-    row, column = valid.nonzero(as_tuple=True)
-    position = start[row] + valid.cumsum(1)[row, column] - 1  # [num_valid]
+    page_size, row = kv_pool.shape[3], torch.arange(len(start), device=start.device)[:, None]
+    column = torch.arange(key.shape[2], device=start.device)[None]
+    position = start[:, None] + column  # [b, t]
+    if valid is not None:
+        row, column = valid.nonzero(as_tuple=True)
+        position = start[row] + valid.cumsum(1)[row, column] - 1  # [num_valid]
     pages, offset = block_table[row, position // page_size], position % page_size
-    for which, record in records:
-        kv_pool[pages, which, :, offset] = record[row, :, column]
-
-
-def _halves(kv_pool: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[int, Tensor], ...]:
-    """What is written, and where: once where keys are the values, too."""
-    return ((KEYS, key), (VALUES, value))[: kv_pool.shape[1]]
+    for which, states in zip(halves(kv_pool), (key, value), strict=False):
+        records = coded.encode(states, valid, which).transpose(1, 2)  # [b, t, hkv, record]
+        records = records if valid is None else records[row, column]
+        coded.write(records, kv_pool, pages, offset, key.shape[3], which)
 
 
 def _touched_pages(
@@ -160,7 +179,7 @@ def score_pages(
     """
     num_kv_heads = kv_heads_of(summary)
     grouped = rearrange(query.float() * scaling, "b (h g) d -> b h g d", h=num_kv_heads)
-    scores = formula(digest).score(grouped, [_take_rows(field, block_table) for field in summary], state)
+    scores = formula(digest).score(grouped, [take_rows(field, block_table) for field in summary], state)
     return pool_group(scores, seq_lens, page_size, group_pooling)
 
 
@@ -290,12 +309,9 @@ def attend_pages(
     chunk = max(1, elements // (slots.shape[0] * num_kv_heads * page_size * head_dim))
     parts = []
     for some in slots.split(chunk, dim=-1):
-        *stored, valid = _gather_pages(kv_pool, block_table, seq_lens, some, first)
-        halves = [
-            coded.decode(x, head_dim, query.dtype, which).flatten(2, 3).to(wide)
-            for which, x in zip((KEYS, VALUES), stored, strict=False)
-        ]
-        keys, values = halves[KEYS], halves[VALUES]
+        stored, valid = _gather_pages(coded, head_dim, kv_pool, block_table, seq_lens, some, first)
+        found = [coded.read(x, head_dim, wide, which).flatten(2, 3) for which, x in enumerate(stored)]
+        keys, values = found[KEYS], found[-1]
         if valid.is_cuda or not valid.all():
             # Memory no token was written to may hold NaN, and 0 * NaN is NaN: the weights alone do not keep it out.
             values.masked_fill_(~valid[..., None], 0.0)  # in place: it is the copy just taken
@@ -334,11 +350,17 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sink: Tensor | None) 
 
 
 def _gather_pages(
-    kv_pool: Tensor, block_table: Tensor, seq_lens: Tensor, slots: Tensor, first: Tensor | None
-) -> list[Tensor]:
-    """What the listed pages hold of keys and of values, or of both in one, `[b, hkv, k, p, record]`, and which tokens
-    of them are seen, `[b, hkv, k * p]`."""
-    _, num_halves, num_kv_heads, page_size, _ = kv_pool.shape
+    coded: PageFormat,
+    head_dim: int,
+    kv_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    first: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """What the listed pages hold of keys and of values, or of both in one, `[b, hkv, k, p, record]` each, and which
+    tokens of them are seen, `[b, hkv, k * p]`."""
+    num_kv_heads, page_size = kv_pool.shape[2], kv_pool.shape[3]
     heads = torch.arange(num_kv_heads, device=slots.device)[None, :, None]
     table = block_table[:, None].expand(-1, num_kv_heads, -1)
     pages = table.gather(2, slots.clamp_min(0).long())
@@ -346,9 +368,7 @@ def _gather_pages(
     valid = (slots[..., None] >= 0) & (position < seq_lens[:, None, None, None])
     if first is not None:
         valid &= position >= first[:, None, None, None]
-    key_rows = pages * (num_halves * num_kv_heads) + heads  # one head's keys, or values, of one page
-    by_head = kv_pool.flatten(0, 2)
-    return [*(_take_rows(by_head, key_rows + i * num_kv_heads) for i in range(num_halves)), valid.flatten(2)]
+    return coded.of_heads(kv_pool, pages, heads, head_dim), valid.flatten(2)
 
 
 def listed(slots: Tensor, num_pages: int) -> Tensor:
@@ -356,8 +376,3 @@ def listed(slots: Tensor, num_pages: int) -> Tensor:
     mask = torch.zeros(*slots.shape[:2], num_pages + 1, dtype=torch.bool, device=slots.device)
     mask.scatter_(2, slots.long() % (num_pages + 1), True)  # -1, for none, falls on the last place
     return mask[..., :-1]
-
-
-def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
-    """`source[rows]`, by the operator that copies whole rows."""
-    return source.index_select(0, rows.flatten()).unflatten(0, rows.shape)

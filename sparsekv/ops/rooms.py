@@ -6,14 +6,15 @@ ends where its shared memory does (`check_shared_end` of cuda/common/device.cuh)
 
 from __future__ import annotations
 
+from sparsekv.ops.formats import PageFormat, Plain
 from sparsekv.ops.instances import MMA_HEADS, head_tiles
 
 UNIT = 16  # tokens that a warp attends to at a time; pages that it scores at a time; bytes of a word
 
 
-def query_bytes(head_dim: int, group: int) -> int:
-    """`QUERY_WORDS` of cuda/common/attend.cuh: a query staged for attention."""
-    return head_tiles(group) * head_dim * UNIT
+def query_bytes(head_dim: int, group: int, format: type[PageFormat]) -> int:
+    """`query_words` of a format's type: a query staged for attention."""
+    return UNIT * format.kernel.query_words(head_dim, head_tiles(group)) if format.kernel else 0
 
 
 def merge_bytes(head_dim: int, group: int, ctas: int, warps: int) -> tuple[int, int]:
@@ -24,10 +25,10 @@ def merge_bytes(head_dim: int, group: int, ctas: int, warps: int) -> tuple[int, 
     return (ctas + warps) * of_heads + UNIT * ctas * (-(-words // ctas) + 1), UNIT * warps * words
 
 
-def attend_bytes(head_dim: int, group: int, ctas: int, warps: int) -> int:
+def attend_bytes(head_dim: int, group: int, ctas: int, warps: int, format: type[PageFormat]) -> int:
     """Of cuda/attend_pages.cu, by `ctas` in a cluster."""
     own, sums = merge_bytes(head_dim, group, ctas, warps)
-    return own + max(sums, query_bytes(head_dim, group))
+    return own + max(sums, query_bytes(head_dim, group, format))
 
 
 def select_bytes(max_pages: int, k: int) -> int:
@@ -55,6 +56,7 @@ def step_bytes(
     k: int,
     direct: bool,
     kept: int = 0,
+    format: type[PageFormat] = Plain,
 ) -> int:
     """`StepShared` of cuda/sparse_decode.cu.
 
@@ -62,10 +64,11 @@ def step_bytes(
         scorer: words of 16 bytes of a query that is staged to be scored, and of every warp that scores.
         direct: whether the keys and ids of all pages lie there.
         kept: bytes of scores that lie there until they can become shares.
+        format: of the pages.
     """
     own, sums = merge_bytes(head_dim, group, ctas, warps)
     selected = UNIT * -(-k // 4)
     keys = UNIT * -(-(max_pages if direct else -(-max_pages // UNIT)) // 4)
     select = selected + keys + (keys if direct else selected + 4 * UNIT * k) + kept
     staged, room = scorer
-    return query_bytes(head_dim, group) + UNIT * staged + max(UNIT * warps * room + select, sums) + own
+    return query_bytes(head_dim, group, format) + UNIT * staged + max(UNIT * warps * room + select, sums) + own

@@ -21,6 +21,7 @@ SCHEMAS = {
         "(Tensor key, Tensor value, Tensor? valid, Tensor block_table, Tensor seq_lens, "
         "Tensor(a!) kv_pool, Tensor(b!)[] summary, Tensor[] state, str digest, str format='plain') -> ()"
     ),
+    "read_pages": ("(Tensor pages, int batch, int head_dim, ScalarType dtype, str format='plain') -> Tensor[]"),
     "score_pages": (
         "(Tensor query, Tensor[] summary, Tensor[] state, Tensor block_table, Tensor seq_lens, "
         "int page_size, str digest, str group_pooling, float scaling) -> Tensor"
@@ -47,6 +48,12 @@ SCHEMAS = {
 
 def _fake_append_kv(*args: object) -> None:
     return None
+
+
+def _fake_read_pages(pages: Tensor, batch: int, head_dim: int, dtype: torch.dtype, *args: object) -> list[Tensor]:
+    count, num_halves, num_kv_heads, page_size, _ = pages.shape
+    shape = (batch, num_kv_heads, count // batch * page_size, head_dim)
+    return [pages.new_empty(shape, dtype=dtype) for _ in range(num_halves)]
 
 
 def _fake_score_pages(
@@ -82,6 +89,7 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "append_kv": _fake_append_kv,
+    "read_pages": _fake_read_pages,
     "score_pages": _fake_score_pages,
     "select_pages": _fake_select_pages,
     "attend_pages": _fake_attend_pages,
@@ -93,6 +101,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 PLAIN: dict[str, Callable[..., Any]] = {
     "append_kv": reference.append_kv,
+    "read_pages": reference.read_pages,
     "score_pages": reference.score_pages,
     "select_pages": reference.select_pages,
     "attend_pages": reference.attend_pages,
@@ -103,6 +112,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
 
 _ON_GPU: dict[str, Callable[..., Any]] = {
     "append_kv": cuda.append_kv,
+    "read_pages": cuda.read_pages,
     "score_pages": cuda.score_pages,
     "select_pages": cuda.select_pages,
     "attend_pages": cuda.attend_pages,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparsekv.ops.formats import FORMATS, KEYS, VALUES, FormatKernel, PageFormat, Plain
+from sparsekv.ops.formats import FORMATS, KEYS, VALUES, FormatKernel, PageFormat, Plain, halves, page_format
 
-__all__ = ["FORMATS", "KEYS", "VALUES", "FormatKernel", "PageFormat", "Plain", "register"]
+__all__ = ["FORMATS", "KEYS", "VALUES", "FormatKernel", "PageFormat", "Plain", "halves", "page_format", "register"]
 
 
 def register(name: str) -> Callable[[type[PageFormat]], type[PageFormat]]:
-    """Class decorator: files a format under `name` for `SparseConfig(page_format=name)`.
+    """Class decorator: files a format under `name` for `SparseConfig(kv=name)`.
 
     Raises:
         ConfigError: another format has that name.

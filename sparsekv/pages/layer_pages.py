@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekv import ops
 from sparsekv.digests import Digest
 from sparsekv.pages import residency
-from sparsekv.pages.formats import KEYS, VALUES, PageFormat, Plain
+from sparsekv.pages.formats import KEYS, page_format
 from sparsekv.pages.page_pool import PageIds
 from sparsekv.pages.page_rows import PageCopies
 from sparsekv.policies import Reads
@@ -25,7 +26,7 @@ class LayerPages:
         key: `[b, hkv, t, d]`, the layer's first; valid: `[b, t]` bool, or None when all are.
         page_size: in tokens.
         digest: what is kept of a page to score it; None: the layer is never scored.
-        format, where: what a page looks like, and where it lies.
+        format, where: the name of what a page looks like, and where it lies.
         value_dim: channels of values, if they are not as many as those of keys.
         is_shared: whether values are the first channels of keys. Then they are kept once; else narrow ones lie in
             pages with zeros behind them.
@@ -36,7 +37,8 @@ class LayerPages:
         summary: the digest's fields, each `[capacity, hkv, ...]`; empty if the layer is never scored.
         state: the digest's fixed per-head tensors `[hkv, ...]`.
         addresses: where all of these lie.
-        page_nbytes, digest_nbytes: bytes of one page's keys and values, and of its digest, of one kv head.
+        page_nbytes, key_nbytes, digest_nbytes: bytes of one page's keys and values, of its keys, and of its digest,
+            of one kv head.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class LayerPages:
         valid: Tensor | None,
         page_size: int,
         digest: Digest | None,
-        format: type[PageFormat] = Plain,
+        format: str = "plain",
         where: type[residency.Residency] = residency.OnDevice,
         value_dim: int | None = None,
         is_shared: bool = False,
@@ -53,8 +55,8 @@ class LayerPages:
         num_kv_heads, head_dim = key.shape[1], key.shape[3]
         self.value_dim, num_halves = value_dim or head_dim, 1 if is_shared else 2
         fields = digest.fields(page_size, head_dim) if digest is not None else []
-        self.format = format()
-        record, dtype = self.format.record(page_size, head_dim, key.dtype)
+        self.format_name, self.format = format, page_format(format)
+        record, dtype = self.format.mean_record(page_size, head_dim, key.dtype, num_halves)
         with torch.inference_mode(False), torch.no_grad():  # else a later call outside inference mode cannot write
             self.no_tokens = key.new_empty(1, num_kv_heads, 0, head_dim)
             self.residency = where(key.new_empty(0, num_halves, num_kv_heads, page_size, record, dtype=dtype))
@@ -80,14 +82,15 @@ class LayerPages:
 
     def nbytes_to_choose(self, reads: Reads) -> int:
         """Bytes of a page, in one kv head, that a policy reads to decide whether to read all of it."""
-        keys_nbytes = self.page_nbytes // self.kv.shape[1]
-        return {Reads.NOTHING: 0, Reads.DIGESTS: self.digest_nbytes, Reads.KEYS: keys_nbytes}[reads]
+        return {Reads.NOTHING: 0, Reads.DIGESTS: self.digest_nbytes, Reads.KEYS: self.key_nbytes}[reads]
 
     def _note(self) -> None:
         """Notes what every decode step asks for, after the tensors were made or moved."""
         tensors = (self.kv, *self.summary, *self.state)
         self.addresses = tuple(tensor.data_ptr() for tensor in tensors)
         self.page_nbytes = self.kv.shape[1] * self.kv.shape[3:].numel() * self.kv.itemsize if self.capacity else 0
+        keys = self.format.stored(self.kv[:0], self.no_tokens.shape[3], KEYS)
+        self.key_nbytes = keys.shape[2:].numel() * keys.itemsize if self.capacity else 0
         self.digest_nbytes = sum(field[0, 0].nbytes for field in self.summary) if self.capacity else 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,13 +141,14 @@ class LayerPages:
         """Copies whole pages and their digests."""
         self.write(copies.target, *self.read(copies.source))
 
-    def tokens(self, pages: PageIds) -> tuple[Tensor, Tensor]:
+    def tokens(self, pages: PageIds, namespace: Any = None) -> tuple[Tensor, Tensor]:
         """Keys `[b, hkv, n * p, d]` and values `[b, hkv, n * p, dv]` of pages `[b, n]`; what no token was written to
-        is arbitrary."""
-        stored = self.residency.read(pages.reshape(-1)).unflatten(0, pages.shape)
-        like, halves = self.no_tokens, (KEYS, VALUES)[: self.kv.shape[1]]
-        found = [
-            self.format.decode(stored[:, :, which].transpose(1, 2), like.shape[3], like.dtype, which).flatten(2, 3)
-            for which in halves
-        ]
-        return found[KEYS], found[VALUES][..., : self.value_dim]
+        is arbitrary.
+
+        Args:
+            namespace: of the ops; None: whatever serves the device.
+        """
+        like, read = self.no_tokens, (namespace or ops.for_backend("auto")).read_pages
+        content = self.residency.read(pages.reshape(-1)).contiguous()
+        found = read(content, pages.shape[0], like.shape[3], like.dtype, self.format_name)
+        return found[KEYS], found[-1][..., : self.value_dim]

@@ -36,9 +36,9 @@ class PageStore(StorePart):
         self.windows: dict[Window, StorePart] = {}
 
     def window(self, window: Window) -> StorePart:
-        """The part of layers whose tokens see such a window, exactly: its pages are plain, and on the device."""
+        """The part of layers whose tokens see such a window; its pages are on the device, wherever others are."""
         if window not in self.windows:
-            config = self.config.with_(policy="all", page_format="plain", residency="device", max_tokens=None)
+            config = self.config.with_(policy="all", residency="device", max_tokens=None)
             arena = None if self.arena is None else self.arena.part(window)
             self.windows[window] = StorePart(config, arena=arena, window=window, step=self.step)
         return self.windows[window]

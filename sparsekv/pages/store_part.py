@@ -18,7 +18,6 @@ from sparsekv.errors import CacheStateError
 from sparsekv.pages.arena import Arena, Loan
 from sparsekv.pages.block_table import BlockTable
 from sparsekv.pages.device_table import width_for
-from sparsekv.pages.formats import FORMATS
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.pages.masks import hidden_last
 from sparsekv.pages.memory import Memory
@@ -183,7 +182,7 @@ class StorePart:
             wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
             self.loan.draw()
             digest = self.digest if scored else None
-            kind = FORMATS.get(self.config.page_format), RESIDENCIES.get(self.config.residency)
+            kind = self.config.page_format, RESIDENCIES.get(self.config.residency)
             values = value.shape[3], is_shared
             self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest, *kind, *values))
         self._ensure(self.layers[layer_idx])
@@ -214,7 +213,7 @@ class StorePart:
         table = self.table if num_tokens is None else self.table.at(num_tokens)
         columns = table.columns(start, num_tokens)
         passed = table.lengths - table.tokens_in(start, table.num_tokens)  # tokens that are held and not asked for
-        keys, values = self.layers[layer_idx].tokens(table.first_pages(passed + columns.sum(1).numpy()))
+        keys, values = self.layers[layer_idx].tokens(table.first_pages(passed + columns.sum(1).numpy()), self.ops)
         if table.valid is None:
             here = slice(int(passed.max(initial=0)), int(passed.max(initial=0)) + columns.shape[1])
             return keys[:, :, here], values[:, :, here]
@@ -229,7 +228,7 @@ class StorePart:
 
     def sequence(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
-        keys, values = self.layers[layer_idx].tokens(self.table.pages_of(row)[None])
+        keys, values = self.layers[layer_idx].tokens(self.table.pages_of(row)[None], self.ops)
         length = int(self.table.lengths[row])
         return keys[:, :, :length], values[:, :, :length]
 

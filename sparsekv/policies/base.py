@@ -106,9 +106,8 @@ class DecodeStep:
     def keys(self) -> Tensor:
         """The keys of all pages, `[b, max_pages, hkv, p, d]` in the query's dtype; what no token was written to is
         arbitrary."""
-        pool, table = self._viewed(None)
-        stored = pool[:, KEYS][table]
-        return page_format(self.config.page_format).decode(stored, self.query.shape[2], self.query.dtype, KEYS)
+        (pool, table), kind, head_dim = self._viewed(None), page_format(self.config.page_format), self.query.shape[2]
+        return kind.read(kind.stored(pool, head_dim, KEYS)[table], head_dim, self.query.dtype, KEYS)
 
     def _viewed(self, slots: Tensor | None) -> tuple[Tensor, Tensor]:
         """The pool that has the listed pages (None: all), and the table that leads to them."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsekv.ops import instances
+from sparsekv.ops.formats import formats_with_kernels
 from sparsekv.ops.formulas import with_kernels
 from sparsekv.testing.pages import Pages, random_pages
 
@@ -35,6 +36,7 @@ class Case:
     num_new: int
     padded: bool
     digest: str
+    format: str
     seed: int
 
     @staticmethod
@@ -63,6 +65,7 @@ class Case:
             num_new=rng.choice([1, 1, page_size, rng.randint(2, 100)]),
             padded=rng.random() < 0.5,
             digest=rng.choice(with_kernels()),
+            format=rng.choice(formats_with_kernels()),
             seed=rng.randrange(1 << 31),
         )
 

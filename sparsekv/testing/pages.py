@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.digests import DIGESTS, Digest
+from sparsekv.ops.formats import KEYS, VALUES, PageFormat, page_format
 
 NAN = float("nan")
 
@@ -127,3 +128,30 @@ def fresh_summary(name: str, pages: Pages, state: Sequence[Tensor]) -> list[Tens
     for stored, computed in zip(summary, digest.summarize(keys, valid, state), strict=True):
         stored[ids] = computed.to(stored.dtype)
     return summary
+
+
+def stored_as(kind: PageFormat, pages: Pages) -> Tensor:
+    """The pool of plain pages in another format; what no token was written to is all ones."""
+    num_pages, _, num_kv_heads, p, d = pages.kv_pool.shape
+    size, dtype = kind.mean_record(p, d, pages.kv_pool.dtype)
+    ones = torch.full((), 0xFF, dtype=torch.uint8, device=pages.kv_pool.device).expand(dtype.itemsize).clone()
+    pool = ones.view(dtype).expand(num_pages, 2, num_kv_heads, p, size).clone()
+    slot = torch.arange(pages.block_table.shape[1], device=pool.device)
+    row, column = (slot * p < pages.seq_lens[:, None]).nonzero(as_tuple=True)
+    ids = pages.block_table[row, column].long()
+    valid = column[:, None] * p + torch.arange(p, device=pool.device) < pages.seq_lens[row, None]
+    for which in (KEYS, VALUES):
+        records = kind.encode(pages.kv_pool[ids, which], valid, which)
+        page, offset = (
+            valid.nonzero(as_tuple=True) if kind.by_token else torch.ones_like(valid).nonzero(as_tuple=True)
+        )
+        kind.write(records[page, :, offset], pool, ids[page], offset, d, which)
+    return pool
+
+
+def in_format(name: str, pages: Pages) -> tuple[Tensor, Pages]:
+    """The pool of plain pages in another format, and plain pages of what is left there of the tokens."""
+    kind, (d, dtype) = page_format(name), (pages.kv_pool.shape[4], pages.kv_pool.dtype)
+    pool = stored_as(kind, pages)
+    held = torch.stack([kind.read(kind.stored(pool, d, which), d, dtype, which) for which in (KEYS, VALUES)], 1)
+    return pool, replace(pages, kv_pool=held)

@@ -25,9 +25,10 @@ import sparsekv
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import SparseKVError
 from sparsekv.ops import StepArguments, reference
+from sparsekv.ops.formats import KEYS, VALUES, page_format
 from sparsekv.ops.formulas import formula, kernel_of
 from sparsekv.testing.cases import Case
-from sparsekv.testing.pages import NAN, Pages, fitted_state, fresh_summary
+from sparsekv.testing.pages import Pages, fitted_state, fresh_summary, in_format, stored_as
 
 OPS: Any = torch.ops.sparsekv
 
@@ -84,14 +85,25 @@ def check_append(case: Case, device: torch.device) -> None:
     pages = case.pages([n + case.num_new for n in case.lengths], device)
     shape = (2, len(case.lengths), case.num_kv_heads, columns, case.head_dim)
     key, value = _normal(shape, generator).to(case.dtype)
+    stored, pages = in_format(case.format, pages)
+    _check_read(case, stored)
     state, written = _state(case, pages), []
     for op in (OPS.append_kv, reference.append_kv):
-        pool, summary = pages.kv_pool.clone(), _summary_before(case.num_new, case, pages, state)
-        op(key, value, valid, pages.block_table, pages.seq_lens, pool, summary, state, case.digest)
+        pool, summary = stored.clone(), _summary_before(case.num_new, case, pages, state)
+        op(key, value, valid, pages.block_table, pages.seq_lens, pool, summary, state, case.digest, case.format)
         written.append((pool, summary))
     (pool, summary), (expected_pool, expected_summary) = written
     _same("append_kv: pool", pool, expected_pool, case)
-    same_summary(case.digest, summary, expected_summary, pool.shape, "append_kv: digests", case)
+    same_summary(case.digest, summary, expected_summary, pages.kv_pool.shape, "append_kv: digests", case)
+
+
+def _check_read(case: Case, pool: Tensor) -> None:
+    """All pages, as a batch of one sequence: also what was never written, of which nothing is said."""
+    arguments = (pool, 1, case.head_dim, case.dtype, case.format)
+    for name, actual, expected in zip(
+        ("keys", "values"), OPS.read_pages(*arguments), reference.read_pages(*arguments), strict=True
+    ):
+        _same(f"read_pages: {name}", actual, expected, case)
 
 
 def _state(case: Case, pages: Pages) -> list[Tensor]:
@@ -112,7 +124,8 @@ class Inputs:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(case.seed + 2)
-        self.case, self.pages = case, case.pages(case.lengths, device)
+        self.case, self.given = case, case.pages(case.lengths, device)
+        self.pool, self.pages = in_format(case.format, self.given)
         self.state = _state(case, self.pages)
         self.summary = fresh_summary(case.digest, self.pages, self.state)
         shape = (len(case.lengths), case.num_kv_heads * case.group, case.head_dim)
@@ -125,7 +138,7 @@ class Inputs:
 
     def attend_arguments(self, slots: Tensor | None) -> tuple[Any, ...]:
         case = self.case
-        return (self.query, self.pages.kv_pool, *self.where, slots, self.scaling, case.softcap, self.sinks)
+        return (self.query, self.pool, *self.where, slots, self.scaling, case.softcap, self.sinks, case.format)
 
 
 def check_parts(inputs: Inputs, tally: Tally) -> tuple[Tensor, Tensor]:
@@ -147,13 +160,15 @@ def check_parts(inputs: Inputs, tally: Tally) -> tuple[Tensor, Tensor]:
 
 def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> None:
     """The fused step, for which the newest token is not in its page yet."""
-    case, pages = inputs.case, inputs.pages
+    case, pages, kind = inputs.case, inputs.pages, page_format(inputs.case.format)
     newest = pages.seq_lens.long() - 1
     page = pages.block_table.gather(1, (newest // case.page_size)[:, None])[:, 0].long()
     offset = newest % case.page_size
-    key, value = pages.kv_pool[page, :, :, offset].unbind(1)  # [b, hkv, d]
-    pool, summary = pages.kv_pool.clone(), _summary_before(1, case, pages, inputs.state)
-    pool[page, :, :, offset] = NAN
+    key, value = inputs.given.kv_pool[page, :, :, offset].unbind(1)  # [b, hkv, d]
+    pool, summary = inputs.pool.clone(), _summary_before(1, case, pages, inputs.state)
+    nothing = stored_as(kind, pages.emptied())[:1, 0, :, 0].expand(len(page), -1, -1)
+    for which in (KEYS, VALUES):
+        kind.write(nothing, pool, page, offset, case.head_dim, which)
     step = StepArguments(
         query=inputs.query,
         key=key[:, :, None],
@@ -172,16 +187,17 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
         scaling=inputs.scaling,
         softcap=case.softcap,
         sinks=inputs.sinks,
+        format=case.format,
         min_score=case.min_score,
         whole_tokens=case.whole_tokens,
     )
     out, lse, chosen = OPS.sparse_decode(*step)
-    _same("sparse_decode: pool", pool, pages.kv_pool, case)
+    _same("sparse_decode: pool", pool, inputs.pool, case)
     # A last page needs no digest before it is full: what lies there is not compared.
     unfinished = page[(newest + 1) % case.page_size > 0]
     for one, other in zip(summary, inputs.summary, strict=True):
         one[unfinished] = other[unfinished]
-    same_summary(case.digest, summary, inputs.summary, pool.shape, "sparse_decode: digests", case)
+    same_summary(case.digest, summary, inputs.summary, pages.kv_pool.shape, "sparse_decode: digests", case)
     _check_attention("sparse_decode", (out, lse), inputs, chosen, tally)
     same_slots("sparse_decode: slots", chosen, slots, scores, case, case.digest, case.min_score)
 

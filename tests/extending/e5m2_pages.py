@@ -16,11 +16,11 @@ class E5M2(PageFormat):
     by_token = True
     kernel = FormatKernel(Path(__file__).with_name("e5m2_pages.cuh"), "E5M2")
 
-    def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    def record(self, page_size: int, head_dim: int, dtype: torch.dtype, which: int) -> tuple[int, torch.dtype]:
         return head_dim, torch.uint8
 
     def encode(self, states: Tensor, valid: Tensor | None, which: int) -> Tensor:
         return states.to(torch.float8_e5m2).view(torch.uint8)
 
-    def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
-        return stored.view(torch.float8_e5m2).to(dtype)
+    def decode(self, records: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
+        return records.view(torch.float8_e5m2).to(dtype)

@@ -15,8 +15,8 @@ import sparsekv
 from sparsekv import ConfigError, UnknownNameError, ops
 from sparsekv.ops import compiler, instances, reference, why_reference
 from sparsekv.ops.formulas import kernel_of, with_kernels
-from sparsekv.pages.formats import FORMATS, KEYS, VALUES, PageFormat, Plain
-from sparsekv.testing.pages import NAN, Pages, empty_summary, fitted_state, random_pages
+from sparsekv.pages.formats import FORMATS, KEYS, PageFormat, Plain
+from sparsekv.testing.pages import NAN, empty_summary, fitted_state, random_pages, stored_as
 
 E5M2 = runpy.run_path(str(Path(__file__).with_name("e5m2_pages.py")))["E5M2"]
 OPS: Any = torch.ops.sparsekv
@@ -30,15 +30,23 @@ class Rounded(Plain):
     """Plain pages that hold what E5M2 leaves of keys and values: what its steps must be like."""
 
     kernel = None
+    of: type[PageFormat] = E5M2
 
     def encode(self, states: Tensor, valid: Tensor | None, which: int) -> Tensor:
-        return rounded(states)
+        kind = self.of()
+        return kind.decode(kind.encode(states, valid, which), states.shape[-1], states.dtype, which)
+
+
+class Recoded(Rounded):
+    """The same of a format that ships."""
+
+    of = FORMATS.get("int4")
 
 
 class Scaled(PageFormat):
     """8 bits and, for each channel of a page, a power of two: a page is encoded as a whole."""
 
-    def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    def record(self, page_size: int, head_dim: int, dtype: torch.dtype, which: int) -> tuple[int, torch.dtype]:
         if head_dim * 4 % page_size:
             raise ConfigError(f"a page of {page_size} tokens cannot share out {head_dim} scales.")
         return head_dim + head_dim * 4 // page_size, torch.uint8
@@ -49,16 +57,16 @@ class Scaled(PageFormat):
         codes = (known.float() / scale[:, :, None]).round().to(torch.int8).flatten(2)
         return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], -1).unflatten(2, (states.shape[2], -1))
 
-    def decode(self, stored: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
-        page_size = stored.shape[-2]
-        codes, scale = stored.flatten(-2).split([page_size * head_dim, head_dim * 4], -1)
+    def decode(self, records: Tensor, head_dim: int, dtype: torch.dtype, which: int) -> Tensor:
+        page_size = records.shape[-2]
+        codes, scale = records.flatten(-2).split([page_size * head_dim, head_dim * 4], -1)
         tokens = codes.contiguous().view(torch.int8).unflatten(-1, (page_size, head_dim))
         return (tokens * scale.contiguous().view(torch.float32)[..., None, :]).to(dtype)
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    own = {"e5m2": E5M2, "rounded": Rounded, "scaled": Scaled}
+    own = {"e5m2": E5M2, "rounded": Rounded, "recoded": Recoded, "scaled": Scaled}
     for name, kind in own.items():
         FORMATS.register(name)(kind)
     yield
@@ -66,11 +74,7 @@ def _registered() -> Iterator[None]:
         FORMATS.remove(name)
 
 
-def rounded(states: Tensor) -> Tensor:
-    return states.to(torch.float8_e5m2).to(states.dtype)
-
-
-def generated(page_format: str, **options: Any) -> tuple[Tensor, sparsekv.PagedCache]:
+def generated(kv: str, **options: Any) -> tuple[Tensor, sparsekv.PagedCache]:
     """What a tiny model writes after a prompt with padding, and its cache."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
@@ -78,7 +82,7 @@ def generated(page_format: str, **options: Any) -> tuple[Tensor, sparsekv.PagedC
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.5)).eval()
     tokens, mask = torch.randint(1, 50, (2, 60)), torch.ones(2, 60, dtype=torch.int64)
     mask[0, :7] = 0
-    settings = {"budget": 24, "page_size": 4, "recent": 4, "dense_layers": 0, "page_format": page_format}
+    settings = {"budget": 24, "page_size": 4, "recent": 4, "dense_layers": 0, "kv": kv}
     with sparsekv.patch(model, **settings):
         out = model.generate(
             tokens, attention_mask=mask, max_new_tokens=12, do_sample=False, return_dict_in_generate=True,
@@ -88,15 +92,21 @@ def generated(page_format: str, **options: Any) -> tuple[Tensor, sparsekv.PagedC
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_a_model_generates_as_if_its_pages_held_rounded_keys_and_values(options: dict[str, Any]) -> None:
-    logits, cache = generated("e5m2", **options)
-    expected, plain = generated("rounded", **options)
+@pytest.mark.parametrize(("kv", "held"), [("e5m2", "rounded"), ("int4", "recoded")])
+def test_a_model_generates_as_if_its_pages_held_rounded_keys_and_values(
+    kv: str, held: str, options: dict[str, Any]
+) -> None:
+    logits, cache = generated(kv, **options)
+    expected, plain = generated(held, **options)
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, generated("plain", **options)[0])
     assert cache.stats.sparse_steps == plain.stats.sparse_steps > 0
     pages, wide = cache._store.layers[0], plain._store.layers[0]
-    assert pages.page_nbytes * 4 == wide.page_nbytes == 2 * 4 * 8 * 4  # of float32, a byte is left
+    assert pages.page_nbytes == 4 * {"e5m2": 8 + 8, "int4": 22 + 6}[kv]
+    assert wide.page_nbytes == 2 * 4 * 8 * 4  # float32
     assert cache.nbytes < plain.nbytes
+    plain_cache = cache.to_dynamic()
+    assert torch.equal(plain_cache.layers[1].values, cache.layers[1].values)
     for layer, other in zip(cache.layers, plain.layers, strict=True):
         assert torch.equal(layer.keys, other.keys)
         assert torch.equal(layer.values, other.values)
@@ -108,33 +118,16 @@ def test_cropped_and_forked_caches_keep_the_format() -> None:
     cache.crop(-3)
     fork = cache.fork(policy="oracle")
     torch.testing.assert_close(fork.layers[0].keys, before[:, :, :-3], rtol=0, atol=0.05)
-    with pytest.raises(ConfigError, match="page_format must stay 'scaled'"):
-        cache.fork(page_format="plain")
+    with pytest.raises(ConfigError, match="kv must stay 'scaled'"):
+        cache.fork(kv="plain")
 
 
 def test_a_format_that_is_not_there_and_one_that_does_not_fit_are_errors() -> None:
     config = LlamaConfig(num_hidden_layers=2, head_dim=10, num_attention_heads=2, hidden_size=20)
-    with pytest.raises(UnknownNameError, match=r"page_format='e5m3' .*Did you mean 'e5m2'"):
-        sparsekv.PagedCache(config, page_format="e5m3")
+    with pytest.raises(UnknownNameError, match=r"kv='e5m3' .*Did you mean 'e5m2'"):
+        sparsekv.PagedCache(config, kv="e5m3")
     with pytest.raises(ConfigError, match="16 tokens cannot share out 10 scales"):
-        sparsekv.PagedCache(config, page_format="scaled")
-
-
-def pool_of(pages: Pages, kind: PageFormat) -> Tensor:
-    """The pool of plain pages in another format; what no token was written to is all ones."""
-    num_pages, _, hkv, p, d = pages.kv_pool.shape
-    size, dtype = kind.record(p, d, pages.kv_pool.dtype)
-    pool = torch.full((num_pages, 2, hkv, p, size), 255, dtype=dtype, device=pages.kv_pool.device)
-    for row, slot, count in pages.used():
-        page = pages.block_table[row, slot].long()
-        valid = (torch.arange(p, device=pool.device) < count)[None]
-        for which in (KEYS, VALUES):
-            encoded = kind.encode(pages.kv_pool[page, which][None], valid, which)[0]
-            if kind.by_token:
-                pool[page, which, :, :count] = encoded[:, :count]
-            else:
-                pool[page, which] = encoded
-    return pool
+        sparsekv.PagedCache(config, kv="scaled")
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -156,7 +149,7 @@ def test_ops_read_and_write_pages_in_their_format(name: str, padded: bool) -> No
         key, value, before = key[:2], value[:2], replace(before, seq_lens=before.seq_lens[:2])
         after = replace(after, block_table=after.block_table[:2], seq_lens=lens[:2])
         before = replace(before, block_table=after.block_table)
-    pool, expected = pool_of(before, kind), pool_of(after, kind)
+    pool, expected = stored_as(kind, before), stored_as(kind, after)
     summary = [torch.full((len(pool), 2, 2, 8), NAN)]
     OPS.append_kv(key, value, valid, after.block_table, after.seq_lens, pool, summary, [], "minmax", name)
     query = torch.randn(len(key), 4, 8)
@@ -190,10 +183,10 @@ def test_its_kernels_compile(arch: str) -> None:
 @needs_nvrtc
 def test_records_of_another_size_do_not_compile() -> None:
     class Wrong(E5M2):
-        def record(self, page_size: int, head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        def record(self, page_size: int, head_dim: int, dtype: torch.dtype, which: int) -> tuple[int, torch.dtype]:
             return head_dim + 1, torch.uint8
 
-    with pytest.raises(sparsekv.errors.KernelCompileError, match=r"record<64>\(4\) == 65"):
+    with pytest.raises(sparsekv.errors.KernelCompileError, match=r"key_record<64>\(4\) == 65"):
         compiler.compile_cubin(instances.attend_pages(torch.bfloat16, 64, 4, Wrong), "sm_90")
 
 
@@ -201,7 +194,7 @@ def test_a_format_without_a_kernel_says_that_plain_torch_serves_it(monkeypatch: 
     monkeypatch.setattr(compiler, "unavailable", lambda device=None: None)
     on = (torch.device("cuda", 0), torch.bfloat16, (128, 4), 16, "minmax")
     assert why_reference(*on, "e5m2") is None
-    assert "'scaled' are written and read in plain torch (kernels: 'e5m2', 'plain')" in str(
+    assert "'scaled' are written and read in plain torch (kernels: 'e5m2', 'int4', " in str(
         why_reference(*on, "scaled")
     )
 
@@ -223,7 +216,7 @@ def test_on_a_gpu_its_kernels_do_what_its_class_says(
     valid = torch.arange(t, device=device) >= t - pages.seq_lens[:, None]
     pools, summaries = [], []
     for op in (OPS.append_kv, reference.append_kv):
-        pools.append(torch.zeros_like(pool_of(pages, E5M2())))
+        pools.append(torch.zeros_like(stored_as(E5M2(), pages)))
         summaries.append([x.nan_to_num(0).zero_() for x in empty_summary(formula, pages)])
         op(key, value, valid, *where, pools[-1], summaries[-1], state, digest, "e5m2")
     assert torch.equal(*pools)

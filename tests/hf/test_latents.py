@@ -17,6 +17,7 @@ from sparsekv.cache import LatentLayer, layer_kinds
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import CacheStateError
 from sparsekv.hf.support import CACHE
+from sparsekv.pages.formats import KEYS, page_format
 from sparsekv.testing.consistency import assert_consistent
 from tools.tiny_models import smallest
 
@@ -125,6 +126,32 @@ def test_forks_copies_exports_and_crops_go_on_by_themselves(model) -> None:
         logits(model, ids, cache)
         go_on(cache)
     go_on(exported)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kv", "loss"), [("int8", 0.02), ("int4", 0.4)])
+def test_latents_in_fewer_bits(kv, loss, model) -> None:
+    """They are what the format leaves of them, as one half; forks and exports go on from that."""
+    ids, more, kind = torch.randint(3, 100, (2, 40)), torch.randint(3, 100, (2, 9)), page_format(kv)
+
+    def steps(cache: Any) -> Tensor:
+        return torch.cat([logits(model, token, cache) for token in more.split(1, 1)], 1)
+
+    plain = DynamicCache(config=model.config)
+    logits(model, ids, plain)
+    first, expected = torch.cat([plain.layers[0].keys, plain.layers[0].values], -1), steps(plain)
+    with sparsekv.patch(model, **FULL, kv=kv) as patch:
+        logits(model, ids, cache := patch.new_cache())
+        held = kind.decode(kind.encode(first, None, KEYS), RANK + 8, first.dtype, KEYS)
+        assert torch.equal(torch.cat([cache.layers[0].keys, cache.layers[0].values], -1), held)
+        fork, exported = cache.fork(), cache.to_dynamic()
+        ours = steps(cache)
+        assert torch.equal(steps(fork), ours)
+        fork.crop(-9)
+        assert torch.equal(steps(fork), ours)
+        assert_consistent(cache._store, fork._store)
+    for found in (ours, steps(exported)):
+        assert 0 < (found - expected).norm() < loss * expected.norm()
 
 
 def naive_step(module: Any, query: Tensor, latent: Tensor, rotary: Tensor, visible: Tensor) -> Tensor:

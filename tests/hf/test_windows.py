@@ -178,3 +178,21 @@ def test_the_report_and_the_counters_tell_of_windows(model, prompt, decode) -> N
         assert re.search(r"layer 0: dense \((sliding window|chunks) of 8, in pages\)", str(patch))
     assert [status.is_in_place for status in patch.layers] == [True] * 4
     assert set(patch.stats.shares) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("kv", "loss"), [("int8", 0.03), ("int4", 0.3)])
+@pytest.mark.parametrize("family", ["gemma3_text", "llama4_text"])
+def test_windows_in_fewer_bits(family, kv, loss, tiny, prompt, decode) -> None:
+    """A row of a padded batch decodes as it does alone, and a prompt in chunks close to the unpatched model."""
+    one_expert = {"num_local_experts": 1} if family == "llama4_text" else {}  # of several it may be another
+    model, inputs = tiny(family, **one_expert), prompt(70, 45)
+    unpatched = decode(model, inputs)
+    with sparsekv.patch(model, **FULL, kv=kv) as patch:
+        found, chunked = decode(model, inputs), decode(model, inputs, prefill_chunk_size=30)
+        alone = decode(model, {name: x[1:, -45:] for name, x in inputs.items()})
+        assert f"page_size 4, kv {kv})" in str(patch)
+    assert torch.equal(found.sequences[1, 70:], alone.sequences[0, 45:])
+    parts = found.past_key_values._store.parts
+    assert {pages.kv.dtype for part in parts for pages in part.layers.values()} == {torch.uint8}
+    for ours, theirs in ((chunked.logits[0], unpatched.logits[0]), (found.logits[1], unpatched.logits[1])):
+        assert 0 < (ours - theirs).norm() < loss * theirs.norm()

@@ -11,12 +11,15 @@ import torch
 
 from sparsekv.ops import compiler, instances
 from sparsekv.ops.compiler import KernelSpec
+from sparsekv.ops.formats import FORMATS, formats_with_kernels
 from sparsekv.ops.formulas import kernel_of, with_kernels
 
 needs_nvrtc = pytest.mark.skipif(
     compiler._no_compiler() is not None, reason="needs the cuda extra: pip install '.[cuda]'"
 )
 ARCHS = ("sm_80", "sm_90", "sm_100")
+# Of formats those without which no other is made, and which of them each head size (a row) and digest meets.
+FORMATS_MET, MEETING = ("plain", "int8", "int4"), ("0201", "2010", "1120", "0122")
 
 
 def compiled(specs: Iterable[KernelSpec], arch: str) -> bool:
@@ -29,8 +32,9 @@ def compiled(specs: Iterable[KernelSpec], arch: str) -> bool:
 def covering() -> list[tuple[str, tuple[Any, ...]]]:
     """An architecture and a geometry for every head size and digest: the rest takes turns along the diagonals."""
     kernels, dtypes, groups = [kernel_of(name) for name in with_kernels()], list(instances.ELEMENTS), instances.GROUPS
+    kinds = [[FORMATS.get(FORMATS_MET[int(which)]) for which in row] for row in MEETING]
     return [
-        (ARCHS[(i - j) % 3], (dtypes[(i + j) % 2], head_dim, groups[(i + j) % 3], kernel))
+        (ARCHS[(i - j) % 3], (dtypes[(i + j) % 2], head_dim, groups[(i + j) % 3], kernel, kinds[i][j]))
         for (i, head_dim), (j, kernel) in itertools.product(enumerate(instances.HEAD_DIMS), enumerate(kernels))
     ]
 
@@ -41,7 +45,7 @@ def test_any_two_choices_meet_in_what_is_compiled() -> None:
         assert len(set(zip(one, other, strict=True))) == len(set(one)) * len(set(other))
     promised = {spec for _, geometry in covering() for spec in instances.of_model(*geometry)}
     for part in (lambda x: x.source, lambda x: x.headers):
-        assert {part(spec) for spec in promised} == {part(spec) for spec in instances.promised()}
+        assert {part(spec) for spec in promised} == {part(spec) for spec in instances.promised(FORMATS_MET)}
 
 
 @needs_nvrtc
@@ -56,14 +60,20 @@ def test_kernels_compile_for_every_architecture(arch: str) -> None:
 @needs_nvrtc
 @pytest.mark.wide
 def test_every_promised_kernel_is_right_to_the_compiler() -> None:
-    """Its templates and its claims: all that NVRTC can refuse before it makes machine code, a tenth of the work."""
+    """Its templates and its claims: all that NVRTC can refuse before it makes machine code, a tenth of the work. Of
+    formats besides plain pages, the kernels for two groups of every head size."""
     from cuda.core import Program, ProgramOptions
 
     folder, only = str(compiler.sources_dir()), {"link_time_optimization": True}
     options = ProgramOptions(arch="sm_90", include_path=[folder], **compiler.OPTIONS, **only)
     specs = instances.promised()
     assert len(specs) == len(set(specs)) > 50
-    for spec in specs:
+    minmax = kernel_of("minmax")
+    assert minmax is not None
+    for name, head_dim in itertools.product(formats_with_kernels(), instances.HEAD_DIMS):
+        for dtype, group in ((torch.bfloat16, 4), (torch.float16, 16)):
+            specs += instances.of_model(dtype, head_dim, group, minmax, FORMATS.get(name))
+    for spec in dict.fromkeys(specs):
         assert Program(compiler._text(spec), "c++", options).compile("ltoir", (spec.expression,)).code
 
 

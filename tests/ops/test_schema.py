@@ -12,7 +12,8 @@ from sparsekv import ops
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import UnknownNameError
 from sparsekv.ops import reference, schema
-from sparsekv.testing.pages import Pages, fitted_state, fresh_summary, random_pages
+from sparsekv.ops.formats import page_format
+from sparsekv.testing.pages import Pages, fitted_state, fresh_summary, random_pages, stored_as
 
 OPS = torch.ops.sparsekv
 LENGTHS = [21, 8, 1]
@@ -72,6 +73,9 @@ CASES: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("append_kv", lambda: append_arguments("minmax", 9, padded=True, dtype=torch.bfloat16)),
     ("append_kv", lambda: append_arguments("minmax", 0, padded=False)),
     ("append_kv", lambda: append_arguments("sign_sketch", 1, padded=False)),
+    ("read_pages", lambda: (layer("minmax")[0].kv_pool[:6], 3, 16, torch.bfloat16)),
+    ("read_pages", lambda: (layer("minmax")[0].kv_pool[:6, :1], 3, 16, torch.bfloat16)),
+    ("read_pages", lambda: (stored_as(page_format("int4"), layer("minmax")[0])[:6], 2, 16, torch.float32, "int4")),
     ("score_pages", lambda: score_arguments("minmax")),
     ("score_pages", lambda: score_arguments("sign_sketch", "sum")),
     ("score_pages", lambda: score_arguments("minmax", "mean_softmax", torch.bfloat16)),

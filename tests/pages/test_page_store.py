@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheFullError
+from sparsekv.pages.formats import page_format
 from sparsekv.pages.page_store import PageStore
 from sparsekv.testing.consistency import assert_consistent
 
@@ -24,15 +25,17 @@ TOKENS = torch.randn(2, 5000, 2, HKV, D, generator=torch.Generator().manual_seed
 Rows = list[list["int | None"]]  # a token's number, or None for padding
 
 
-def tokens(layer: int, rows: Rows, padding: float) -> tuple[Tensor, Tensor]:
-    """Keys and values `[b, hkv, n, d]` of rows of token numbers."""
+def tokens(layer: int, rows: Rows, padding: float, format: str = "plain") -> tuple[Tensor, Tensor]:
+    """Keys and values `[b, hkv, n, d]` of rows of token numbers; what a format leaves of them."""
     b, n = len(rows), len(rows[0])
     kv = torch.full((2, b, HKV, n, D), padding)
     for row, numbers in enumerate(rows):
         for column, number in enumerate(numbers):
             if number is not None:
                 kv[:, row, :, column] = TOKENS[layer, number]
-    return kv[0], kv[1]
+    kind = page_format(format)
+    key, value = (kind.decode(kind.encode(x, None, which), D, x.dtype, which) for which, x in enumerate(kv))
+    return key, value
 
 
 class Modelled:
@@ -77,7 +80,8 @@ class Modelled:
         assert table.num_tokens == self.length
         assert table.lengths.tolist() == [sum(number is not None for number in row) for row in self.rows]
         for layer in LAYERS if self.rows else ():
-            for stored, expected in zip(self.store.dense(layer), tokens(layer, self.rows, 0.0), strict=True):
+            held = tokens(layer, self.rows, 0.0, self.store.config.page_format)
+            for stored, expected in zip(self.store.dense(layer), held, strict=True):
                 assert torch.equal(stored, expected)
 
 
@@ -88,10 +92,12 @@ class Forks(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 2, 4, 8]),
         digest=st.sampled_from(["minmax", "sign_sketch"]),
         max_pages=st.none() | st.integers(6, 40),
+        kv=st.sampled_from(["plain", "int8", "int8-int4"]),
     )
-    def start(self, page_size: int, digest: str, max_pages: int | None) -> None:
+    def start(self, page_size: int, digest: str, max_pages: int | None, kv: str) -> None:
         limit = None if max_pages is None else max_pages * page_size
-        config = SparseConfig(page_size=page_size, digest=digest, max_tokens=limit, sinks=0, recent=1, budget=1.0)
+        pages = {"page_size": page_size, "kv": kv, "max_tokens": limit}
+        config = SparseConfig(digest=digest, sinks=0, recent=1, budget=1.0, **pages)
         self.next_number = 0
         self.all = [Modelled(PageStore(config), [])]
 

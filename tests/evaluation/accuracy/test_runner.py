@@ -378,6 +378,18 @@ def test_one_run_measures_every_pooling_and_number_of_dense_layers(
     assert len(run(loaded, tmp_path, **settings | {"group_pooling": ("mean_softmax",)})) == len(lines)
 
 
+def test_methods_are_measured_over_pages_in_several_formats(loaded: Any, tmp_path: Path) -> None:
+    settings = {"methods": ("dense", "quest+int4"), "kv": ("plain", "int8"), "probe": False}
+    lines = {line["method"]: line for line in run(loaded, tmp_path, **settings)}
+    assert list(lines) == ["dense", "dense+int8", "quest+int4"]
+    assert not any(line["error"] for line in lines.values())
+    plain, int8 = (lines[name]["bytes_per_token"] for name in ("dense", "dense+int8"))
+    assert plain * (64 + 4) == int8 * 64 * 4  # of float32
+    assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["kv"] == "plain"
+    with pytest.raises(UnknownNameError, match=r"kv='int9' .* Did you mean 'int8'"):
+        RunOptions(**SMALL | {"kv": "int9"})
+
+
 def test_perplexity_and_several_turns(loaded: Any, tmp_path: Path) -> None:
     settings = {"tasks": ("perplexity", "multi_turn"), "methods": ("dense", "random"), "probe": False}
     lines = run(loaded, tmp_path, **settings)

@@ -126,13 +126,13 @@ def calibrate(folder: Path, text: str, *options: str) -> int:
 def test_settings_a_table_and_a_picture_are_made_and_a_rerun_measures_nothing(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lavish = ["--tolerance", "3", "--recall-tolerance", "5"]
+    lavish = ["--tolerance", "3", "--recall-tolerance", "5", "--kv", "int8"]
     assert calibrate(tmp_path, text, *lavish) == 0
     printed = capsys.readouterr().out
     assert "meets" in printed
     assert "sign_sketch" in printed
     found = SparseConfig.load(tmp_path / "settings.json")
-    assert (found.digest, found.budget, found.dense_layers) == ("sign_sketch", 48, 0)
+    assert (found.digest, found.budget, found.dense_layers, found.kv) == ("sign_sketch", 48, 0, "int8")
     assert (tmp_path / "settings.png").stat().st_size > 10_000
     lines = (tmp_path / "settings.calibration.jsonl").read_text()
 

@@ -37,7 +37,7 @@ Decoded = tuple[Tensor, Tensor]
 
 
 def point(context: int = 160, batch: int = 3, budget: int = 64, **changes: Any) -> LayerPoint:
-    names = ("digest", "policy", "group_pooling", "min_share")
+    names = ("digest", "policy", "group_pooling", "min_share", "kv")
     settings = {name: changes.pop(name) for name in names if name in changes}
     read = changes.pop("read", None)
     geometry = Geometry("tiny", **{"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16, **changes})
@@ -122,6 +122,16 @@ def test_the_check_accepts_the_operators(digest: str, context: int, dtype: torch
 def test_the_check_accepts_every_policy(policy: str, listed: int) -> None:
     with torch.inference_mode():
         assert check_of(point(policy=policy)).all() == listed
+
+
+@pytest.mark.parametrize("policy", ["top_k", "oracle", "all"])
+def test_the_check_accepts_pages_in_fewer_bits(policy: str) -> None:
+    where = point(policy=policy, kv=("int8", "int4"), head_dim=32)
+    assert where.dense_bytes == 3 * 2 * 160 * (32 + 4 + 16 + 2)  # of codes and their factors
+    assert where.describe()["kv"] == "int8-int4"
+    with torch.inference_mode():
+        check_of(where).all()
+        check_of(replace(where, context=157)).all()
 
 
 @pytest.mark.parametrize(("context", "read", "budget"), [(1600, 80, 256), (1595, 160, 160), (2400, 500, 1024)])

@@ -84,6 +84,19 @@ def test_every_policy_and_digest(policy, digest, budget, model, ids) -> None:
         assert patch.stats.as_dict() == counted
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("policy", ["top_k", "oracle", "all"])
+@pytest.mark.parametrize("kv", ["int8", "int4", "int4-int8"])
+def test_pages_in_fewer_bits(kv, policy, backend, model, ids) -> None:
+    made, inputs = model(), ids(300, 41)
+    with sparsekv.patch(made, **SETTINGS | {"kv": kv, "policy": policy, "backend": backend}) as patch:
+        captured, counted = tokens(made, inputs), patch.stats.as_dict()
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs))
+        assert patch.decoder.replays > 0
+        assert patch.stats.as_dict() == counted
+
+
 @pytest.mark.parametrize("policy", ["top_k", "oracle", "unsteady"])
 def test_steps_that_read_fewer_pages_than_the_budget(policy, model, ids, monkeypatch) -> None:
     """How many, the slots alone tell: they are counted after every replay, and of a step that is compared once."""
@@ -508,6 +521,20 @@ def test_latents_are_captured(lengths, digest, model, ids) -> None:
         assert patch.decoder.replays > 30
         assert patch.stats.as_dict() == counted
     assert all(status.is_in_place for status in patch.layers)
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["gemma3_text", "llama4_text", "deepseek_v3"])
+def test_windows_and_latents_in_fewer_bits_are_captured(family, kv, model, ids) -> None:
+    """By kernels and in plain torch."""
+    size = {"gemma3_text": "sliding_window", "llama4_text": "attention_chunk_size", "deepseek_v3": "kv_lora_rank"}
+    made, inputs = model(family, **{size[family]: 64}, num_hidden_layers=4), ids(300, 41)
+    with sparsekv.patch(made, **SETTINGS, kv=kv) as patch:
+        captured, counted = tokens(made, inputs), patch.stats.as_dict()
+        patch.stats.reset()
+        assert torch.equal(captured, eager(made, inputs))
+        assert (patch.decoder.refusal, patch.decoder.replays > 30) == (None, True)
+        assert patch.stats.as_dict() == counted
 
 
 def test_latents_that_are_all_read_are_the_unpatched_model(model, ids, decode, distance) -> None:
