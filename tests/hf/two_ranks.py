@@ -183,7 +183,7 @@ def captured(prepare: Callable[[sparsekv.Patch], Any] = lambda patch: None) -> l
     """Two calls of generate, the second after `prepare`: whether each gave what eager steps give, how often a step
     was captured in it, how many steps were replayed, and why no more."""
     model, found = shared("llama"), []
-    with as_graphs(), sparsekv.patch(model, **SMALL | {"budget": 32, "page_size": 8}) as patch:
+    with as_graphs(), sparsekv.patch(model, **SMALL | {"budget": 32, "page_size": 8, "fuse": True}) as patch:
         expected = tokens(model, disable_compile=True, new=8)
         for before in (lambda patch: None, prepare):
             patch.decoder.captures = patch.decoder.replays = 0
