@@ -17,6 +17,7 @@ from typing import Any
 from sparsekv.command_line import add_json_option, new_console, with_json
 from sparsekv.errors import ConfigError
 from sparsekv.hf import parallel
+from sparsekv.hf.ranks import Ranks
 
 from .options import add_arguments, add_work_arguments, options_of, parts_of
 from .tolerances import Tolerances
@@ -76,7 +77,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
 
     parts, console, folder = parts_of(args), new_console(), Path(args.out)
     failed = run(parts, folder, command, console, args.parallel)
-    if Share.of_launch(args.parallel).count == 1:  # else the other processes are not done yet
+    is_whole = Share.of_launch(args.parallel).count == 1  # else the other processes are not done yet
+    if is_whole and Ranks.of_launch().rank == 0:
         _print_tables(folder, console)
     console.print(f"Tables, pictures, intervals and failed examples: sparsekv eval report {folder}")
     return 1 if failed else 0

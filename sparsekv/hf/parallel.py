@@ -75,8 +75,8 @@ def start(device: str | None) -> Ranks:
     if on_gpus:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        where = {"device_id": torch.device("cuda", local)} if on_gpus else {}
-        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=TIMEOUT, **where)
+        where = torch.device("cuda", local) if on_gpus else None
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=TIMEOUT, device_id=where)
     return Ranks.of_launch()
 
 
@@ -116,9 +116,10 @@ def divides_heads(config: Any) -> bool:
 
 
 def _together(run: Run, args: argparse.Namespace, command: str) -> int:
+    is_first = not dist.is_initialized()
     with start(args.device).together("the command"):
         code = run(args, command)
-    if dist.is_initialized():
+    if is_first and dist.is_initialized():  # else torch warns that it was left open
         dist.destroy_process_group()
     return code
 

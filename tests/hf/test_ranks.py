@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparsekv.errors import ConfigError
+from sparsekv.hf.parallel import start
 from sparsekv.hf.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -133,6 +135,47 @@ def test_ranks_at_different_places_do_not_wait(found: Found) -> None:
         assert told.startswith("The ranks have come apart (rank 0 at there, rank 1 at here)")
 
 
+def test_the_command_generate(found: Found) -> None:
+    """The first rank alone is given the prompt, and says what a model held alone does."""
+    (first, alone), (second, _) = found("the_command_generate")
+    assert first[:2] == alone
+    assert "layers 0-5: sparse" in first[2]
+    assert second == [0, "", ""]
+
+
+def test_the_command_chat(found: Found) -> None:
+    first, second = found("the_command_chat")
+    assert first[0] == 0
+    assert len(first[1].splitlines()) == 2
+    assert first[2].count(" tokens in the cache") == 2
+    assert second == [0, "", ""]
+
+
+def test_the_command_eval(found: Found) -> None:
+    """The flag says that the processes share a model, not the documents."""
+    assert found("the_command_eval") == [[0, ["manifest.json", "probes.jsonl", "results.jsonl"]], [0, []]]
+
+
+def test_the_command_bench(found: Found) -> None:
+    (code, rows), second = found("the_command_bench")
+    assert code == 0
+    assert [(mode, ranks) for mode, ranks, _ in rows] == [("sparse", 2), ("default", 2)]
+    assert rows[1][2] == 2 * 6 * 64 * 4 * (300 + 8)  # keys and values of six layers: of two kv heads, one
+    assert second == [0, []]
+
+
+def test_a_command_that_fails_says_so_once(found: Found) -> None:
+    first, second = found("a_command_that_fails_in_the_first")
+    assert first == [1, "", "sparsekv: --prompt-file - is empty.\n"]
+    assert second == [1, "", ""]
+
+
+def test_what_cannot_be_divided_is_refused(found: Found) -> None:
+    for heads, plan in found("what_cannot_be_divided"):
+        assert "4 query heads and 1 kv heads cannot be divided among 2 ranks" in heads
+        assert "no plan by which the layers of a gpt_oss could be divided, only one for its experts" in plan
+
+
 def test_a_rank_without_memory_for_the_prompt_ends_the_wait_of_the_others(found: Found) -> None:
     other, own = found("one_has_no_memory_for_the_prompt")
     assert own == "OutOfMemoryError: CUDA out of memory."
@@ -148,6 +191,23 @@ def test_alone_nothing_is_asked(tiny: Callable[..., Any]) -> None:
         assert ranks.gather("this", "a test") == ["this"]
         assert ranks.told(lambda: "that", "a test") == "that"
     assert (ranks.rank, ranks.size, Ranks.of_launch().size) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "message"),
+    [
+        ({}, "auto", "needs a process for each GPU: torchrun --nproc-per-node N -m sparsekv"),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "cuda:1", "each rank takes a GPU of its own. Leave it out."),
+    ],
+)
+def test_what_cannot_be_started(
+    environment: dict[str, str], device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        start(device)
 
 
 # -- on GPUs: `make test-multi-gpu`

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,16 @@ from unittest.mock import patch as replaced
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GptOssConfig, LlamaConfig
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import sparsekv
-from sparsekv.errors import RankError
+from sparsekv.cli import main
+from sparsekv.errors import ConfigError, RankError
 from sparsekv.hf import ranks
 from sparsekv.hf.capture import decoder as decoders
+from sparsekv.hf.parallel import divided
 from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import CACHE
 from sparsekv.testing.playing import Played, played
@@ -63,6 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32},
 }
 SMALL: dict[str, Any] = {"budget": 16, "page_size": 4, "sinks": 4, "recent": 4, "dense_layers": 0, "fuse": False}
+FOLDER = Path(sys.argv[1])
 PLAN = {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 CASES: dict[str, Callable[[], Any]] = {}
@@ -328,6 +333,81 @@ def one_is_elsewhere() -> Any:
         return str(error)
 
 
+# -- commands
+
+
+def commanded(*arguments: str, typed: str = "") -> list[Any]:
+    """The exit code of a command, and what was seen of it: whatever wrote it, to stdout and to stderr."""
+    sys.stdout.flush(), sys.stderr.flush()
+    seen = []
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        kept = [os.dup(place) for place in (1, 2)]
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        try:
+            with replaced.object(sys, "stdin", io.StringIO(typed)):
+                code = main([*arguments])
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            for place, where in zip((1, 2), kept, strict=True):
+                os.dup2(where, place)
+        for file in (out, err):
+            file.seek(0)
+            seen.append(file.read())
+    return [code, *seen]
+
+
+@case
+def the_command_generate() -> Any:
+    words = ["generate", "--model", "testbed", "--prompt-file", "-", "--max-new-tokens", "6", "--budget", "128"]
+    told = "once upon a time there was a"
+    alone = commanded(*words[:3], "--prompt", told, *words[5:])
+    return [commanded(*words, "--parallel", "tensor", typed="" if is_second() else told), alone[:2]]
+
+
+@case
+def the_command_chat() -> Any:
+    document = FOLDER / "document.txt"
+    if not is_second():
+        document.write_text("once upon a time there was a lion .")
+    typed = "" if is_second() else "what was there ?\n/stats\nwho was there ?\n"
+    words = ["--document", str(document) if not is_second() else "nowhere", "--max-new-tokens", "4"]
+    return commanded("chat", *words, "--parallel", "tensor", typed=typed)
+
+
+@case
+def the_command_eval() -> Any:
+    options = ["--tasks", "passkey", "--lengths", "512", "--budgets", "128", "--examples", "1", "--methods", "quest"]
+    folder = FOLDER / f"eval-{dist.get_rank()}"
+    code, *_ = commanded("eval", "run", *options, "--out", str(folder), "--parallel", "tensor")
+    return [code, sorted(path.name for path in folder.glob("*"))]
+
+
+@case
+def the_command_bench() -> Any:
+    folder = FOLDER / f"bench-{dist.get_rank()}"
+    options = ["--points", "1x300", "--budget", "128", "--new-tokens", "8", "--out", str(folder)]
+    code, *_ = commanded("bench", "generate", "--model", "testbed", *options, "--parallel", "tensor")
+    written = [json.loads(path.read_text()) for path in folder.glob("generate_cpu_2_ranks.json")]
+    return [code, [[row["mode"], row["ranks"], row["cache_bytes"]] for content in written for row in content["rows"]]]
+
+
+@case
+def a_command_that_fails_in_the_first() -> Any:
+    words = ["generate", "--model", "testbed", "--prompt-file", "-", "--parallel", "tensor"]
+    return commanded(*words, typed=" " if is_second() else "")
+
+
+@case
+def what_cannot_be_divided() -> Any:
+    found = []
+    for config in (LlamaConfig(**SIZES | {"num_key_value_heads": 1}), GptOssConfig()):
+        try:
+            found.append(str(divided(config)))
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
 @case
 def one_has_no_memory_for_the_prompt() -> Any:
     """The other waits for it in the middle of a layer: the last case, as the ranks are torn."""
@@ -342,7 +422,7 @@ def one_has_no_memory_for_the_prompt() -> Any:
         return failure(model)
 
 
-def main(folder: Path, kind: str) -> None:
+def run_all(kind: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -351,8 +431,10 @@ def main(folder: Path, kind: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         SIZES.update(OF_GPUS)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    path = folder / f"{dist.get_rank()}.jsonl"
+    path = FOLDER / f"{dist.get_rank()}.jsonl"
     for name, run in CASES.items():
+        if kind == "cuda" and name.startswith("the_command"):  # their models have two kv heads
+            continue
         try:
             found = run()
         except Exception as error:
@@ -362,4 +444,4 @@ def main(folder: Path, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    run_all(sys.argv[2])

@@ -105,8 +105,9 @@ def _norms(model: torch.nn.Module) -> Iterator[Replacement]:
         if not kind.__name__.endswith("RMSNorm") or kind is torch.nn.RMSNorm:
             continue
         own = vars(module).get("forward")
-        is_plain = type(weight) in (Tensor, torch.nn.Parameter)  # not one that is divided among ranks
-        if not is_plain or weight.ndim != 1 or not (own is None or isinstance(own, StandIn)):
+        if weight is None or weight.ndim != 1 or not (own is None or isinstance(own, StandIn)):
+            continue
+        if type(weight) not in (Tensor, torch.nn.Parameter):  # divided among ranks, say
             continue
         original, alike = MethodType(kind.forward, module), _alike(module, weight)
         ours = _norm(module, original)
