@@ -20,7 +20,7 @@ INSTALL_TORCH = $(BIN)/pip install --no-deps
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  PYTHON=python3.12 picks the Python, ARGS='...' adds arguments to the tool a target runs."
 
 .PHONY: venv
@@ -55,6 +55,10 @@ GPU_VENV := .venv-gpu
 .PHONY: test-gpu
 test-gpu: $(GPU_VENV)/.ready ## run the GPU tests with the torch of PYTHON, offline
 	$(GPU_VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+.PHONY: test-multi-gpu
+test-multi-gpu: $(GPU_VENV)/.ready ## run the tests of several GPUs, as test-gpu does
+	$(GPU_VENV)/bin/python -m pytest -m gpu tests/hf/test_ranks.py $(ARGS)
 
 $(GPU_VENV)/.ready: pyproject.toml setup.cfg
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { \

@@ -90,6 +90,7 @@ def _add_bench(commands: Any) -> None:
 
 def _add_generate(commands: Any) -> None:
     from sparsekv.commands import generate
+    from sparsekv.hf.parallel import by_all_ranks
 
     parser = commands.add_parser(
         "generate",
@@ -97,11 +98,12 @@ def _add_generate(commands: Any) -> None:
         description=generate.__doc__,
     )
     generate.add_arguments(parser)
-    parser.set_defaults(run=with_json(generate.run))
+    parser.set_defaults(run=by_all_ranks(with_json(generate.run)))
 
 
 def _add_chat(commands: Any) -> None:
     from sparsekv.commands import chat
+    from sparsekv.hf.parallel import by_all_ranks
 
     parser = commands.add_parser(
         "chat",
@@ -110,7 +112,7 @@ def _add_chat(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chat.add_arguments(parser)
-    parser.set_defaults(run=chat.run)
+    parser.set_defaults(run=by_all_ranks(chat.run))
 
 
 def _add_calibrate(commands: Any) -> None:

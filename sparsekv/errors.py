@@ -45,6 +45,10 @@ class CacheStateError(SparseKVError, RuntimeError):
     """A cache is used in a way its content does not allow (another batch, an edited mask, a half-done step)."""
 
 
+class RankError(SparseKVError, RuntimeError):
+    """Of several processes that hold a model together, another has failed, or does not do the same."""
+
+
 class KernelCompileError(SparseKVError, RuntimeError):
     """A CUDA kernel cannot be compiled: the message has NVRTC's log, or says what is missing and how to get it."""
 

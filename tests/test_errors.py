@@ -28,6 +28,7 @@ def test_one_family(cls: type[Exception]) -> None:
         ("PatchError", RuntimeError),
         ("CacheFullError", RuntimeError),
         ("CacheStateError", RuntimeError),
+        ("RankError", RuntimeError),
         ("KernelCompileError", RuntimeError),
     ],
 )

@@ -16,6 +16,8 @@ from typing import Any
 
 from sparsekv.command_line import add_json_option, new_console, with_json
 from sparsekv.errors import ConfigError
+from sparsekv.hf import parallel
+from sparsekv.hf.ranks import Ranks
 
 from .options import add_arguments, add_work_arguments, options_of, parts_of
 from .tolerances import Tolerances
@@ -34,7 +36,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     add_arguments(run)
     add_work_arguments(run)
-    run.set_defaults(run=_run)
+    parallel.add_argument(run)
+    run.set_defaults(run=parallel.by_all_ranks(_run))
     report = commands.add_parser(
         "report",
         help="tables, pictures and one HTML page of a run",
@@ -73,8 +76,9 @@ def _run(args: argparse.Namespace, command: str) -> int:
     from .workload import Share
 
     parts, console, folder = parts_of(args), new_console(), Path(args.out)
-    failed = run(parts, folder, command, console)
-    if Share.from_environment().count == 1:  # else the other processes are not done yet
+    failed = run(parts, folder, command, console, args.parallel)
+    is_whole = Share.of_launch(args.parallel).count == 1  # else the other processes are not done yet
+    if is_whole and Ranks.of_launch().rank == 0:
         _print_tables(folder, console)
     console.print(f"Tables, pictures, intervals and failed examples: sparsekv eval report {folder}")
     return 1 if failed else 0

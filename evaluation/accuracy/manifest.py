@@ -175,6 +175,7 @@ def model_hash(model: Any) -> str:
     without reading gigabytes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of ranks that share it
         flat = tensor.detach().flatten()
         sample = flat[:: max(flat.numel() // 4096, 1)].float().cpu().numpy().tobytes()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample)

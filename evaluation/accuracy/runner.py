@@ -1,7 +1,8 @@
 """Measures how many answers survive: every document prefilled once, every question decoded by every method.
 
 All methods of a digest go on from the same prefilled pages (`PagedCache.fork`), so they differ in nothing but what
-they read. Under `accelerate launch` each process takes its share of the documents, and writes a file of its own.
+they read. Under `accelerate launch` each process takes its share of the documents, and writes a file of its own. With
+`--parallel tensor` they hold one model together, and all do the same.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sparsekv
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.tasks import Document, Metric, Question, Task, Writer, make_task, score
+from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import context_of
 from sparsekv.hf.wording import of_run, stop_ids
 
@@ -74,7 +76,7 @@ class Runner:
 
     Args:
         model, tokenizer: of transformers; the model is patched while it runs.
-        folder: of the run. What it holds already is not measured again.
+        folder: of the run. What it holds already is not measured again; of several ranks, the first one's counts.
 
     Raises:
         ConfigError: a length is beyond the model's context, or the folder holds another run.
@@ -85,7 +87,7 @@ class Runner:
         share: Share | None = None,
     ) -> None:  # fmt: skip
         self.model, self.options, self.folder = model, options, folder
-        self.share = share or Share.from_environment()
+        self.share, self._ranks = share or Share(), Ranks.of(model)
         self.tasks = {task: make_task(task) for task in options.tasks}
         longest, self._context = max(options.lengths), context_of(model.config)
         if self._context is not None and longest > self._context:
@@ -95,6 +97,7 @@ class Runner:
         self.stop_ids = stop_ids(model, tokenizer, wording)
         digests = {options.base.digest, *(m.digest for m, _ in options.cells if m.digest)}
         at_once = options.batch_tokens or batch_tokens(model, digests, options.page_size)
+        at_once = min(self._ranks.gather(at_once, "the size of a batch"))
         self.work = Workload(options, self.tasks, self.share, at_once)
         self._done: Mapping[Key, Line] = {}
         self._expected: dict[Any, Any] = {}
@@ -111,7 +114,7 @@ class Runner:
         Raises:
             ConfigError: what the folder holds was asked about other documents, or is no result.
         """
-        self._done = finished(self.folder)
+        self._done = self._ranks.told(lambda: finished(self.folder), "what is finished")
         self._expected = {key.place: line.get("expected") for key, line in self._done.items()}
         batches = self.work.missing(self._done)
         total = sum(len(self.work.questions(batch, cell, self._done)) for batch in batches for cell in batch.cells)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from rich.console import Console
 
 from sparsekv.errors import SparseKVError
 from sparsekv.hf import models
+from sparsekv.hf.ranks import Ranks
 
 from .options import AUTO, RunOptions
 from .results import Line
 from .runner import Runner
+from .workload import Share
 
 
-def load(options: RunOptions) -> tuple[Any, Any]:
-    """The model and its tokenizer; of several processes, each on a GPU of its own.
+def load(options: RunOptions, parallel: str | None = None) -> tuple[Any, Any]:
+    """The model and its tokenizer; of several processes, each on a GPU of its own, or by `parallel` each its part.
 
     Raises:
         ConfigError: there is no such model or device.
@@ -34,18 +37,27 @@ def load(options: RunOptions) -> tuple[Any, Any]:
     if local and wanted == AUTO and torch.cuda.is_available():
         wanted = f"cuda:{local}"
         torch.cuda.set_device(wanted)
-    return models.load(options.model, wanted, options.dtype)
+    return models.load(options.model, wanted, options.dtype, parallel)
 
 
-def run(parts: Sequence[RunOptions], folder: Path, command: str, console: Console) -> int:
-    """Loads the model and measures part after part; returns the number of answers that are errors.
+def run(
+    parts: Sequence[RunOptions], folder: Path, command: str, console: Console, parallel: str | None = None
+) -> int:
+    """Loads the model and measures part after part; returns the number of answers that are errors. Of ranks that hold
+    the model together, by `parallel`, the first one writes.
 
     Raises:
         SparseKVError: bad input, and nothing was changed; or the disk is full, and nothing is lost.
     """
-    model, tokenizer = load(parts[0])
-    # All of them first: what is wrong is told before anything is measured, and the memory is still free.
-    runners = [Runner(model, tokenizer, part.model, part, folder, command) for part in parts]
+    model, tokenizer = load(parts[0], parallel)
+    share = Share.of_launch(parallel)
+    with tempfile.TemporaryDirectory() as unread:
+        own = Path(unread) if Ranks.of(model).rank else folder
+        # All runners first: what is wrong is told before anything is measured, and the memory is still free.
+        return _measure([Runner(model, tokenizer, x.model, x, own, command, share) for x in parts], own, console)
+
+
+def _measure(runners: Sequence[Runner], folder: Path, console: Console) -> int:
     try:
         written, failed = map(sum, zip(*(runner.run(console) for runner in runners), strict=True))
     except OSError as error:

@@ -27,8 +27,11 @@ class Share:
     count: int = 1
 
     @classmethod
-    def from_environment(cls) -> Share:
-        """The share of this process, as `accelerate launch` and `torchrun` tell it."""
+    def of_launch(cls, parallel: str | None = None) -> Share:
+        """The share of this process, of those that `accelerate launch` has started with a model each; all of it where
+        `parallel` says that they hold one together."""
+        if parallel is not None:
+            return cls()
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     @property

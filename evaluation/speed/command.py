@@ -34,6 +34,7 @@ from sparsekv.command_line import (
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.report import short
+from sparsekv.hf.parallel import by_all_ranks
 from sparsekv.pages import FORMATS
 
 from . import attention_bench, generate_bench, generate_points
@@ -202,7 +203,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "generate", help="a token of a whole model's generate", description=generate_bench.__doc__
     )
     generate_points.add_arguments(generate)
-    generate.set_defaults(run=with_json(generate_bench.run), measure=generate_bench.run)
+    generate.set_defaults(run=by_all_ranks(with_json(generate_bench.run)), measure=generate_bench.run)
 
 
 def measure(command: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -79,10 +80,12 @@ class GenerateBench:
         """
         row: Row = {"model": self.subject.name, "batch": where.batch, "context": where.context, "mode": name}
         config = self.options.config
+        row |= {"ranks": self.subject.ranks.size}
         row |= {"digest": config.digest, "budget": config.as_dict()["budget"], **dict.fromkeys(_TIMES)}
         why_not = self.options.why_not(name, where) or (self.subject.why_not_static if name == "static" else None)
         if why_not is not None:
             return {**row, "note": why_not}
+        self.subject.ranks.gather(name, f"{name} at {where}")  # an error where they cannot go on together
         try:
             return row | self._in_mode(name, lambda patch: self._measure(where, name, patch))
         except Exception as error:
@@ -94,6 +97,10 @@ class GenerateBench:
 
     def _in_mode(self, name: str, work: Callable[[Patch | None], Result]) -> Result:
         """Does the work on the model as the mode wants it: unpatched, or with a patch of its own."""
+        with self.subject.ranks.together(f"mode {name}"):
+            return self._patched(name, work)
+
+    def _patched(self, name: str, work: Callable[[Patch | None], Result]) -> Result:
         model, settings = self.subject.model, MODES[name].settings
         if settings is not None:
             with sparsekv.patch(model, self.options.config, **settings) as patch:
@@ -255,6 +262,8 @@ def run(args: argparse.Namespace, command: str) -> Row:
     on_gpu = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
     subject = Subject(args.model, args.geometry or list(MODELS)[0 if on_gpu else -1], dtype)
+    if subject.ranks.rank:  # the first one writes
+        options = replace(options, out=None, add=False)
     subject.check(max(where.context for where in options.points), options.new_tokens)
     if device.index is not None and on_gpu:
         torch.cuda.set_device(device)

@@ -24,6 +24,7 @@ REPLAYS = 3
 PARTS = {
     "attention": ("sparse_decode", "attend_pages", "score_pages", "select_pages", "append_kv", "merge_attention"),
     "gemm": ("nvjet", "gemm", "gemv", "cutlass", "splitk"),
+    "all_reduce": ("nccl",),
 }
 
 
@@ -119,4 +120,6 @@ def parts(kernels: Iterable[tuple[str, float]], num_steps: int, ms_per_token: fl
         small = name.lower()
         part = next((part for part, names in PARTS.items() if any(n in small for n in names)), "rest")
         found[part] += us / 1e3 / num_steps
+    if not found["all_reduce"]:  # of one GPU
+        del found["all_reduce"]
     return found | {"idle": ms_per_token - sum(found.values())}

@@ -34,7 +34,8 @@ class ResultFile:
 
     def __init__(self, subject: Subject, options: Options, device: torch.device, command: str) -> None:
         self.subject, self.options, self.command = subject, options, command
-        self.name = file_name("generate", device.type, options.config.digest)
+        end = f"_{subject.ranks.size}_ranks" if subject.ranks.size > 1 else ""
+        self.name = file_name("generate", device.type, options.config.digest) + end
         self.settings = {
             "model": subject.name,
             "dtype": str(subject.dtype),

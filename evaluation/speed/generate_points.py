@@ -15,6 +15,7 @@ from sparsekv.command_line import add_json_option, add_settings_option, positive
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.report import short
+from sparsekv.hf import parallel
 from sparsekv.pages import FORMATS
 from sparsekv.policies import POLICIES
 
@@ -166,6 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16, on a CPU float32)")
+    parallel.add_argument(parser)
     _add_points(parser)
     add_settings_option(parser)
     parser.add_argument(

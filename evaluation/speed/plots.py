@@ -26,7 +26,8 @@ _STEP_LINES = (
 )
 _ALIKE = ("geometry", "budget", "digest", "policy", "kv", "group_pooling", "min_share")
 _PARTS = {"append": GREY, "score": BLUE, "select": ORANGE, "attend": GREEN}
-_SPLIT = {"attention": ("attention", BLUE), "gemm": ("matrix products", GREY), "rest": ("norms, rotary ...", ORANGE)}
+_SPLIT = {"attention": ("attention", BLUE), "gemm": ("matrix products", GREY), "rest": ("norms, rotary ...", ORANGE),
+          "all_reduce": ("all-reduces", GREEN)}  # fmt: skip
 
 # mode of the rows, style; in the order of the legend
 _MODE_STYLES: dict[str, dict[str, Any]] = {
@@ -189,7 +190,8 @@ def split_figure(rows: Sequence[Row]) -> Any:
     """Where a captured step's time goes: attention, matrix products, the rest, and gaps between kernels."""
     shown = [row for row in rows if row.get("split_ms")]
     figure, axes = new_figure(figsize=(8, 4.6), dpi=120)
-    _stack(axes, [([row["split_ms"][part] for row in shown], *style) for part, style in _SPLIT.items()])
+    parts = [part for part in _SPLIT if any(part in row["split_ms"] for row in shown)]
+    _stack(axes, [([row["split_ms"].get(part, 0) for row in shown], *_SPLIT[part]) for part in parts])
     marks = [row["ms_per_token"] for row in shown]
     axes.plot(marks, "_", color="black", markersize=24, label="a token, launches and gaps included")
     _point_axis(axes, shown)

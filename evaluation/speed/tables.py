@@ -17,7 +17,8 @@ Row = dict[str, Any]
 _COMPARED = {"sparse": "sparse", "flashinfer": "FlashInfer", "sdpa": "SDPA", "shelf": "shelf", "dense": "dense"}
 _OF_STEP = ("b x n", "digest", "tokens")
 _PARTS = ("sparse", "composed", "append", "score", "select", "attend")
-_SPLIT = {"attention": "attention", "gemm": "matrix products", "rest": "rest", "idle": "gaps"}
+_SPLIT = {"attention": "attention", "gemm": "matrix products", "all_reduce": "all-reduces", "rest": "rest",
+          "idle": "gaps"}  # fmt: skip
 _OF_TOKEN = ("ms/token", "faster", "over floor", "tokens per s", "first token s", "first steps s", "cache read",
              "TB/s", "peak GB", "beside cache")  # fmt: skip
 
@@ -165,11 +166,12 @@ def _of_token(row: Row) -> list[str]:
 def _split(rows: Sequence[Row]) -> Table:
     """Where the time of the captured steps goes."""
     caption = "Kernel times of replays; gaps: what of a token's time no kernel accounts for."
-    right = [*_SPLIT.values(), "token"]
-    table = _table("A captured step's parts, ms", caption, ["b x context", "mode"], right)
+    split = [row["split_ms"] for row in rows if row.get("split_ms")]
+    names = {name: told for name, told in _SPLIT.items() if any(name in parts for parts in split)}
+    table = _table("A captured step's parts, ms", caption, ["b x context", "mode"], [*names.values(), "token"])
     for row in rows:
         if row.get("split_ms"):
-            parts = [f"{row['split_ms'][name]:.2f}" for name in _SPLIT]
+            parts = [f"{row['split_ms'].get(name, 0):.2f}" for name in names]
             table.add_row(_where(row), row["mode"], *parts, f"{row['ms_per_token']:.2f}")
     return table
 

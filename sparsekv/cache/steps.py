@@ -42,9 +42,10 @@ class Step:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a captured step depends on beside the model's inputs: the same key, the same step."""
+        """What a captured step depends on beside the model's inputs: the same key, the same step. Where the
+        cache's tensors lie comes last."""
         states = [state.data_ptr() for layer in self._layers for state in layer.states]
-        return self.config, self.shape, *self._store.addresses(), *states
+        return self.config, self.shape, (*self._store.addresses(), *states)
 
     @torch.no_grad()
     def save(self) -> None:

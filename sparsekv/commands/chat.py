@@ -21,6 +21,7 @@ from sparsekv.command_line import BYTE_ORDER_MARK, EXIT_OK, read_text
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError
 from sparsekv.evaluation import testbed
 from sparsekv.hf import models, wording
+from sparsekv.hf.ranks import Ranks
 
 from . import model_options
 from .conversation import Conversation
@@ -51,9 +52,10 @@ def run(args: argparse.Namespace, command: str) -> int:
         ConfigError, UnsupportedModelError: the document, the model or a setting cannot be used; or a line of a pipe.
         KeyboardInterrupt: Ctrl-C at the prompt, or twice.
     """
-    document = read_text("--document", args.document) if args.document is not None else None
+    given = partial(read_text, "--document", args.document)
+    document = Ranks.of_launch().told(given, "the document") if args.document is not None else None
     config = model_options.config_of(args)
-    model, tokenizer = models.load(args.model, args.device, args.dtype)
+    model, tokenizer = models.load(args.model, args.device, args.dtype, args.parallel)
     hints: list[str] = []
     if args.model == testbed.NAME and document is None:
         document, hints = _story()
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             conversation.read(document)
             _tell(f"{len(conversation.turns[0].ids):,} tokens read.")
         _tell("/help lists what can be typed beside questions.", *hints)
-        _converse(conversation, sys.stdin.isatty())
+        _converse(conversation, Ranks.of_launch().told(sys.stdin.isatty, "the kind of input"))
     return EXIT_OK
 
 
@@ -82,7 +84,8 @@ def _story() -> tuple[str, list[str]]:
 
 def _converse(conversation: Conversation, is_terminal: bool) -> None:
     """Answers until /quit or the end of input. At a terminal a line that cannot be followed is no end."""
-    for line in _lines(is_terminal):
+    typed, ranks = _lines(is_terminal), Ranks.of_launch()
+    while (line := ranks.told(lambda: next(typed, None), "a line of input")) is not None:
         if line == "/quit":
             return
         try:

@@ -12,6 +12,7 @@ import sparsekv
 from sparsekv.command_line import add_json_option, circumstances, read_text
 from sparsekv.errors import ConfigError
 from sparsekv.hf import models
+from sparsekv.hf.ranks import Ranks
 
 from . import model_options
 from .streaming import Stream
@@ -33,11 +34,12 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     Raises:
         ConfigError, UnsupportedModelError: the prompt, the model or a setting cannot be used.
     """
-    text = args.prompt if args.prompt is not None else read_text("--prompt-file", args.prompt_file)
+    given = partial(read_text, "--prompt-file", args.prompt_file)
+    text = args.prompt if args.prompt is not None else Ranks.of_launch().told(given, "the prompt")
     if not text.strip():
         raise ConfigError("--prompt is empty.")
     config = model_options.config_of(args)
-    model, tokenizer = models.load(args.model, args.device, args.dtype)
+    model, tokenizer = models.load(args.model, args.device, args.dtype, args.parallel)
     inputs = _encode(tokenizer, text, args.chat).to(model.device)
     stream = Stream(tokenizer, (lambda text: None) if args.json else partial(print, end="", flush=True))
     with sparsekv.patch(model, config) as patch:

@@ -10,7 +10,7 @@ from sparsekv import SparseConfig
 from sparsekv.command_line import add_settings_option, positive, settings_of, tokens
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.evaluation import testbed
-from sparsekv.hf import models
+from sparsekv.hf import models, parallel
 from sparsekv.layer_budgets import as_mapping
 from sparsekv.pages import FORMATS
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
     add("min_share", "pages of a smaller share of attention are not read", type=float, metavar="SHARE")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="at most so many (default %(default)s)")
     models.add_arguments(parser)
+    parallel.add_argument(parser)
 
 
 def budget(text: str) -> int | float:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMode,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from sparsekv.cache import PagedCache
 from sparsekv.cache.masks import visible_columns
@@ -20,6 +28,7 @@ from sparsekv.hf.attention import original_implementation
 from sparsekv.hf.capture.decoder import CapturedDecoder, Run
 from sparsekv.hf.chunks import chunk_size
 from sparsekv.hf.notices import Notices, Reason, reason_in_cache, reason_in_model
+from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import CACHE, CACHE_NAMES
 
 AHEAD = 8192  # new tokens of a sequence that memory is reserved for before the first: a captured step need not move
@@ -31,6 +40,7 @@ _CHUNKS_LATER_TURNS = Version(transformers.__version__) >= Version("5.21")
 _TEXT = {"attention_mask", "position_ids"}
 _DYNAMIC = (None, "dynamic")
 _STATIC = ("static",)
+_OF_TOKENS = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)  # which are the same in every rank
 
 
 def prepare_cache(
@@ -59,6 +69,7 @@ def prepare_cache(
     given = model_kwargs.get(CACHE)
     is_paged = _is_paged(given)
     reason = None if is_paged else _reason_for_dense(model, generation_config, model_kwargs, is_assisted)
+    reason = Ranks.of(model).first(reason, "the choice of a cache")
     if reason is None:  # an assistant takes over the chunks of the model that it helps, for all its turns
         _chunk_prefill(generation_config, model_kwargs, batch_size, is_assisted)
         if getattr(generation_config, "assistant_early_exit", None) is not None:
@@ -142,6 +153,26 @@ def decode_call(own: Method, decoder: CapturedDecoder, compile_config: Any) -> C
         return own(compile_config)(**inputs)
 
     return call
+
+
+def generate_together(own: Method, ranks: Ranks, *args: Any, **kwargs: Any) -> Any:
+    """The model's `generate`, where several ranks hold it: it fails in all of them or in none."""
+    with ranks.together("generate"):
+        return own(*args, **kwargs)
+
+
+def agreed_criteria(own: Method, ranks: Ranks, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+    """The model's `_get_stopping_criteria`, where several ranks hold it. What may differ among them (by clocks, or by
+    functions of the user) they decide together after every token; what follows from the tokens costs nothing."""
+    found = own(*args, **kwargs)
+    return StoppingCriteriaList(x if isinstance(x, _OF_TOKENS) else partial(_stops, ranks, x) for x in found)
+
+
+def _stops(ranks: Ranks, criterion: Method, *args: Any, **kwargs: Any) -> Tensor:
+    """Of every sequence whether any rank ends it, `[b]`."""
+    mine: Tensor = criterion(*args, **kwargs)
+    said = ranks.gather(mine.tolist(), "a stopping criterion")
+    return torch.tensor(said, dtype=torch.bool, device=mine.device).any(0)
 
 
 def _reason_for_dense(

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, __version__
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, __version__
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 from sparsekv.command_line import choose_device
 from sparsekv.errors import ConfigError
+from sparsekv.hf.parallel import divided
 from sparsekv.hf.published import PROBE, PUBLISHED, fetch
 from sparsekv.user_cache import appearing, cache_directory
 
@@ -49,22 +50,29 @@ def add_arguments(parser: argparse.ArgumentParser, default: str | None = AUTO) -
     )  # fmt: skip
 
 
-def load(name: str, device: str = AUTO, dtype: str | torch.dtype = AUTO) -> tuple[Any, Any]:
+def load(
+    name: str, device: str = AUTO, dtype: str | torch.dtype = AUTO, parallel: str | None = None
+) -> tuple[Any, Any]:
     """A model, on its device and ready for inference, and its tokenizer.
 
     Args:
         name: `WHAT` it may be.
         dtype: of the weights; `auto`: the checkpoint's own, and for a small model with a name of its own bfloat16 on
             a GPU and float32 on a CPU.
+        parallel: `tensor`: this rank's part of it, on this rank's device; `sparsekv.hf.parallel` has started them.
 
     Raises:
-        ConfigError: there is no such model or device.
+        ConfigError: there is no such model or device, or it cannot be divided.
     """
     place = choose_device(device)
     if name in {*SHIPPED, *PUBLISHED} and dtype == AUTO:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     tokenizer = pretrained(AutoTokenizer, name)
-    return pretrained(AutoModelForCausalLM, name, dtype=dtype).to(place).eval(), tokenizer
+    if parallel is None:
+        return pretrained(AutoModelForCausalLM, name, dtype=dtype).to(place).eval(), tokenizer
+    options = divided(pretrained(AutoConfig, name))
+    model = pretrained(AutoModelForCausalLM, name, dtype=dtype, **options)
+    return (model if options else model.to(place)).eval(), tokenizer
 
 
 def pretrained(factory: Any, name: str, **options: Any) -> Any:

@@ -21,6 +21,7 @@ from sparsekv.hf import attention, generation, support
 from sparsekv.hf.capture.decoder import CapturedDecoder
 from sparsekv.hf.memory import Memory, memory
 from sparsekv.hf.notices import Notices, attention_set_since
+from sparsekv.hf.ranks import Ranks
 from sparsekv.layer_budgets import told
 from sparsekv.pages import Arena
 from sparsekv.policies import POLICIES
@@ -29,6 +30,8 @@ _ATTRIBUTE = "_sparsekv_patch"
 _PREPARE = "_prepare_cache_for_generation"
 _MAY_COMPILE = "_valid_auto_compile_criteria"
 _COMPILED = "get_compiled_call"
+_GENERATE = "generate"
+_CRITERIA = "_get_stopping_criteria"
 
 
 class Patch:
@@ -50,7 +53,7 @@ class Patch:
         self.notices = Notices()
         self.is_active = False
         self._arena = Arena()
-        self._before: dict[str, Any] = {}  # what the model itself had under the names of our methods
+        self._before: dict[str, Any] = {}  # what the model itself had under the names of our methods, or None
         self._hook: RemovableHandle | None = None
 
     def new_cache(self, reserve_tokens: int = 0) -> PagedCache:
@@ -104,19 +107,23 @@ class Patch:
 
     def _apply(self) -> None:
         # Partials of bound methods, not closures: a deep copy of the model gets its own, and they can be pickled.
-        model, decoder = self.model, support.decoder_of(self.model)
-        own = {name: getattr(model, name) for name in (_PREPARE, _MAY_COMPILE, _COMPILED)}
+        model, decoder, ranks = self.model, support.decoder_of(self.model), Ranks.of(self.model)
+        own = {name: getattr(model, name) for name in (_PREPARE, _MAY_COMPILE, _COMPILED, _GENERATE, _CRITERIA)}
+        methods = {
+            _PREPARE: partial(generation.prepare_cache, model, own[_PREPARE], self.new_cache, self.notices),
+            _MAY_COMPILE: partial(generation.may_capture, own[_MAY_COMPILE], self.config),
+            _COMPILED: partial(generation.decode_call, own[_COMPILED], self.decoder),
+        }
+        if ranks.size > 1:
+            methods[_GENERATE] = partial(generation.generate_together, own[_GENERATE], ranks)
+            methods[_CRITERIA] = partial(generation.agreed_criteria, own[_CRITERIA], ranks)
         # The class's names, not those of a function that somebody has put in front of it.
         parameters = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
         hook = generation.ForwardHook(self.new_cache, self.notices, parameters)
-        self._before = {name: vars(model)[name] for name in own if name in vars(model)}
+        self._before = {name: vars(model).get(name) for name in methods}
         try:
             self._hook = decoder.register_forward_pre_hook(hook, with_kwargs=True)
-            setattr(
-                model, _PREPARE, partial(generation.prepare_cache, model, own[_PREPARE], self.new_cache, self.notices)
-            )
-            setattr(model, _MAY_COMPILE, partial(generation.may_capture, own[_MAY_COMPILE], self.config))
-            setattr(model, _COMPILED, partial(generation.decode_call, own[_COMPILED], self.decoder))
+            vars(model).update(methods)
             setattr(model, _ATTRIBUTE, self)
             config = support.text_config(model)
             is_special = support.has_sinks_or_softcaps(model)
@@ -131,9 +138,9 @@ class Patch:
         config = support.text_config(self.model)
         if attention.is_patched(config):  # else the user has set another since
             config._attn_implementation_internal = config._attn_implementation.original
-        for name in (_PREPARE, _MAY_COMPILE, _COMPILED, _ATTRIBUTE):
+        for name in (*self._before, _ATTRIBUTE):
             vars(self.model).pop(name, None)
-        vars(self.model).update(self._before)
+        vars(self.model).update({name: own for name, own in self._before.items() if own is not None})
         if self._hook is not None:
             self._hook.remove()
 

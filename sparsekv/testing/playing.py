@@ -24,9 +24,10 @@ from sparsekv.hf.support import CACHE
 
 
 class Played(CapturedStep):
-    """A captured step without a GPU. `failure`: what recording raises."""
+    """A captured step without a GPU. `failure`: what recording raises. `frozen`: what makes the copy of the model."""
 
     failure: Exception | None = None
+    frozen = staticmethod(copy.deepcopy)
 
     def record(self, forward: Any, site: Any) -> None:
         """As CapturedStep's, but that it computes, and puts back what that changes."""
@@ -37,7 +38,7 @@ class Played(CapturedStep):
         if self.failure is not None:  # some layers have run by then
             raise self.failure
         model, self.rest = forward.func, {name: x for name, x in forward.keywords.items() if name != CACHE}
-        self.model = copy.deepcopy(model)
+        self.model = self.frozen(model)
         self.output = type(output)(logits=output.logits.clone())
 
     def replay(self, inputs: dict[str, Tensor], cache: PagedCache) -> Any:

@@ -11,8 +11,9 @@ import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -24,6 +25,7 @@ from sparsekv.config import SparseConfig
 from sparsekv.hf.attention import without_masks
 from sparsekv.hf.capture.fusion import fused
 from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
+from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import CACHE, LayerStatus
 from sparsekv.pages import RESIDENCIES
 from sparsekv.policies import POLICIES
@@ -33,6 +35,12 @@ MAX_GRAPHS = 8  # batch sizes and widths of tables that are kept ready, in every
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
+class Todo(IntEnum):
+    """What is to be done about a step's graph: by several ranks, what the one that is least far needs."""
+
+    WARM_UP, CAPTURE, COMPARE, REPLAY = range(4)
+
+
 class Run:
     """One decode loop. Every graph that it uses is compared with an eager step first, whatever was done to the model
     since it was captured.
@@ -40,12 +48,16 @@ class Run:
     Attributes:
         captured, verified: the steps that were captured in this loop, and those that were compared.
         refusal: why the rest of this loop is not captured, or None.
+        obstacle: why this rank did not capture the step before, and why no rank did.
+        place: where the tensors of the step before lie.
     """
 
     def __init__(self) -> None:
         self.captured: WeakSet[CapturedStep] = WeakSet()  # weak: a graph that is thrown away frees its memory
         self.verified: WeakSet[CapturedStep] = WeakSet()
         self.refusal: str | None = None
+        self.obstacle: tuple[Any, str | None] = (..., None)  # there was none
+        self.place: tuple[Any, ...] = ()
 
 
 class CapturedDecoder:
@@ -73,6 +85,7 @@ class CapturedDecoder:
         self.captures = self.replays = 0
         self.refusal: str | None = None
         self.last_obstacle: str | None = None
+        self.ranks = Ranks.of(self.model)
         self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
         self._warm: set[Any] = set()
         self._sites: dict[torch.device, Site] = {}
@@ -98,7 +111,7 @@ class CapturedDecoder:
         Raises:
             CacheFullError, OutOfMemoryError: there is no room for the token; the cache is what it was.
         """
-        self.last_obstacle = run.refusal or self.obstacle(inputs)
+        self.last_obstacle = self._common_obstacle(run, inputs)
         if self.last_obstacle is not None:
             return self.model(**inputs)
         cache = inputs[CACHE]
@@ -140,25 +153,46 @@ class CapturedDecoder:
 
     # -- how
 
+    def _common_obstacle(self, run: Run, inputs: dict[str, Any]) -> str | None:
+        """Why no rank captures a step. They ask each other at the first one, and when it has become another."""
+        mine = run.refusal or self.obstacle(inputs)
+        if run.obstacle[0] != mine:
+            run.obstacle = mine, self.ranks.first(mine, "what keeps a step from being captured")
+        return run.obstacle[1]
+
+    def _todo(self, run: Run, step: CapturedStep | None, is_warm: bool, place: tuple[Any, ...]) -> Todo:
+        """What all ranks do. A replay where nothing has moved needs no word: then nothing has moved in any."""
+        if step is None:
+            mine = Todo.CAPTURE if is_warm else Todo.WARM_UP
+        else:
+            mine = Todo.REPLAY if step in run.verified else Todo.COMPARE
+        if mine is Todo.REPLAY and place == run.place:
+            return mine
+        run.place = place
+        return min(self.ranks.gather(mine, "a step to be captured"))
+
     def _step(self, run: Run, cache: PagedCache, begun: Step, inputs: dict[str, Any]) -> Any:
         tensors, rest = _split(inputs, cache)
         shapes = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in tensors.items())
         warm = begun.config, begun.shape, shapes
-        key = begun.key, shapes, repr(sorted(rest.items(), key=str)), torch.is_autocast_enabled("cuda")
+        of_cache = begun.key
+        key = of_cache, shapes, repr(sorted(rest.items(), key=str)), torch.is_autocast_enabled("cuda")
         step = self._steps.get(key)
-        if step is None or step not in run.verified:
+        todo = self._todo(run, step, warm in self._warm, of_cache[-1])
+        if todo is not Todo.REPLAY:
             begun.save()
-        if step is None and warm not in self._warm:  # kernels are built and libraries started by an eager step
+        if todo is Todo.WARM_UP:  # kernels are built and libraries started by an eager step
             self._warm.add(warm)
             with self._as_captured():
                 return self.model(**inputs)
-        if step is None:
+        if todo is Todo.CAPTURE:
             step = self._capture(run, cache, begun, tensors, rest)
             if step is None:
                 return self.model(**inputs)
             run.captured.add(step)
             self._keep(key, step)
-        elif step not in run.verified:
+        step = cast(CapturedStep, step)
+        if todo is Todo.COMPARE:
             return self._verify(run, step, cache, begun, tensors, inputs)
         output = step.replay(tensors, cache)
         begun.follow(step.reads)
@@ -169,13 +203,17 @@ class CapturedDecoder:
         self, run: Run, cache: PagedCache, begun: Step, tensors: dict[str, Tensor], rest: dict[str, Any]
     ) -> CapturedStep | None:
         forward = partial(self.model, **rest, **{CACHE: cache})
+        step, failure = None, None
         try:
             step = CapturedStep(tensors)
             step.weights = addresses(self.model)
             with begun.capturing() as step.reads, self._as_captured():
                 step.record(forward, self._site(tensors["input_ids"].device))
         except Exception as error:
-            self._give_up(run, error)
+            failure = _told(error)
+        failure = self.ranks.first(failure, "whether a step was captured")
+        if failure is not None:
+            self._give_up(run, *failure)
             return None
         self.captures += 1
         return step
@@ -208,11 +246,13 @@ class CapturedDecoder:
         """A step by replay, and the same step eagerly: the graph may have baked in what has changed since. The eager
         one comes last, as what either writes into the pages is overwritten by the next; states are put back."""
         in_place = step.weights == addresses(self.model)  # else it would read memory that may be gone
+        in_place = self.ranks.all(in_place, "where the weights of a step lie")
         replayed = step.replay(tensors, cache) if in_place else None
         begun.restore()
         with self._as_captured():
             eager = self.model(**inputs)
-        if replayed is not None and _same(eager.logits, replayed.logits):
+        is_same = replayed is not None and _same(eager.logits, replayed.logits)
+        if self.ranks.all(is_same, "whether a captured step is right"):
             run.verified.add(step)
             return eager
         self.clear()
@@ -221,10 +261,9 @@ class CapturedDecoder:
             self.refuse(f"a captured step {other}")
         return eager
 
-    def _give_up(self, run: Run, error: Exception) -> None:
+    def _give_up(self, run: Run, reason: str, is_memory: bool) -> None:
         """After a capture that failed: for good, or for this loop alone if memory ran out, which another may have."""
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in reason:
+        if not is_memory:
             self.refuse(f"its forward cannot be captured ({reason})")
             return
         self.clear()
@@ -250,6 +289,12 @@ def _split(inputs: dict[str, Any], cache: PagedCache) -> tuple[dict[str, Tensor]
         tensors["position_ids"] = torch.full_like(inputs["input_ids"], cache.get_seq_length())
         rest.pop("position_ids", None)
     return tensors, rest
+
+
+def _told(error: Exception) -> tuple[str, bool]:
+    """Why a capture failed, and whether it was for want of memory."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return reason, isinstance(error, torch.OutOfMemoryError) or "out of memory" in reason
 
 
 def _same(exact: Tensor, replayed: Tensor) -> bool:

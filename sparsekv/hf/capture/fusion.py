@@ -107,6 +107,8 @@ def _norms(model: torch.nn.Module) -> Iterator[Replacement]:
         own = vars(module).get("forward")
         if weight is None or weight.ndim != 1 or not (own is None or isinstance(own, StandIn)):
             continue
+        if type(weight) not in (Tensor, torch.nn.Parameter):  # divided among ranks, say
+            continue
         original, alike = MethodType(kind.forward, module), _alike(module, weight)
         ours = _norm(module, original)
         if alike not in tried:

@@ -462,6 +462,8 @@ def test_a_step_is_split_by_the_names_of_its_kernels() -> None:
     kernels += [("cublasLt::splitKreduce_kernel", 30.0), ("gemvx::kernel", 270.0), ("elementwise_kernel", 90.0)]
     found = parts(kernels, 3, ms_per_token=2.0)
     assert found == pytest.approx({"attention": 0.22, "gemm": 1.1, "rest": 0.03, "idle": 0.65})
+    with_ranks = parts([*kernels, ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 300.0)], 3, ms_per_token=2.0)
+    assert with_ranks == pytest.approx({**found, "all_reduce": 0.1, "idle": 0.55})
 
 
 def made_row(batch: int, context: int, mode: str, ms: float | None, **changes: Any) -> dict[str, Any]:
