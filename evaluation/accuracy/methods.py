@@ -1,6 +1,6 @@
 """Ways to decode, by name: which pages a step reads, and what they are chosen by.
 
-`sketch`, `sign_sketch/top_k`, and with settings of its own `sketch+mean_softmax+dense0`.
+`sketch`, `sign_sketch/top_k`, and with settings of its own `sketch+mean_softmax+dense0`, `dense+prefill.95`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from sparsekv import DIGESTS, POLICIES, SparseConfig
@@ -29,6 +30,7 @@ class Method:
     Attributes:
         digest: None if the policy reads none, or only true keys.
         group_pooling, dense_layers, min_share: None: the run's.
+        prefill_mass: of the attention of its prompts, which are read sparsely; None: they are dense.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Method:
     group_pooling: str | None = None
     dense_layers: int | None = None
     min_share: float | None = None
+    prefill_mass: float | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -56,6 +59,7 @@ class Method:
             ConfigError: the budget is too small for what is always read.
         """
         own = {name: getattr(self, name) for name in _OWN if getattr(self, name) is not None}
+        own["prefill"] = "dense" if self.prefill_mass is None else "sparse"
         if budget is None:
             return base.with_(**own)
         return base.with_(**own, budget=budget, recent=min(base.recent_tokens, max(budget // 4, 1)))
@@ -83,7 +87,7 @@ def _source(made: type) -> str:
         return "".join(f"{f.__name__} {f.__code__.co_code.hex()} {f.__code__.co_consts}" for f in functions)
 
 
-_OWN = ("policy", "digest", "group_pooling", "dense_layers", "min_share")
+_OWN = ("policy", "digest", "group_pooling", "dense_layers", "min_share", "prefill_mass")
 METHODS = {
     method.name: method
     for method in (
@@ -99,8 +103,8 @@ METHODS = {
 
 def method(name: str) -> Method:
     """The method called so; `DIGEST/POLICY` names any pair of the registries, as `sign_sketch/top_k`. What follows on
-    a `+` is a setting of its own: a pooling, `share.001` for that pooling and `min_share=0.001`, or `dense0` for
-    `dense_layers=0`.
+    a `+` is a setting of its own: a pooling, `share.001` for that pooling and `min_share=0.001`, `dense0` for
+    `dense_layers=0`, or `prefill.95` for `prefill="sparse"` and `prefill_mass=0.95`.
 
     Raises:
         UnknownNameError: there is none.
@@ -132,14 +136,19 @@ def _setting(text: str) -> dict[str, Any]:
         return {"dense_layers": int(dense[1])}
     if share := re.fullmatch(r"share(0?\.\d+)", text):
         return {"group_pooling": "share", "min_share": float(share[1])}
+    if mass := re.fullmatch(r"prefill(1|0?\.\d+)", text):
+        return {"prefill_mass": float(mass[1])}
     if text not in GROUP_POOLINGS:
-        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "share.001", "dense0"])
+        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "share.001", "dense0", "prefill.95"])
     return {"group_pooling": text}
 
 
-def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int]) -> list[Method]:
+def variants(
+    name: str, poolings: Sequence[str], dense_layers: Sequence[int], masses: Sequence[float] = ()
+) -> list[Method]:
     """A method with every setting that makes a difference to it and that it does not name: poolings if it reads
     digests, dense layers unless it reads everything anyway. The first of each is the run's own, and is not named.
+    Then all of them again after prompts that are read sparsely, by each of the masses.
 
     Raises:
         UnknownNameError: there is no such method.
@@ -149,7 +158,10 @@ def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int]) ->
     more_layers = dense_layers[1:] if not found.is_dense and found.dense_layers is None else ()
     of_poolings = ["", *(f"{WITH}{pooling}" for pooling in more_poolings)]
     of_layers = ["", *(f"{WITH}dense{count}" for count in more_layers)]
-    return [method(f"{name}{pooling}{count}") for pooling in of_poolings for count in of_layers]
+    of_prompts = ["", *(f"{WITH}prefill{mass:g}".replace("0.", ".") for mass in masses)]
+    of_prompts = of_prompts if found.prefill_mass is None else [""]
+    settings = product(of_prompts, of_poolings, of_layers)
+    return [method(f"{name}{pooling}{count}{mass}") for mass, pooling, count in settings]
 
 
 def pairs() -> list[str]:

@@ -153,8 +153,11 @@ class Runner:
         """The lines of a batch, cell by cell."""
         asked = self._written(batch)
         default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
-        for digest, cells in grouped(batch.cells, lambda cell: cell[0].digest or default):
+        for (digest, mass), cells in grouped(
+            batch.cells, lambda cell: (cell[0].digest or default, cell[0].prefill_mass)
+        ):
             base = self.options.base.with_(digest=digest)
+            base = base if mass is None else base.with_(prefill="sparse", prefill_mass=mass)
             with sparsekv.patch(self.model, base, dense_layers=self.options.fewest_dense) as patch:
                 cache = patch.new_cache(asked.room(base.page_size))
                 mask = prefill(self.model, asked.ids, cache)
@@ -202,6 +205,7 @@ class Runner:
                 **vars(batch.key(cell, batch.numbers[d], q)),
                 **self._outcome(task, asked.documents[d], q, row, wrong),
                 **counted,
+                "prompt_density": patch.stats.prefill.density,
                 "gpu": self._gpu,
                 "error": wrong,
             }
