@@ -2,8 +2,8 @@
 
 Each of these queries meets every key before it, and their shares of attention are summed by blocks. Means lose what
 single tokens look for: of the queries of a block, the mean looks for the first tokens; of the keys, it hides the one.
-On SmolLM2 (4,096 tokens, blocks of 128, a document each), nats per token above a dense prompt in plain text, and where
-a passage of the beginning comes again, at the density that it takes:
+On SmolLM2 (4,096 tokens, blocks of 128, a document each), nats per token above a dense prompt in plain text, and
+where a passage of the beginning comes again, at the density that it takes:
 
     four queries of a block, every key      .037, -.161 at .42
     two queries of a block, every key       .037,  .566 at .41
