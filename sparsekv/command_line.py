@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from sparsekv.config import SparseConfig
+from sparsekv.config import PREFILLS, SparseConfig
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError, did_you_mean
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -137,6 +137,18 @@ def add_settings_option(parser: argparse.ArgumentParser) -> None:
     """`--settings`, for commands that take single settings as options: those have no defaults, see `settings_of`."""
     parser.add_argument(
         "--settings", metavar="FILE", help="JSON file of SparseConfig.save; other options given here override it"
+    )
+
+
+def add_prefill_options(parser: argparse.ArgumentParser) -> None:
+    """`--prefill` and `--prefill-mass`, for commands that take them as single settings."""
+    default, mass = SparseConfig.prefill, SparseConfig.prefill_mass
+    parser.add_argument(
+        "--prefill", choices=PREFILLS,
+        help=f"how prompts are read; sparse: the blocks that hold most of their attention (default {default})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefill-mass", type=float, metavar="SHARE", help=f"how much these blocks hold of it (default {mass})"
     )
 
 

@@ -16,6 +16,7 @@ from sparsekv.layer_budgets import REST, Budget, Budgets
 
 GROUP_POOLINGS = ("max", "sum", "mean_softmax", "share")
 BACKENDS = ("auto", "reference")
+PREFILLS = ("dense", "sparse")
 MAX_RECENT = 64  # tokens, where `recent` follows the budget
 MAX_WHOLE = 2048  # tokens of a sequence that `min_share` spares: there, choosing costs more than reading less saves
 _NAMES = ("digest", "policy", "residency")  # of classes in registries
@@ -64,6 +65,11 @@ class SparseConfig:
             `int8`, a byte to a channel; `int4`, six bits to one of a key and four of a value. A pair, for keys and
             for values, is kept as one name: `("int8", "int4")` is `int8-int4`.
         residency: where pages lie between steps (`sparsekv.pages.residency`).
+        prefill: how a prompt is read: `dense`, or `sparse`: each block of its tokens reads the blocks of keys that
+            hold `prefill_mass` of its estimated attention, always the first, the one before and its own
+            (`sparsekv.policies.prompt_mass`). Layers that `dense_layers` or a budget of 1.0 asks to read everything
+            read prompts so, too; with `policy="all"` prompts alone are sparse.
+        prefill_mass: that share, in (0, 1].
 
     Raises:
         ConfigError: a value is not allowed. Names of digests, policies, formats and residencies are resolved against
@@ -85,6 +91,8 @@ class SparseConfig:
     max_tokens: int | None = None
     kv: str | tuple[str, str] = "plain"
     residency: str = "device"
+    prefill: str = "dense"
+    prefill_mass: float = 0.95
 
     def __post_init__(self) -> None:
         _check_int("page_size", self.page_size, 1, 1024)
@@ -96,6 +104,8 @@ class SparseConfig:
         _check_choice("group_pooling", self.group_pooling, GROUP_POOLINGS)
         _check_share(self.min_share, self.group_pooling)
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("prefill", self.prefill, PREFILLS)
+        _check_mass(self.prefill_mass)
         _check_bool("capture", self.capture)
         _check_bool("fuse", self.fuse)
         _check_dense_layers(self.dense_layers)
@@ -350,6 +360,11 @@ def _one_name(kv: object) -> str:
     if not isinstance(names, tuple) or len(names) not in (1, 2) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"kv={kv!r} must be the name of a format, or a pair of such, of keys and of values.")
     return "-".join(dict.fromkeys(names))
+
+
+def _check_mass(mass: object) -> None:
+    if isinstance(mass, bool) or not isinstance(mass, (int, float)) or not 0 < mass <= 1:
+        raise ConfigError(f"prefill_mass={mass!r} must be a share of a prompt's attention, above 0 and at most 1.")
 
 
 def _check_bool(field: str, value: object) -> None:

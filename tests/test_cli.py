@@ -265,6 +265,8 @@ def test_settings_left_out_are_the_defaults_of_a_patch(command: Any) -> None:
     pooled = ["--group-pooling", "share", "--min-share", "0.01"]
     changed = parser.parse_args(["--model", "testbed", *prompt, "--sinks", "0", "--kv", "int8", *pooled])
     assert model_options.config_of(changed) == SparseConfig(sinks=0, group_pooling="share", min_share=0.01, kv="int8")
+    sparse = parser.parse_args(["--model", "testbed", *prompt, "--prefill", "sparse", "--prefill-mass", ".9"])
+    assert model_options.config_of(sparse) == SparseConfig(prefill="sparse", prefill_mass=0.9)
 
 
 def test_options_go_over_a_file_of_settings(tmp_path: Path) -> None:

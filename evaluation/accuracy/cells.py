@@ -33,6 +33,7 @@ class Cell:
         bytes_per_token, dense_bytes_per_token, pages_per_token: of all layers of one sequence.
         pooling, dense_layers: those that the method decoded with, as far as they make a difference to it.
         gpu: what it was measured on, as far as that is known.
+        prompt_density: share of the causal blocks that sparse prompts read; None: prompts were dense.
     """
 
     task: str
@@ -52,6 +53,7 @@ class Cell:
     pooling: str | None = None
     dense_layers: int | None = None
     gpu: str | None = None
+    prompt_density: float | None = None
 
     @property
     def share(self) -> float | None:
@@ -107,6 +109,7 @@ def _cell(run: Run, lines: Sequence[Line], dense: Sequence[Line]) -> Cell:
         pages_per_token=per_token(good, "pages_per_token"),
         pooling=pooling,
         dense_layers=dense_layers,
+        prompt_density=_plain_mean([x["prompt_density"] for x in good if x.get("prompt_density", 1) != 1]),
         gpu=", ".join(dict.fromkeys(filter(None, (line.get("gpu", run.gpu) for line in lines)))) or None,
         **_figures(good, dense),
     )  # fmt: skip
@@ -176,6 +179,7 @@ def _mean(some: Sequence[Cell], tasks: set[str]) -> Cell:
         bytes_per_token=_plain_mean([cell.bytes_per_token for cell in read]),
         dense_bytes_per_token=_plain_mean([cell.dense_bytes_per_token for cell in read]),
         pages_per_token=_plain_mean([cell.pages_per_token for cell in read]),
+        prompt_density=_plain_mean([cell.prompt_density for cell in read]),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Ways to decode, by name: which pages a step reads, and what they are chosen by.
 
-`sketch`, `sign_sketch/top_k`, and with settings of its own `sketch+mean_softmax+dense0`.
+`sketch`, `sign_sketch/top_k`, and with settings of its own `sketch+mean_softmax+dense0`, `dense+prefill.95`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Method:
     Attributes:
         digest: None if the policy reads none, or only true keys.
         group_pooling, dense_layers, min_share, kv: None: the run's.
+        prefill_mass: of the attention of its prompts, which are read sparsely; None: they are dense.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     dense_layers: int | None = None
     min_share: float | None = None
     kv: str | None = None
+    prefill_mass: float | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -59,6 +61,7 @@ class Method:
             ConfigError: the budget is too small for what is always read.
         """
         own = {name: getattr(self, name) for name in _OWN if getattr(self, name) is not None}
+        own["prefill"] = "dense" if self.prefill_mass is None else "sparse"
         if budget is None:
             return base.with_(**own)
         return base.with_(**own, budget=budget, recent=min(base.recent_tokens, max(budget // 4, 1)))
@@ -86,7 +89,7 @@ def _source(made: type) -> str:
         return "".join(f"{f.__name__} {f.__code__.co_code.hex()} {f.__code__.co_consts}" for f in functions)
 
 
-_OWN = ("policy", "digest", "group_pooling", "dense_layers", "min_share", "kv")
+_OWN = ("policy", "digest", "group_pooling", "dense_layers", "min_share", "kv", "prefill_mass")
 METHODS = {
     method.name: method
     for method in (
@@ -103,7 +106,8 @@ METHODS = {
 def method(name: str) -> Method:
     """The method called so; `DIGEST/POLICY` names any pair of the registries, as `sign_sketch/top_k`. What follows on
     a `+` is a setting of its own: a pooling, `share.001` for that pooling and `min_share=0.001`, `dense0` for
-    `dense_layers=0`, or a format of keys and values, as in `dense+int8`.
+    `dense_layers=0`, `prefill.95` for `prefill="sparse"` and `prefill_mass=0.95`, or a format of keys and values, as
+    in `dense+int8`.
 
     Raises:
         UnknownNameError: there is none.
@@ -135,17 +139,26 @@ def _setting(text: str) -> dict[str, Any]:
         return {"dense_layers": int(dense[1])}
     if share := re.fullmatch(r"share(0?\.\d+)", text):
         return {"group_pooling": "share", "min_share": float(share[1])}
+    if mass := re.fullmatch(r"prefill(1|0?\.\d+)", text):
+        return {"prefill_mass": float(mass[1])}
     if text in FORMATS:
         return {"kv": text}
     if text not in GROUP_POOLINGS:
-        raise UnknownNameError("a method's setting", text, [*GROUP_POOLINGS, "share.001", "dense0", *FORMATS])
+        allowed = [*GROUP_POOLINGS, "share.001", "dense0", "prefill.95", *FORMATS]
+        raise UnknownNameError("a method's setting", text, allowed)
     return {"group_pooling": text}
 
 
-def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int], formats: Sequence[str]) -> list[Method]:
+def variants(
+    name: str,
+    poolings: Sequence[str],
+    dense_layers: Sequence[int],
+    formats: Sequence[str],
+    masses: Sequence[float] = (),
+) -> list[Method]:
     """A method with every setting that makes a difference to it and that it does not name: poolings if it reads
     digests, dense layers unless it reads everything anyway, formats of keys and values. The first of each is the
-    run's own, and is not named.
+    run's own, and is not named. Then all of them again after prompts that are read sparsely, by each of the masses.
 
     Raises:
         UnknownNameError: there is no such method.
@@ -156,7 +169,10 @@ def variants(name: str, poolings: Sequence[str], dense_layers: Sequence[int], fo
     of_poolings = ["", *(f"{WITH}{pooling}" for pooling in more_poolings)]
     of_layers = ["", *(f"{WITH}dense{count}" for count in more_layers)]
     of_formats = ["", *(f"{WITH}{kv}" for kv in (formats[1:] if found.kv is None else ()))]
-    return [method(name + "".join(own)) for own in product(of_poolings, of_layers, of_formats)]
+    of_prompts = ["", *(f"{WITH}prefill{mass:g}".replace("0.", ".") for mass in masses)]
+    of_prompts = of_prompts if found.prefill_mass is None else [""]
+    settings = product(of_prompts, of_poolings, of_layers, of_formats)
+    return [method("".join([name, *own, mass])) for mass, *own in settings]
 
 
 def pairs() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from sparsekv import SparseConfig
 from sparsekv.command_line import positive, tokens
-from sparsekv.config import GROUP_POOLINGS
+from sparsekv.config import GROUP_POOLINGS, PREFILLS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation import testbed
 from sparsekv.evaluation.tasks import FILE_TASKS, TASKS, make_task
@@ -25,8 +25,9 @@ from .methods import METHODS, Method, pairs, variants
 _LISTS = {
     **dict.fromkeys(("tasks", "methods", "group_pooling", "kv"), str),
     **dict.fromkeys(("budgets", "lengths", "dense_layers"), int),
+    "prefill_mass": float,
 }
-_OFTEN_SINGLE = ("dense_layers", "group_pooling", "kv")
+_OFTEN_SINGLE = ("dense_layers", "group_pooling", "kv", "prefill_mass")
 _TEXTS, _COUNTS, _FLAGS = ("model", "device"), ("num_examples", "batch_tokens", "batch_rows"), ("probe",)
 QUICK = {
     "lengths": (2048,),
@@ -52,6 +53,7 @@ class RunOptions:
         page_size, sinks, recent: of the patch.
         dense_layers, group_pooling, kv: of the patch, one or several: methods are measured with each, as far as it
             makes a difference to them. The first is the run's own; a method with another one says so in its name.
+        prefill, prefill_mass: `sparse`: methods are measured with dense prompts and with sparse ones of each mass.
         probe: whether to measure attention mass on a few steps.
         batch_tokens, batch_rows: most tokens of documents, and most questions, at once.
 
@@ -73,6 +75,8 @@ class RunOptions:
     recent: int = 64
     group_pooling: str | tuple[str, ...] = "max"
     kv: str | tuple[str, ...] = "plain"
+    prefill: str = SparseConfig.prefill
+    prefill_mass: float | tuple[float, ...] = SparseConfig.prefill_mass
     probe: bool = True
     device: str = "auto"
     dtype: str = "auto"
@@ -89,6 +93,8 @@ class RunOptions:
             self.base.with_(group_pooling=pooling)
         for name in self._formats:
             FORMATS.get(name)
+        for mass in self.masses:
+            self.base.with_(prefill=self.prefill, prefill_mass=mass)
         for found, budget in self.cells:
             found.config(self.base, budget)
 
@@ -110,6 +116,11 @@ class RunOptions:
         """All of `group_pooling`."""
         return cast("tuple[str, ...]", self.group_pooling)
 
+    @property
+    def masses(self) -> tuple[float, ...]:
+        """All of `prefill_mass`."""
+        return cast("tuple[float, ...]", self.prefill_mass)
+
     @cached_property
     def base(self) -> SparseConfig:
         """The settings that all methods share, but for those that they name."""
@@ -123,7 +134,7 @@ class RunOptions:
     @cached_property
     def cells(self) -> list[tuple[Method, int | None]]:
         """Every method with every setting at every budget; dense has none."""
-        own = (self.poolings, self._layers, self._formats)
+        own = self.poolings, self._layers, self._formats, self.masses if self.prefill == "sparse" else ()
         found = {m.name: m for name in self.methods for m in variants(name, *own)}
         return [(m, b) for m in found.values() for b in ((None,) if m.is_dense else self.budgets)]
 
@@ -142,9 +153,10 @@ class RunOptions:
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on, for the manifest."""
-        hidden = ("model", "device", "batch_tokens", "batch_rows", "probe", "chat")  # of chat, what it comes to
+        hidden = ["model", "device", "batch_tokens", "batch_rows", "probe", "chat"]  # of chat, what it comes to
+        hidden += ["prefill", "prefill_mass"]  # which are in the methods' names
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
-        found |= {name: getattr(self, name)[0] for name in _OFTEN_SINGLE}  # other ones are in the methods' names
+        found |= {name: getattr(self, name)[0] for name in _OFTEN_SINGLE if name in found}  # others are in the names
         found["methods"] = list(dict.fromkeys(method.name for method, _ in self.cells))
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -153,8 +165,10 @@ def _listed(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     """A setting of several values, without repetitions."""
     if name in _OFTEN_SINGLE and isinstance(value, kind):
         value = (value,)
+    if kind is float and isinstance(value, (tuple, list)):
+        value = [float(x) if type(x) is int else x for x in value]
     if not isinstance(value, (tuple, list)) or not all(isinstance(x, kind) and type(x) is not bool for x in value):
-        what = "names" if kind is str else "whole numbers"
+        what = {str: "names", int: "whole numbers", float: "numbers"}[kind]
         raise ConfigError(f"{name}={value!r} is not allowed: a list of {what}.")
     if not value:
         raise ConfigError(f"{name} is empty: name at least one.")
@@ -214,6 +228,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--kv", nargs="+", metavar="FORMAT",
         help=f"of keys and values: {', '.join(FORMATS)} (default plain); of several, methods with each: dense+int8",
+    )  # fmt: skip
+    add(
+        "--prefill", choices=PREFILLS,
+        help="sparse: all methods again after prompts that are read sparsely (default dense)",
+    )  # fmt: skip
+    add(
+        "--prefill-mass", nargs="+", type=float, metavar="SHARE",
+        help="of a prompt's attention that sparse ones read (default .95); of several, methods with each",
     )  # fmt: skip
     models.add_arguments(parser, default=None)
     add("--quick", action="store_true", help="a few examples of a few tasks at 2k: a minute or two on two cores")

@@ -157,8 +157,14 @@ class Runner:
         asked = self._written(batch)
         default = next((m.digest for m, _ in batch.cells if m.digest), self.options.base.digest)
         own = self.options.base.page_format
-        for (digest, kv), cells in grouped(batch.cells, lambda cell: (cell[0].digest or default, cell[0].kv or own)):
+
+        def settings(cell: Cell) -> tuple[str, str, float | None]:
+            method = cell[0]
+            return method.digest or default, method.kv or own, method.prefill_mass
+
+        for (digest, kv, mass), cells in grouped(batch.cells, settings):
             base = self.options.base.with_(digest=digest, kv=kv)
+            base = base if mass is None else base.with_(prefill="sparse", prefill_mass=mass)
             with sparsekv.patch(self.model, base, dense_layers=self.options.fewest_dense) as patch:
                 cache = patch.new_cache(asked.room(base.page_size))
                 mask = prefill(self.model, asked.ids, cache)
@@ -206,6 +212,7 @@ class Runner:
                 **vars(batch.key(cell, batch.numbers[d], q)),
                 **self._outcome(task, asked.documents[d], q, row, wrong),
                 **counted,
+                "prompt_density": patch.stats.prefill.density,
                 "gpu": self._gpu,
                 "error": wrong,
             }

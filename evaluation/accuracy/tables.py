@@ -123,12 +123,14 @@ def notes(run: Run) -> list[str]:
 
 
 def csv_text(run: Run) -> str:
-    """Every cell with its intervals, one per line; what there is not is left empty."""
-    file = io.StringIO()
+    """Every cell with its intervals, one per line; what there is not is left empty. Where no prompt was sparse, there
+    is no column for it."""
+    file, found = io.StringIO(), cells(run)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for cell in cells(run):
-        writer.writerow(["" if (value := _csv_value(cell, name)) is None else value for name in CSV_COLUMNS])
+    columns = (*CSV_COLUMNS, *(["prompt_density"] if _with_sparse_prompts(found) else []))
+    writer.writerow(columns)
+    for cell in found:
+        writer.writerow(["" if (value := _csv_value(cell, name)) is None else value for name in columns])
     return file.getvalue()
 
 
@@ -146,6 +148,10 @@ def estimated(estimate: Estimate | None, full: bool, form: str, form_of_ends: st
         return text
     low, high = (_number(scale * end, form_of_ends or form) for end in (estimate.low, estimate.high))
     return f"{text} ({low} to {high})"
+
+
+def _with_sparse_prompts(found: Sequence[Cell]) -> bool:
+    return any(cell.prompt_density is not None for cell in found)
 
 
 def _number(value: float, form: str) -> str:
@@ -183,6 +189,8 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
         what = task if task == "perplexity" else f"{task} perplexity"
         header += [f"{what} (n={most[task]})", "nats over dense"]
 
+    sparse_prompts = _with_sparse_prompts(found)
+
     def row(method: str, budget: int | None) -> Iterator[str]:
         average = by_place[MEAN, method, budget]
         yield from (method, "" if budget is None else f"{budget:,}")
@@ -194,15 +202,17 @@ def _grid(run: Run, found: Sequence[Cell], full: bool) -> Grid:
             cell = by_place.get((task, method, budget))
             yield from (_figure(cell, most[task], full), estimated(cell.nats_change if cell else None, full, "+.4f"))
         yield "" if average.share is None else f"{100 * average.share:.1f}%"
+        if sparse_prompts:
+            yield f"{100 * (average.prompt_density or 1):.1f}%"
 
     places = dict.fromkeys((c.method, c.budget) for c in found)
     ordered = sorted(places, key=lambda place: (run.methods.index(place[0]), place[1] or 0))
     return Grid(
         f"{found[0].length:,} tokens",
-        ("method", "budget", *header, "cache read"),
+        ("method", "budget", *header, "cache read", *(["prompt read"] if sparse_prompts else [])),
         tuple(tuple(row(*place)) for place in ordered),
         tasks=range(2, 2 + len(scored)),
-        notes=tuple(_grid_notes(full, bool(scored), too_hard)),
+        notes=tuple(_grid_notes(full, bool(scored), sparse_prompts, too_hard)),
     )
 
 
@@ -216,7 +226,7 @@ def _figure(cell: Cell | None, most: int, full: bool) -> str:
     return ", ".join(filter(None, (text, fewer, wrong)))
 
 
-def _grid_notes(full: bool, is_scored: bool, unsolved: Mapping[str, float]) -> Iterator[str]:
+def _grid_notes(full: bool, is_scored: bool, sparse_prompts: bool, unsolved: Mapping[str, float]) -> Iterator[str]:
     if unsolved:
         told = ", ".join(f"{task} ({100 * value:.1f} %)" for task, value in unsolved.items())
         yield f"Dense itself solves less than {SOLVED:.0%} of {told}: nothing is compared there, no mean counts it."
@@ -225,3 +235,5 @@ def _grid_notes(full: bool, is_scored: bool, unsolved: Mapping[str, float]) -> I
     if full:
         yield "In brackets: 95 % intervals."
     yield "Budget: tokens read per kv head and layer. Cache read: share of dense decoding's bytes, digests included."
+    if sparse_prompts:
+        yield "Prompt read: share of the causal blocks that a prompt attended to."

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from sparsekv import SparseConfig
-from sparsekv.command_line import add_json_option, add_settings_option, positive, settings_of, tokens
+from sparsekv.command_line import (
+    add_json_option,
+    add_prefill_options,
+    add_settings_option,
+    positive,
+    settings_of,
+    tokens,
+)
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError, UnknownNameError
 from sparsekv.evaluation.report import short
@@ -189,6 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--digest", help=f"page digest (default {SparseConfig.digest})")
     add_format_option(parser)
     add_share_options(parser)
+    add_prefill_options(parser)
     parser.add_argument("--out", metavar="DIR", help="write DIR/generate_DEVICE.json and .png")
     parser.add_argument("--add", action="store_true", help="keep the other points of the files that are there")
     add_json_option(parser)

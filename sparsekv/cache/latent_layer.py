@@ -14,7 +14,6 @@ from sparsekv.cache.handshake import expects
 from sparsekv.cache.layer_kinds import latent_dims
 from sparsekv.cache.masks import visible_columns
 from sparsekv.cache.paged_layer import PagedLayer
-from sparsekv.policies import Policy
 
 _UNKNOWN = "its keys and values are not what its `kv_b_proj` makes of the latents in the cache"
 
@@ -78,7 +77,7 @@ class LatentLayer(PagedLayer):
         self._absorbed = None
         self.commit(visible_columns(mask))
         self.stats.record_pass(self.layer_idx)
-        if type(self.policy).prompt_blocks is not Policy.prompt_blocks and self.on_notice is not None:
+        if self.policy.chooses_blocks(self.config) and self.on_notice is not None:
             name = self.config.policy
             self.on_notice(f"a prompt is read densely, whatever policy {name!r} chooses of it: its keys are latents")
         return key, value

@@ -280,6 +280,7 @@ class PagedCache(BatchRows):
 
     def _made(self, kind: type[CacheLayer], layer_idx: int, is_dense: bool, layer_config: Any) -> Any:
         own, told = self.config.at(layer_idx), (self._observers, self._on_fallback)
+        own = own.with_(prefill="dense") if is_dense else own
         return kind(self._store, layer_idx, own, self.stats, *told, is_dense, layer_config, self._on_notice)
 
     def _check_patched(self) -> None:

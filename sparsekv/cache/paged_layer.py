@@ -13,7 +13,8 @@ from sparsekv.cache.cache_layer import LAYER_KINDS
 from sparsekv.cache.layer_kinds import why_not_paged
 from sparsekv.cache.masks import is_causal, is_left_out, visible_columns
 from sparsekv.cache.stored_layer import Accepted, StoredLayer, own_precision
-from sparsekv.policies import DecodeStep, Policy, PromptChunk
+from sparsekv.ops.flex import why_plain
+from sparsekv.policies import DecodeStep, PromptChunk
 
 
 @LAYER_KINDS.register("pages")
@@ -40,7 +41,7 @@ class PagedLayer(StoredLayer):
         if is_new:
             self.stats.record_pass(self.layer_idx)
         num_new, is_whole = query.shape[2], key.shape[2] == query.shape[2]  # else its last tokens alone are asked for
-        if type(self.policy).prompt_blocks is not Policy.prompt_blocks:
+        if self.policy.chooses_blocks(self.config):
             if is_plain and is_whole and is_causal(mask, num_new):
                 return prefill.attend(self, query, key, value, scaling, self._over_blocks)
             self._say_that_it_is_dense(is_plain)
@@ -94,9 +95,12 @@ class PagedLayer(StoredLayer):
         if chosen is None:
             return prefill.causal(query, key, value, scaling)
         blocks = prompt_blocks.settled(chunk, chosen)
-        num_causal = int(prompt_blocks.causal_blocks(chunk).sum())
-        self.stats.record_blocks(int(blocks.sum()), num_causal * blocks.shape[0] * blocks.shape[1])
-        return prompt_blocks.attend(chunk, value, blocks)
+        self.stats.record_blocks(self.layer_idx, blocks, chunk.num_causal_blocks * blocks.shape[0] * blocks.shape[1])
+        out = prompt_blocks.attend(self.store.ops, chunk, value, blocks)
+        reason = why_plain(query.device, size) if query.device.type == "cuda" else None
+        if reason is not None and self.on_notice is not None:
+            self.on_notice(f"the chosen blocks of a prompt are attended to in plain torch: {reason}")
+        return out
 
     def _say_that_it_is_dense(self, is_plain: bool) -> None:
         """Tells that the policy's blocks of a prompt are not followed."""

@@ -1,16 +1,17 @@
-"""Attention of a prompt to the blocks of keys that a policy chooses, in plain torch: what it means."""
+"""Attention of a prompt to the blocks of keys that a policy chooses."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekv.errors import ConfigError
+from sparsekv.ops.prompt import lists_of, prompt_attention
 from sparsekv.policies import PromptChunk
 
-BLOCK_TOKENS = 64  # of a block, or as many as a page has
-MASK_ELEMENTS = 1 << 24  # of a mask at most, but for those of a single query
+BLOCK_TOKENS = 128  # of a block, or as many as a page has
 
 
 def block_size(page_size: int) -> int:
@@ -42,27 +43,15 @@ def settled(chunk: PromptChunk, chosen: Tensor) -> Tensor:
     return chosen.to(causal.device) & causal | causal.triu(chunk.first_block)
 
 
-def attend(chunk: PromptChunk, value: Tensor, blocks: Tensor) -> Tensor:
-    """Causal attention of a chunk to the keys of some blocks, `[b, hq, t, dv]`. Keys that a block of queries does not
-    see in any row or head are not read, and masks have a bounded size.
+def attend(ops: Any, chunk: PromptChunk, value: Tensor, blocks: Tensor) -> Tensor:
+    """Causal attention of a chunk to the keys of some blocks, `[b, hq, t, dv]`.
 
     Args:
+        ops: the namespace of the ops.
         value: `[b, hkv, n, dv]`, of the chunk's keys.
         blocks: as `settled` gives them.
     """
-    (b, hq, t, d), (hkv, n) = chunk.query.shape, chunk.key.shape[1:3]
-    group, size, out = hq // hkv, chunk.block_size, chunk.query.new_empty(b, hq, t, value.shape[3])
-    blocks = blocks.unflatten(1, (hkv, -1))  # [b, hkv, 1 or group, query blocks, key blocks]
-    tokens = torch.arange(n, device=chunk.query.device)
-    for i, start in enumerate(range(chunk.first_block * size, n, size)):
-        seen = blocks[:, :, :, i].repeat_interleave(size, dim=-1)[..., :n]
-        columns = seen.any(dim=(0, 1, 2)).nonzero().flatten()
-        seen, key, values = seen[..., columns], chunk.key[:, :, columns], value[:, :, columns]
-        at_once = max(1, MASK_ELEMENTS // (b * hq * len(columns)))
-        for rows in tokens[max(start, chunk.past) : start + size].split(at_once):
-            mask = seen[:, :, :, None] & (columns <= rows[:, None])
-            mask = mask.expand(-1, -1, group, -1, -1).flatten(2, 3)
-            query = chunk.query[:, :, rows - chunk.past].reshape(b, hkv, group * len(rows), d)
-            found = F.scaled_dot_product_attention(query, key, values, attn_mask=mask, scale=chunk.scaling)
-            out[:, :, rows - chunk.past] = found.reshape(b, hq, len(rows), -1)
+    is_tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (chunk.query, chunk.key, value))
+    attention = prompt_attention if is_tracked else ops.prompt_attention  # an op has no gradient
+    out: Tensor = attention(chunk.query, chunk.key, value, *lists_of(blocks), chunk.block_size, chunk.scaling)
     return out

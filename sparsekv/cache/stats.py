@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PrefillStats:
+    """What prompts have computed in the layers whose policy chose blocks of keys for them.
+
+    Attributes:
+        computed: blocks of keys that blocks of queries attended to, over all rows, heads and layers.
+        causal: those that a dense prompt would have computed there.
+        densities: the one over the other, by layer.
+    """
+
+    computed: int
+    causal: int
+    densities: dict[int, float]
+
+    @property
+    def density(self) -> float:
+        """Share of the causal blocks that were computed; 1 where no blocks were chosen."""
+        return self.computed / self.causal if self.causal else 1.0
 
 
 class DecodeStats:
@@ -35,21 +56,22 @@ class DecodeStats:
         self.pages_total = 0
         self._whole_bytes = 0
         self._chosen_from_bytes = 0  # what dense decoding would have read where pages were chosen
-        self._blocks = self._causal_blocks = 0
+        self._blocks: dict[int, Tensor] = {}  # of prompts, by layer, summed where they were chosen
+        self._causal_blocks: Counter[int] = Counter()
 
     def record_pass(self, layer_idx: int) -> None:
         """A layer attended densely over several new tokens."""
         self._dense_passes[layer_idx] += 1
 
-    def record_blocks(self, computed: int, causal: int) -> None:
-        """A layer attended to those of a prompt's blocks that a policy chose.
+    def record_blocks(self, layer_idx: int, blocks: Tensor, causal: int) -> None:
+        """A layer attended to those of a prompt's blocks that a policy chose. They are counted on their device.
 
         Args:
-            computed: those blocks, over all rows and heads.
-            causal: the blocks of keys that are not later than their queries.
+            blocks: of every row, head and block of queries, True for those that were computed.
+            causal: the blocks of keys that are not later than their queries, over all rows and heads.
         """
-        self._blocks += computed
-        self._causal_blocks += causal
+        self._blocks[layer_idx] = blocks.sum() + self._blocks.get(layer_idx, 0)
+        self._causal_blocks[layer_idx] += causal
 
     def record_step(
         self,
@@ -146,9 +168,11 @@ class DecodeStats:
         return {layer: read[layer] / total for layer, total in sorted(self._bytes_total.items()) if total}
 
     @property
-    def density(self) -> float:
-        """Share of their causal blocks that prompts computed, in layers whose policy chose them; 1 where none did."""
-        return self._blocks / self._causal_blocks if self._causal_blocks else 1.0
+    def prefill(self) -> PrefillStats:
+        """What was computed of prompts, in the layers whose policy chose blocks."""
+        computed = {layer: int(blocks) for layer, blocks in self._blocks.items()}
+        densities = {layer: computed[layer] / causal for layer, causal in sorted(self._causal_blocks.items())}
+        return PrefillStats(sum(computed.values()), self._causal_blocks.total(), densities)
 
     @property
     def _bytes_read(self) -> Counter[int]:
@@ -165,7 +189,7 @@ class DecodeStats:
         return {name: getattr(self, name) for name in steps + reads}
 
     def __repr__(self) -> str:
-        prompts = f"; {self.density:.1%} of prompts' blocks" if self._causal_blocks else ""
+        prompts = f"; {self.prefill.density:.1%} of prompts' blocks" if self._causal_blocks else ""
         return (
             f"DecodeStats({self.sparse_steps} sparse and {self.dense_steps} dense steps, {self.dense_passes} dense "
             f"passes; read {self.pages_read:,} of {self.pages_total:,} pages, {self.bytes_read / 2**20:,.1f} of "

@@ -7,7 +7,7 @@ from typing import Any
 
 import sparsekv
 from sparsekv import SparseConfig
-from sparsekv.command_line import add_settings_option, positive, settings_of, tokens
+from sparsekv.command_line import add_prefill_options, add_settings_option, positive, settings_of, tokens
 from sparsekv.config import GROUP_POOLINGS
 from sparsekv.evaluation import testbed
 from sparsekv.hf import models, parallel
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool) -> None:
     add("recent", "last tokens that are always read (default: by the budget, at most 64)", type=int, metavar="TOKENS")
     add("group_pooling", "how the scores of a kv head's query heads become one", choices=GROUP_POOLINGS)
     add("min_share", "pages of a smaller share of attention are not read", type=float, metavar="SHARE")
+    add_prefill_options(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="at most so many (default %(default)s)")
     models.add_arguments(parser)
     parallel.add_argument(parser)

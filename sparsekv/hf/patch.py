@@ -157,7 +157,8 @@ class Patch:
     def __repr__(self) -> str:
         config, state = self.config, "" if self.is_active else ", undone"
         kv = "" if config.kv == "plain" else f", kv {config.kv}"
-        settings = f"budget {told(config.budget)}, page_size {config.page_size}{kv}{state}"
+        prompts = f", sparse prompts of mass {config.prefill_mass:g}" if config.prefill == "sparse" else ""
+        settings = f"budget {told(config.budget)}, page_size {config.page_size}{kv}{prompts}{state}"
         head = f"sparsekv patch of {type(self.model).__name__} ({settings})"
         steps = f"  decode steps on {self.model.device}: {support.kernel_status(self.model, config)}"
         dense = [f"  decoded densely: {reason}" for reason in self.notices.reasons]
@@ -185,8 +186,9 @@ class Patch:
 def patch(model: PreTrainedModel, config: SparseConfig | None = None, **settings: Any) -> Patch:
     """Makes `model` decode sparsely, in force at once: `generate` and plain forwards need no further change.
 
-    Prefill and every forward of several tokens stay dense and the model's own. Other models are not affected, in
-    whatever thread they run. In training mode the model computes exactly what it computes unpatched.
+    Prefill and every forward of several tokens stay dense and the model's own, unless `prefill="sparse"`. Other
+    models are not affected, in whatever thread they run. In training mode the model computes exactly what it computes
+    unpatched.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 100}

@@ -23,7 +23,8 @@ _PLAIN = SimpleNamespace(**schema.PLAIN)
 
 def for_backend(backend: str) -> Any:
     """The namespace of the ops: `append_kv, read_pages, score_pages, select_pages, attend_pages, sparse_decode`,
-    which a cache calls, and `rotate` and `rms_norm`, which a captured step does.
+    which a cache calls, `score_blocks` and `prompt_attention`, for sparse prompts, and `rotate` and `rms_norm`, which
+    a captured step does.
 
     `auto` is `torch.ops.sparsekv` (the dispatcher picks by device); `reference` is plain torch on any device.
     """

@@ -1,7 +1,8 @@
 """The ops as PyTorch operators: signatures, shapes under tracing, and the implementation for every device.
 
 `torch.ops.sparsekv.*` is the backend switch: kernels serve CUDA (`sparsekv/ops/cuda.py`), the reference all else.
-What each op means is said in `sparsekv/ops/reference.py`, `step.py` and `around.py`.
+What each op means is said in `sparsekv/ops/reference.py`, `step.py`, `prompt.py` and
+`around.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.ops import around, cuda, reference, step
+from sparsekv.ops import around, cuda, flex, prompt, reference, step
 
 NAMESPACE = "sparsekv"
 
@@ -41,6 +42,11 @@ SCHEMAS = {
         "int sink_tokens, int recent_tokens, float scaling, float softcap=0.0, Tensor? sinks=None, "
         "str format='plain', float? min_score=None, int whole_tokens=0) -> (Tensor, Tensor, Tensor)"
     ),
+    "prompt_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor counts, Tensor indices, int block_size, float scaling) "
+        "-> Tensor"
+    ),
+    "score_blocks": "(Tensor query, Tensor key, int[] positions, int block_size, float scaling) -> Tensor",
     "rotate": "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     "rms_norm": "(Tensor x, Tensor weight, float epsilon) -> Tensor",
 }
@@ -79,6 +85,16 @@ def _fake_sparse_decode(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return *_fake_attend_pages(query), slots
 
 
+def _fake_prompt_attention(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    (b, num_q_heads, t, _), d = query.shape, value.shape[3]
+    return query.new_empty(b, t, num_q_heads, d).transpose(1, 2)
+
+
+def _fake_score_blocks(query: Tensor, key: Tensor, positions: object, block_size: int, scaling: float) -> Tensor:
+    num_blocks = -(-key.shape[2] // block_size)
+    return query.new_empty(*query.shape[:3], num_blocks, dtype=torch.float32)
+
+
 def _fake_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
@@ -94,6 +110,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "select_pages": _fake_select_pages,
     "attend_pages": _fake_attend_pages,
     "sparse_decode": _fake_sparse_decode,
+    "prompt_attention": _fake_prompt_attention,
+    "score_blocks": _fake_score_blocks,
     "rotate": _fake_rotate,
     "rms_norm": _fake_rms_norm,
 }
@@ -106,6 +124,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "select_pages": reference.select_pages,
     "attend_pages": reference.attend_pages,
     "sparse_decode": step.sparse_decode,
+    "prompt_attention": prompt.prompt_attention,
+    "score_blocks": prompt.score_blocks,
     "rotate": around.rotate,
     "rms_norm": around.rms_norm,
 }
@@ -117,6 +137,8 @@ _ON_GPU: dict[str, Callable[..., Any]] = {
     "select_pages": cuda.select_pages,
     "attend_pages": cuda.attend_pages,
     "sparse_decode": cuda.sparse_decode,
+    "prompt_attention": flex.prompt_attention,
+    "score_blocks": flex.score_blocks,
     "rotate": around.rotate_on_gpu,
     "rms_norm": around.rms_norm_on_gpu,
 }

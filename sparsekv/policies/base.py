@@ -21,6 +21,7 @@ from sparsekv.ops import StepArguments
 from sparsekv.ops.formats import KEYS, page_format
 from sparsekv.ops.step import every_slot
 from sparsekv.policies.prompt import PromptChunk
+from sparsekv.policies.prompt_mass import blocks_of_mass
 from sparsekv.registry import Registry
 
 POLICIES: Registry[Policy] = Registry("policy")
@@ -272,18 +273,26 @@ class Policy(ABC):
         """
 
     def prompt_blocks(self, chunk: PromptChunk) -> Tensor | None:
-        """Which blocks of keys each block of a prompt's queries sees (default: all).
+        """Which blocks of keys each block of a prompt's queries sees (default: with `config.prefill == "sparse"`,
+        those that hold `config.prefill_mass` of the estimated attention; else, and of less than a block, all).
 
         What a row sees depends on that row alone, and on nothing that another cut of its prompt would change: of the
-        first block of queries, tokens may be in an earlier chunk. Layers that read everything are not asked. Where it
-        cannot be honoured (a mask of the user's own, an attention that is more than softmax(q k^T) v, or not sdpa's),
-        the prompt is read densely, and a notice says so.
+        first block of queries, tokens may be in an earlier chunk. (The default asks the queries that there are, so a
+        cut within a block changes that one; and the last tokens before a cut see all.) Layers that read everything
+        are not asked. Where it cannot be honoured (a mask of the user's own, an attention that is more than
+        softmax(q k^T) v, or not sdpa's), the prompt is read densely, and a notice says so.
 
         Returns:
             `[b, hkv or hq, chunk.num_query_blocks, chunk.num_key_blocks]` bool, True for blocks that are seen: later
             keys never are, and a block of queries always sees itself; None: every block.
         """
-        return None
+        if chunk.config.prefill == "dense" or chunk.query.shape[2] < chunk.block_size:
+            return None
+        return blocks_of_mass(chunk, chunk.config.prefill_mass)
+
+    def chooses_blocks(self, config: SparseConfig) -> bool:
+        """Whether `prompt_blocks` is to be asked: it is the policy's own, or the settings want sparse prompts."""
+        return config.prefill == "sparse" or type(self).prompt_blocks is not Policy.prompt_blocks
 
     def decode(self, step: DecodeStep, softcap: float, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Stores the new token and attends. To be overridden where one op does all of it.

@@ -49,3 +49,9 @@ class PromptChunk:
     def num_query_blocks(self) -> int:
         """Blocks that the query's tokens are in."""
         return self.num_key_blocks - self.first_block
+
+    @property
+    def num_causal_blocks(self) -> int:
+        """Blocks that dense attention of one head computes: of each block of queries, those up to its own."""
+        first, last = self.first_block + 1, self.num_key_blocks
+        return (last * (last + 1) - first * (first - 1)) // 2

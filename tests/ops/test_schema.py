@@ -13,6 +13,7 @@ from sparsekv.digests import DIGESTS
 from sparsekv.errors import UnknownNameError
 from sparsekv.ops import reference, schema
 from sparsekv.ops.formats import page_format
+from sparsekv.ops.prompt import lists_of
 from sparsekv.testing.pages import Pages, fitted_state, fresh_summary, random_pages, stored_as
 
 OPS = torch.ops.sparsekv
@@ -68,6 +69,12 @@ def step_arguments(
     return query, key, value, *where, limits, digest, "max", k, 4, 4, 0.25, 5.0, sinks
 
 
+def prompt_arguments() -> tuple[Any, ...]:
+    query, key, value = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 21, 16), torch.randn(2, 2, 21, 8)
+    blocks = torch.tensor([[True, True, False], [True, False, True]]).expand(2, 4, 2, 3)
+    return query, key, value, *lists_of(blocks), 8, 0.25
+
+
 CASES: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("append_kv", lambda: append_arguments("minmax", 3, padded=False)),
     ("append_kv", lambda: append_arguments("minmax", 9, padded=True, dtype=torch.bfloat16)),
@@ -90,6 +97,8 @@ CASES: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("sparse_decode", lambda: step_arguments("minmax", 9, dtype=torch.bfloat16)),
     ("sparse_decode", lambda: step_arguments("sign_sketch", 2, limited=True)),
     ("sparse_decode", lambda: step_arguments("minmax", 2, appended=False)),
+    ("prompt_attention", prompt_arguments),
+    ("score_blocks", lambda: (torch.randn(2, 4, 3, 16), torch.randn(2, 2, 21, 16), [3, 11, 20], 8, 0.25)),
     ("rotate", lambda: (torch.randn(2, 4, 1, 8), torch.randn(2, 2, 1, 8), *torch.randn(2, 2, 1, 8))),
     ("rms_norm", lambda: (torch.randn(2, 3, 8), torch.randn(8), 1e-6)),
 ]

@@ -27,6 +27,7 @@ from sparsekv.evaluation.accuracy.options import RunOptions
 from sparsekv.evaluation.accuracy.results import Key, read_lines
 from sparsekv.evaluation.accuracy.runner import Runner
 from sparsekv.evaluation.accuracy.summary import Run
+from sparsekv.evaluation.accuracy.tables import csv_text, markdown
 from sparsekv.evaluation.accuracy.workload import Share
 from sparsekv.evaluation.tasks import perplexity
 from sparsekv.policies.top_k import TopK
@@ -390,6 +391,20 @@ def test_methods_are_measured_over_pages_in_several_formats(loaded: Any, tmp_pat
         RunOptions(**SMALL | {"kv": "int9"})
 
 
+def test_prompts_may_be_sparse(loaded: Any, tmp_path: Path) -> None:
+    """All methods again for each mass, after the same prompts; the lines and the tables tell what these have read."""
+    settings = {"methods": ("dense", "quest"), "prefill": "sparse", "prefill_mass": (0.9, 0.3), "probe": False}
+    lines = {line["method"]: line for line in run(loaded, tmp_path, **settings)}
+    assert set(lines) == {f"{name}{end}" for name in ("dense", "quest") for end in ("", "+prefill.9", "+prefill.3")}
+    assert not any(line["error"] for line in lines.values())
+    density = {name: line["prompt_density"] for name, line in lines.items()}
+    assert density["dense"] == density["quest"] == 1 > density["dense+prefill.9"] > density["dense+prefill.3"] > 0
+    assert density["quest+prefill.3"] == density["dense+prefill.3"]
+    read = Run.read(tmp_path)
+    assert f"| {100 * density['quest+prefill.3']:.1f}% |" in markdown(read)
+    assert "prompt_density" in csv_text(read).splitlines()[0]
+
+
 def test_perplexity_and_several_turns(loaded: Any, tmp_path: Path) -> None:
     settings = {"tasks": ("perplexity", "multi_turn"), "methods": ("dense", "random"), "probe": False}
     lines = run(loaded, tmp_path, **settings)
@@ -433,6 +448,9 @@ def test_export(tmp_path: Path) -> None:
         ({"methods": ("quest+mean",)}, UnknownNameError, "a method's setting='mean' is not known"),
         ({"dtype": "int8"}, ConfigError, "dtype='int8' is not allowed: one of auto, float32"),
         ({"dense_layers": "x"}, ConfigError, "dense_layers='x'"),
+        ({"prefill": "spares"}, UnknownNameError, "Did you mean 'sparse'"),
+        ({"prefill_mass": (0.9, 1.5)}, ConfigError, "prefill_mass=1.5 must be a share"),
+        ({"prefill_mass": ("much",)}, ConfigError, "a list of numbers"),
         ({"dense_layers": (0, -1)}, ConfigError, "dense_layers=-1 is not allowed: at least 0"),
     ],
 )

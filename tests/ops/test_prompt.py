@@ -1,0 +1,116 @@
+"""prompt_attention: attention to listed blocks against masked attention in float64, and FlexAttention against it."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekv.ops import flex
+from sparsekv.ops.prompt import lists_of, prompt_attention
+
+SCALING = 0.3
+# batch, query heads, kv heads, heads that have lists, new tokens, all tokens, tokens of a block
+SHAPES = {
+    "whole": (1, 4, 2, 4, 96, 96, 32),
+    "ragged, by group": (2, 4, 2, 2, 45, 141, 32),
+    "by head": (2, 6, 2, 6, 70, 135, 16),
+    "less than a block": (1, 2, 2, 2, 7, 7, 16),
+}
+
+
+def inputs(
+    b: int, hq: int, hkv: int, h: int, t: int, n: int, size: int, dtype: torch.dtype = torch.float32, dim: int = 16
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments with random lists, and the blocks that they list."""
+    query, key, value = torch.randn(b, hq, t, dim), torch.randn(b, hkv, n, dim), torch.randn(b, hkv, n, dim)
+    first, num_blocks = (n - t) // size, -(-n // size)
+    blocks = torch.rand(b, h, num_blocks - first, num_blocks) < 0.4
+    causal = torch.ones_like(blocks).tril(first)
+    blocks = blocks & causal | causal.triu(first)
+    return (query.to(dtype), key.to(dtype), value.to(dtype), *lists_of(blocks), size, SCALING), blocks
+
+
+def masked(arguments: tuple[Any, ...], blocks: Tensor) -> Tensor:
+    """The same by a mask of all tokens, in float64."""
+    (query, key, value), size = (x.double() for x in arguments[:3]), arguments[5]
+    (hq, t), (hkv, n), h = query.shape[1:3], key.shape[1:3], blocks.shape[1]
+    seen = blocks.repeat_interleave(hq // h, 1).repeat_interleave(size, 2).repeat_interleave(size, 3)
+    seen = seen[:, :, (n - t) % size :][:, :, :t, :n].tril(n - t)
+    key, value = (x.repeat_interleave(hq // hkv, 1) for x in (key, value))
+    return (query @ key.mT * SCALING).masked_fill(~seen, float("-inf")).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_is_attention_to_the_listed_blocks(shape: tuple[int, ...]) -> None:
+    """What lists hold behind their ends is never looked at."""
+    arguments, blocks = inputs(*shape)
+    counts, indices = arguments[3:5]
+    indices[torch.arange(indices.shape[-1]) >= counts[..., None]] = -7
+    found = torch.ops.sparsekv.prompt_attention(*arguments)
+    torch.testing.assert_close(found, masked(arguments, blocks).float(), rtol=0, atol=1e-5)
+
+
+def test_lists_are_the_blocks_in_order() -> None:
+    blocks = torch.tensor([[True, False, True, True], [False, False, False, True]])[None, None]
+    counts, indices = lists_of(blocks)
+    assert counts.tolist() == [[[3, 1]]]
+    assert indices[0, 0, 0, :3].tolist() == [0, 2, 3]
+    assert indices[0, 0, 1, :1].tolist() == [3]
+    assert counts.dtype == indices.dtype == torch.int32
+
+
+def test_flex_attention_gets_the_same_blocks() -> None:
+    (query, key, _, counts, indices, size, _), blocks = inputs(2, 4, 2, 2, 45, 141, 32)
+    found = flex.block_mask(counts, indices, query.shape[1], key.shape[2], (141 - 45) // size, size)
+    assert torch.equal(found.to_dense().bool(), blocks.repeat_interleave(2, 1))
+    assert bool((found.kv_num_blocks == 1).all())  # of each block of queries one, its own, needs a mask
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles it for a CPU with g++")
+def test_flex_attention_does_the_same() -> None:
+    """Slow to compile, but all that is run of it without a GPU: ragged, in groups, then with other lengths."""
+    for t, n in ((45, 141), (64, 256)):
+        arguments, _ = inputs(2, 4, 2, 2, t, n, 32)
+        expected = prompt_attention(*arguments)
+        torch.testing.assert_close(flex.by_flex(*arguments), expected, rtol=0, atol=1e-5)
+
+
+def test_where_flex_attention_fails_plain_torch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> Tensor:
+        raise RuntimeError("no such\ncompiler")
+
+    monkeypatch.setattr(flex, "by_flex", broken)
+    monkeypatch.setattr(flex, "_failures", {})
+    monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: name)
+    (arguments, _), cpu = inputs(*SHAPES["whole"]), torch.device("cpu")
+    assert flex.why_plain(cpu, 32) is None
+    assert flex.why_plain(cpu, 40) == "blocks of 40 tokens do not divide by 16"
+    torch.testing.assert_close(flex.prompt_attention(*arguments), prompt_attention(*arguments), rtol=0, atol=0)
+    assert flex.why_plain(cpu, 32) == "PyTorch cannot compile it (no such compiler)"
+    monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: None)
+    assert flex.why_plain(torch.device("cuda"), 32) == "Triton is not installed"
+
+
+def test_scores_of_blocks() -> None:
+    """Of single queries, against float64."""
+    query, key, positions = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 75, 16), [5, 40, 74]
+    found = torch.ops.sparsekv.score_blocks(query, key, positions, 32, SCALING)
+    logits = query.double() @ key.double().repeat_interleave(2, 1).mT * SCALING
+    logits.masked_fill_(torch.arange(75) > torch.tensor(positions)[:, None], float("-inf"))
+    expected = torch.stack([part.logsumexp(-1) for part in logits.split(32, dim=-1)], dim=-1)
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_it_is_the_same(dtype: torch.dtype, size: int) -> None:
+    """Chunks of a prompt, ragged or not, of heads with lists of their own and in groups."""
+    for shape in ((1, 8, 2, 8, 512, 2048, size), (2, 8, 2, 2, 300, 1111, size)):
+        arguments, blocks = inputs(*shape, dtype=dtype, dim=128)
+        on_gpu = [x.cuda() if isinstance(x, Tensor) else x for x in arguments]
+        found = torch.ops.sparsekv.prompt_attention(*on_gpu).cpu()
+        assert flex.why_plain(on_gpu[0].device, size) is None
+        torch.testing.assert_close(found.double(), masked(arguments, blocks), rtol=0, atol=3e-2)
