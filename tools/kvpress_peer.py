@@ -369,6 +369,7 @@ def _counts(reads: Reads | None, is_compressed: bool) -> Line:
         "pages_per_token": None,  # tokens are kept one by one
         "sparse_steps": steps if is_compressed else 0,
         "dense_steps": 0 if is_compressed else steps,
+        "prompt_density": 1.0,
     }
 
 

@@ -99,7 +99,7 @@ def _states(model: PreTrainedModel, dtype: torch.dtype) -> int | None:
         shapes: Any = support.generating(forecast.without_weights(config)).to(torch.bfloat16)
         with torch.device("meta"), torch.no_grad():
             cache = DynamicCache(config=config)
-            shapes(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+            shapes(torch.ones(1, 4, dtype=torch.int64, device="meta"), past_key_values=cache)
     except Exception:  # whatever it is that needs numbers
         return None
     kept = [getattr(layer, name, {}) for layer in cache.layers for name in ("conv_states", "recurrent_states")]

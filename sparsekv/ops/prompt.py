@@ -80,7 +80,7 @@ def score_blocks(
         `[b, hq, m, num_key_blocks]` float32, -inf for blocks that are later.
     """
     (b, hq, m, _), (hkv, n) = query.shape, key.shape[1:3]
-    place, group = torch.tensor(list(positions), device=query.device), hq // hkv
+    place, group = torch.tensor(list(positions), dtype=torch.int64, device=query.device), hq // hkv
     scores = query.new_full((b, hq, m, -(-n // block_size)), float("-inf"), dtype=torch.float32)
     at_once = max(1, SCORED_ELEMENTS // (group * n))
     for start in range(0, m, at_once):

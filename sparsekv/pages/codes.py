@@ -77,10 +77,11 @@ class Codes(PageFormat):
         if page_size % UNIT or head_dim % GROUP or head_dim > MAX_HEAD:
             return None
         bits, (size, factors) = self._bits(which), _sizes(head_dim, self._bits(which))
-        position, byte = torch.arange(page_size)[:, None], torch.arange(size)
+        position, byte, of_lane = (torch.arange(n, device="cpu") for n in (page_size, size, factors))
+        position = position[:, None]
         unit, token = position // UNIT, position % UNIT
         place = (_key_places if which == KEYS else _value_places)(token, byte, head_dim, bits)
-        of_lane, lane, own = torch.arange(factors), token % 8 // 2, token // 8 * 2 + token % 2
+        lane, own = token % 8 // 2, token // 8 * 2 + token % 2
         if bits == 8:
             of_lane = own * 4 + of_lane
         else:

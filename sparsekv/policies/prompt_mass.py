@@ -56,7 +56,7 @@ def block_shares(chunk: PromptChunk) -> Tensor:
     block = torch.arange(chunk.first_block, chunk.num_key_blocks, device=chunk.query.device)
     if not asked:
         return chunk.query.new_zeros(*chunk.query.shape[:2], len(block), chunk.num_key_blocks, dtype=torch.float32)
-    place = torch.tensor(asked, device=block.device)
+    place = torch.tensor(asked, dtype=torch.int64, device=block.device)
     query, ops = chunk.query[:, :, place - chunk.past], for_backend(chunk.config.backend)
     scores = ops.score_blocks(query, chunk.key, asked, size, chunk.scaling)
     scores[..., 0] = float("-inf")

@@ -378,8 +378,7 @@ def test_geometries_have_the_sizes_of_their_namesakes(name: str, billions: float
     assert subject.cache_bytes(tokens, None) == subject.cache_bytes(tokens, config.with_(policy="all")) == kv
     digests = kv * (text.num_hidden_layers - 2) // text.num_hidden_layers // 16
     assert subject.cache_bytes(tokens, config) == kv + digests
-    # Of a page, whose minimum and maximum take 512 bytes: 18 bytes a token, two bits a channel of the mean, its unit.
-    sketches = digests * (16 * 18 + 128 // 4 + 32) // 512
+    sketches = digests * 3 // 4  # of a page, whose minimum and maximum take 512 bytes, 384
     assert subject.cache_bytes(tokens, config.with_(digest="sign_sketch")) == kv + sketches
 
 
