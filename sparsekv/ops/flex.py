@@ -79,7 +79,8 @@ def block_mask(
     """
     counts, indices = (x.repeat_interleave(num_q_heads // x.shape[1], dim=1) for x in (counts, indices))
     own = torch.arange(first_block, first_block + counts.shape[2], dtype=torch.int32, device=counts.device)
-    start = torch.tensor(first_block * block_size, dtype=torch.int64, device=counts.device)  # a tensor, or each would be compiled for
+    # A tensor, or each would be compiled for.
+    start = torch.tensor(first_block * block_size, dtype=torch.int64, device=counts.device)
 
     def is_causal(b: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return q + start >= kv
