@@ -28,9 +28,13 @@ def result(command: str, settings: dict[str, Any], rows: Sequence[Any]) -> dict[
     return {**circumstances(command), "settings": settings, "rows": list(rows)}
 
 
-def file_name(what: str, device: str, digest: str) -> str:
-    """The name of a result's file: `what_DEVICE`, and `what_DEVICE_DIGEST` where the digest is not the default."""
-    return "_".join([what, device, *([] if digest == sparsekv.SparseConfig().digest else [digest])])
+def file_name(what: str, device: str, configs: Sequence[sparsekv.SparseConfig]) -> str:
+    """The name of a result's file: `what_DEVICE`, and the digests, formats and policies that are not the default."""
+    names, default = [what, device], sparsekv.SparseConfig()
+    for setting in ("digest", "kv", "policy"):
+        found = dict.fromkeys(getattr(config, setting) for config in configs)
+        names += found if list(found) != [getattr(default, setting)] else []
+    return "_".join(names)
 
 
 def save_json(folder: str, name: str, content: dict[str, Any]) -> Path:

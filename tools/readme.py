@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.evaluation.committed import RESULTS, TESTBED_RUN, Accuracy, load
+from sparsekv.evaluation.speed.known_models import MODELS
 
 README = Path(__file__).parents[1] / "README.md"
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
-_SKETCH = "_sign_sketch"  # what the names of its result files end in
+_ATTENTION, _GENERATE = "attention_cuda_minmax", "generate_cuda_minmax"  # of the earlier default
+_DEFAULT = "attention_cuda_minmax_sign_sketch"  # the default beside it
 _ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
 
 Row = Mapping[str, Any]
@@ -92,7 +94,7 @@ def _attention_cpu() -> str:
 
 def _attention_cuda() -> str:
     """The shapes of the first row's geometry and budget: other ones are in the file."""
-    rows = _load("attention_cuda")["rows"]
+    rows = _load(_ATTENTION)["rows"]
     columns = {
         "batch": "{batch}",
         "context": "{context:,}",
@@ -104,7 +106,7 @@ def _attention_cuda() -> str:
         "floor, us": "{floor_us:.1f}",
     }
     alike = [row for row in rows if "sparse_us" in row and _is_like(row, rows[0], "geometry", "budget")]
-    return _table(columns, alike) + _source("attention_cuda")
+    return _table(columns, alike) + _source(_ATTENTION)
 
 
 def _is_like(row: Row, other: Row, *names: str) -> bool:
@@ -123,45 +125,49 @@ def _generate_cuda() -> str:
         "tokens/s": "{tokens_per_s:,.0f}",
     }
     points: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in _load("generate_cuda")["rows"]:
+    for row in _load(_GENERATE)["rows"]:
         found = points.setdefault((row["batch"], row["context"]), {"batch": row["batch"], "context": row["context"]})
         ms = row["ms_per_token"]
         found[row["mode"]] = row.get("error", "-") if ms is None else f"{ms:.1f}"
         if row["mode"] == "sparse":
             found |= {name: row.get(name) for name in ("speedup", "tokens_per_s")}
-    return _table(columns, points.values()) + _source("generate_cuda")
+    return _table(columns, points.values()) + _source(_GENERATE)
 
 
-def _sketch_cuda() -> str:
-    """Min/max at the default budget beside the sketch, also at a quarter of it: a layer's step, and a token."""
-    points: dict[tuple[int, int], dict[str, Any]] = {}
-    budgets, of_sketch = set(), []
-    for digest, end in (("minmax", ""), ("sketch", _SKETCH)):
-        rows, result = _load(f"attention_cuda{end}")["rows"], _load(f"generate_cuda{end}")
-        budgets.add(budget := result["settings"]["budget"])
-        for row in rows:
-            if _is_like(row, rows[0], "geometry"):
-                points.setdefault(_point(row), {})[f"us_{digest}_{row['budget']}"] = row["sparse_us"]
-        for row in result["rows"]:
-            if row["mode"] == "sparse":
-                points.setdefault(_point(row), {})[f"ms_{digest}_{budget}"] = row["ms_per_token"]
-                of_sketch += [_point(row)] * (digest == "sketch")
-    low, high = sorted(budgets)
+def _default_cuda() -> str:
+    """A layer's step by min/max beside the default's, at the same budget."""
     columns = {
         "batch": "{batch}",
         "context": "{context:,}",
-        f"min/max {high:,}, us": f"{{us_minmax_{high}:.1f}}",
-        f"sketch {high:,}, us": f"{{us_sketch_{high}:.1f}}",
-        f"sketch {low:,}, us": f"{{us_sketch_{low}:.1f}}",
-        f"token: min/max {high:,}, ms": f"{{ms_minmax_{high}:.1f}}",
-        f"token: sketch {low:,}, ms": f"{{ms_sketch_{low}:.1f}}",
+        "SDPA, us": "{sdpa_us:.1f}",
+        "min/max, us": "{minmax:.1f}",
+        "default, us": "{sparse_us:.1f}",
+        "faster": "{speedup:.1f}x",
+        "floor, us": "{floor_us:.1f}",
     }
-    table = _table(columns, [{"batch": batch, "context": n, **points[batch, n]} for batch, n in of_sketch])
-    return table + _source(f"attention_cuda{_SKETCH}") + _source(f"generate_cuda{_SKETCH}")
+    rows = _load(_DEFAULT)["rows"]
+    minmax = {(row["batch"], row["context"]): row["sparse_us"] for row in rows if row["digest"] == "minmax"}
+    found = [row | {"minmax": minmax[row["batch"], row["context"]]} for row in rows if row["digest"] != "minmax"]
+    return _table(columns, found) + _source(_DEFAULT)
 
 
-def _point(row: Row) -> tuple[int, int]:
-    return row["batch"], row["context"]
+def _models_cuda() -> str:
+    """A token of models in the sizes of published ones, unpatched and patched."""
+    columns = {
+        "sizes of": "{model}",
+        "context": "{context:,}",
+        "unpatched, ms": "{best_unpatched_ms:.1f}",
+        "sparsekv, ms": "{ms_per_token:.1f}",
+        "faster": "{speedup:.1f}x",
+        "of reading the weights": "{over_weights:.1f}x",
+        "first token, s": "{first_token_s:.1f}",
+    }
+    names = [name for name in MODELS if (RESULTS / f"generate_cuda_{name}.json").exists()]
+    files = [_load(f"generate_cuda_{name}") for name in names]
+    rows = [row for file in files for row in file["rows"] if row["mode"] == "sparse"]
+    how = ", ".join(f"[{name}](evaluation/results/generate_cuda_{name}.json)" for name in names)
+    where = {f"{file['gpu']}, torch {file['versions']['torch']}, {file['date']}" for file in files}
+    return _table(columns, rows) + f"\n{'; '.join(sorted(where))}: {how}\n"
 
 
 def _accuracy_testbed() -> str:
@@ -206,7 +212,8 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attention_cpu": _attention_cpu,
     "attention_cuda": _attention_cuda,
     "generate_cuda": _generate_cuda,
-    "sketch_cuda": _sketch_cuda,
+    "default_cuda": _default_cuda,
+    "models_cuda": _models_cuda,
     "accuracy_testbed": _accuracy_testbed,
     "dense_layers": _dense_layers,
 }

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sparsekv import SparseConfig
 from sparsekv.command_line import new_console
 from sparsekv.errors import ConfigError, SparseKVError
 from sparsekv.evaluation.report import file_name, result, save_json
@@ -235,7 +234,8 @@ def run(points: Sequence[LayerPoint], options: Options, device: torch.device, co
         def save(rows: Sequence[Row]) -> Path | None:
             if options.out is None or options.check_only:
                 return None
-            return save_json(options.out, _name(points, device), result(command, settings, rows))
+            name = file_name("attention", device.type, [point.config for point in points])
+            return save_json(options.out, name, result(command, settings, rows))
 
         console.print(f"Memory: {machine.measured_tb_per_s:.3g} TB/s measured, {machine.tb_per_s:.3g} for the floors")
         rows = sweep(points, machine, options, save, console)
@@ -245,12 +245,6 @@ def run(points: Sequence[LayerPoint], options: Options, device: torch.device, co
         step_figure(rows).savefig(path.with_suffix(".png"))
         console.print(f"Written: {path} and .png")
     return result(command, settings, rows)
-
-
-def _name(points: Sequence[LayerPoint], device: torch.device) -> str:
-    digests, policy = dict.fromkeys(point.config.digest for point in points), points[0].config.policy
-    name = file_name("attention", device.type, "_".join(digests))
-    return name if policy == SparseConfig().policy else f"{name}_{policy}"
 
 
 def sweep(

@@ -18,7 +18,7 @@ from sparsekv.testing.timing import synchronize
 
 Counts = dict[str, int]
 
-REPLAYS = 3
+REPLAYS = 5
 
 # Parts of kernel names, in small letters; a kernel belongs to the first part that names it.
 PARTS = {
@@ -94,13 +94,19 @@ def split_ms(decoder: CapturedDecoder, ms_per_token: float, device: torch.device
     """Milliseconds of one step by part, as replays of the step captured last show it; None where they cannot be seen.
 
     Args:
-        ms_per_token: what a token took; what no kernel accounts for are gaps.
+        ms_per_token: what a token took; what it takes beyond a replay is the host's.
     """
     step = next(reversed(decoder._steps.values()), None)
     if step is None or ProfilerActivity.CUDA not in supported_activities():
         return None
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     step.graph.replay()
+    start.record()
+    for _ in range(REPLAYS):
+        step.graph.replay()
+    end.record()
     torch.cuda.synchronize(device)
+    ms_per_step = start.elapsed_time(end) / REPLAYS
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(REPLAYS):
             step.graph.replay()
@@ -110,11 +116,15 @@ def split_ms(decoder: CapturedDecoder, ms_per_token: float, device: torch.device
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA
     ]
-    return parts(kernels, REPLAYS, ms_per_token) if kernels else None
+    return parts(kernels, REPLAYS, ms_per_step, ms_per_token) if kernels else None
 
 
-def parts(kernels: Iterable[tuple[str, float]], num_steps: int, ms_per_token: float) -> dict[str, float]:
-    """Milliseconds of a step by part, from the names and microseconds of the kernels of so many steps."""
+def parts(
+    kernels: Iterable[tuple[str, float]], num_steps: int, ms_per_step: float, ms_per_token: float
+) -> dict[str, float]:
+    """Milliseconds of a token by part, from the names and microseconds of the kernels of so many steps. `gaps` lie
+    between a step's kernels, less than none where these overlap; for the rest of a token the GPU waits for the host.
+    """
     found = dict.fromkeys([*PARTS, "rest"], 0.0)
     for name, us in kernels:
         small = name.lower()
@@ -122,4 +132,4 @@ def parts(kernels: Iterable[tuple[str, float]], num_steps: int, ms_per_token: fl
         found[part] += us / 1e3 / num_steps
     if not found["all_reduce"]:  # of one GPU
         del found["all_reduce"]
-    return found | {"idle": ms_per_token - sum(found.values())}
+    return found | {"gaps": ms_per_step - sum(found.values()), "host": ms_per_token - ms_per_step}

@@ -16,6 +16,7 @@ from sparsekv.evaluation.report import file_name, result, save_json
 
 from .generate_model import Subject
 from .generate_points import MODES, Options
+from .known_models import MODELS
 
 Row = dict[str, Any]
 _SETTINGS = ("model", "dtype", "budget", "dense_layers", "new_tokens")
@@ -34,8 +35,10 @@ class ResultFile:
 
     def __init__(self, subject: Subject, options: Options, device: torch.device, command: str) -> None:
         self.subject, self.options, self.command = subject, options, command
-        end = f"_{subject.ranks.size}_ranks" if subject.ranks.size > 1 else ""
-        self.name = file_name("generate", device.type, options.config.digest) + end
+        is_usual = subject.source is not None or subject.name in (next(iter(MODELS)), list(MODELS)[-1])
+        model = "" if is_usual else f"_{subject.name}"
+        ranks = f"_{subject.ranks.size}_ranks" if subject.ranks.size > 1 else ""
+        self.name = file_name("generate", device.type, [options.config]) + model + ranks
         self.settings = {
             "model": subject.name,
             "dtype": str(subject.dtype),

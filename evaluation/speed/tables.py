@@ -18,7 +18,7 @@ _COMPARED = {"sparse": "sparse", "flashinfer": "FlashInfer", "sdpa": "SDPA", "sh
 _OF_STEP = ("b x n", "digest", "tokens")
 _PARTS = ("sparse", "composed", "append", "score", "select", "attend")
 _SPLIT = {"attention": "attention", "gemm": "matrix products", "all_reduce": "all-reduces", "rest": "rest",
-          "idle": "gaps"}  # fmt: skip
+          "gaps": "gaps", "host": "host"}  # fmt: skip
 _OF_TOKEN = ("ms/token", "faster", "over floor", "tokens per s", "first token s", "first steps s", "cache read",
              "TB/s", "peak GB", "beside cache")  # fmt: skip
 
@@ -165,7 +165,7 @@ def _of_token(row: Row) -> list[str]:
 
 def _split(rows: Sequence[Row]) -> Table:
     """Where the time of the captured steps goes."""
-    caption = "Kernel times of replays; gaps: what of a token's time no kernel accounts for."
+    caption = "Kernel times of replays; gaps: between a replay's kernels; host: what a token takes beyond a replay."
     split = [row["split_ms"] for row in rows if row.get("split_ms")]
     names = {name: told for name, told in _SPLIT.items() if any(name in parts for parts in split)}
     table = _table("A captured step's parts, ms", caption, ["b x context", "mode"], [*names.values(), "token"])

@@ -352,7 +352,7 @@ def test_rows_that_were_measured_otherwise_are_not_mixed(
 
 
 def test_the_committed_file_can_be_added_to() -> None:
-    content = json.loads((readme.RESULTS / "generate_cuda.json").read_text())
+    content = json.loads((readme.RESULTS / "generate_cuda_minmax.json").read_text())
     assert set(generate_file.alike(content)) == {
         "model", "dtype", "budget", "dense_layers", "new_tokens", "gpu", "torch"
     }  # fmt: skip
@@ -459,10 +459,11 @@ def test_a_static_cache_that_cannot_be_made_is_left_out(tiny: Subject, monkeypat
 def test_a_step_is_split_by_the_names_of_its_kernels() -> None:
     kernels = [("void sparse_decode<__nv_bfloat16>", 600.0), ("merge_attention", 60.0), ("nvjet_sm90_tst", 3000.0)]
     kernels += [("cublasLt::splitKreduce_kernel", 30.0), ("gemvx::kernel", 270.0), ("elementwise_kernel", 90.0)]
-    found = parts(kernels, 3, ms_per_token=2.0)
-    assert found == pytest.approx({"attention": 0.22, "gemm": 1.1, "rest": 0.03, "idle": 0.65})
-    with_ranks = parts([*kernels, ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 300.0)], 3, ms_per_token=2.0)
-    assert with_ranks == pytest.approx({**found, "all_reduce": 0.1, "idle": 0.55})
+    found = parts(kernels, 3, ms_per_step=1.6, ms_per_token=2.0)
+    assert found == pytest.approx({"attention": 0.22, "gemm": 1.1, "rest": 0.03, "gaps": 0.25, "host": 0.4})
+    of_ranks = [*kernels, ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 300.0)]
+    with_ranks = parts(of_ranks, 3, ms_per_step=1.6, ms_per_token=2.0)
+    assert with_ranks == pytest.approx({**found, "all_reduce": 0.1, "gaps": 0.15})
 
 
 def made_row(batch: int, context: int, mode: str, ms: float | None, **changes: Any) -> dict[str, Any]:
@@ -473,7 +474,7 @@ def made_row(batch: int, context: int, mode: str, ms: float | None, **changes: A
 
 
 def made_rows() -> list[dict[str, Any]]:
-    split = {"attention": 0.6, "gemm": 4.0, "rest": 1.0, "idle": 0.4}
+    split = {"attention": 0.6, "gemm": 4.0, "rest": 1.0, "gaps": 0.1, "host": 0.3}
     rows = [
         made_row(1, 1 << 17, "sparse", 6.0, stats={"share": 0.08}, split_ms=split),
         made_row(1, 1 << 17, "default", 46.0),
@@ -506,7 +507,7 @@ def test_the_tables_fit_a_pipe_and_say_what_is_missing() -> None:
         "10.7",
     ]
     (line,) = [line for line in text.splitlines() if line.split()[-1:] == ["6.00"]]
-    assert line.split()[3:] == ["sparse", "0.60", "4.00", "1.00", "0.40", "6.00"]
+    assert line.split()[3:] == ["sparse", "0.60", "4.00", "1.00", "0.10", "0.30", "6.00"]
     assert "static: not measured (--static-up-to 32k) (1 x 128k)" in text
     assert "sparse: decodes eagerly: a reason (16 x 128k)" in text
 
@@ -521,7 +522,9 @@ def test_the_plot_is_drawn_from_whatever_was_measured(rows: list[dict[str, Any]]
 def test_the_readme_can_show_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     section = "<!-- figures: generate_cuda -->\nas before\n<!-- end of figures -->"
-    (tmp_path / "generate_cuda.json").write_text(json.dumps({**circumstances("the command"), "rows": made_rows()}))
+    (tmp_path / "generate_cuda_minmax.json").write_text(
+        json.dumps({**circumstances("the command"), "rows": made_rows()})
+    )
     shown = readme.render(section)
     assert "| 1 | 131,072 | 46.0 | - | 6.0 | 7.7x | 167 |" in shown
     assert "| 16 | 131,072 | out of memory | - | 12.0 | - | 1,333 |" in shown

@@ -85,7 +85,7 @@ def test_accuracy_is_drawn_against_time() -> None:
 
 def test_the_readme_can_show_the_gpus_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = {**circumstances("the command"), "rows": ROWS}
-    (tmp_path / "attention_cuda.json").write_text(json.dumps(result))
+    (tmp_path / "attention_cuda_minmax.json").write_text(json.dumps(result))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     shown = readme.render("<!-- figures: attention_cuda -->\n<!-- end of figures -->")
     assert "| 1 | 32,768 | 42.0 | 38.0 | 50.0 | 10.0 | 3.8x | 3.8 |" in shown
