@@ -1,4 +1,5 @@
-"""The README's Python blocks run as printed; its shell blocks are run by `.ci/readme.py`, which has the conventions.
+"""The Python blocks of the README and of docs/ run as printed; the README's shell blocks are run by `.ci/readme.py`,
+which has the conventions.
 
 The blocks of one `## ` section run in order, in one namespace, as a reader would paste them: in a process of their
 own, in an empty directory, without a network. A section whose blocks all come after `<!-- not run: the reason -->` is
@@ -25,8 +26,9 @@ NOT_RUN = "not run: "
 
 
 def python_sections() -> list[list]:
-    """The Python blocks of README.md, section by section."""
-    python = [block for block in readme.blocks(README.read_text()) if block.language == "python"]
+    """The Python blocks of README.md and docs/, section by section."""
+    pages = [README, *sorted((ROOT / "docs").glob("*.md"))]
+    python = [block for page in pages for block in readme.blocks(page.read_text()) if block.language == "python"]
     return [list(group) for _, group in itertools.groupby(python, key=lambda block: block.section)]
 
 

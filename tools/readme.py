@@ -1,4 +1,4 @@
-"""Puts the committed figures into README.md, so that every number there has a file behind it.
+"""Puts the committed figures into README.md and docs/, so that every number there has a file behind it.
 
 python -m tools.readme          # writes them
 python -m tools.readme --check  # fails if they differ
@@ -7,27 +7,47 @@ python -m tools.readme --check  # fails if they differ
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsekv.evaluation.accuracy.cells import SOLVED
+from sparsekv.evaluation.accuracy.choose import Setting
 from sparsekv.evaluation.committed import RESULTS, TESTBED_RUN, Accuracy, load
 from sparsekv.evaluation.speed.known_models import MODELS
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
 _ATTENTION, _GENERATE = "attention_cuda_minmax", "generate_cuda_minmax"  # of the earlier default
 _DEFAULT = "attention_cuda_minmax_sign_sketch"  # the default beside it
+_REAL_MODELS = ("smollm2", "gemma3-270m")
+_REAL_SETTINGS = (
+    (
+        "min/max, 2,048 tokens, two layers dense (Quest)",
+        "quest+max+dense2",
+        Setting("minmax", "top_k", "max", 2, 2048, 16),
+    ),
+    ("min/max, 2,048", "quest", Setting("minmax", "top_k", "max", 0, 2048, 16)),
+    ("**`sign_sketch`, 2,048: the default**", "sketch", Setting("sign_sketch", "top_k", "max", 0, 2048, 16)),
+    ("`sign_sketch`, 1,024", "sketch", Setting("sign_sketch", "top_k", "max", 0, 1024, 16)),
+)
 _ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
 
 Row = Mapping[str, Any]
 
 
-def render(markdown: str) -> str:
-    """The text with every `<!-- figures: NAME -->` section filled from its result file."""
-    return _SECTION.sub(lambda section: f"{section[1]}\n{_TABLES[section['name']]()}\n{section[3]}", markdown)
+def render(markdown: str, root: str = "") -> str:
+    """The text with every `<!-- figures: NAME -->` section filled from its result file; `root`: where links start."""
+
+    def filled(section: re.Match[str]) -> str:
+        table = _TABLES[section["name"]]().replace("](evaluation/", f"]({root}evaluation/")
+        return f"{section[1]}\n{table}\n{section[3]}"
+
+    return _SECTION.sub(filled, markdown)
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -170,6 +190,29 @@ def _models_cuda() -> str:
     return _table(columns, rows) + f"\n{'; '.join(sorted(where))}: {how}\n"
 
 
+def _real_models() -> str:
+    """What some settings lose of two real models: nats of natural text and far back, points of needles."""
+    lines = []
+    for told, method, setting in _REAL_SETTINGS:
+        line = [told, f"{setting.nbytes(setting.budget) / 2**20:.0f}"]
+        for model in _REAL_MODELS:
+            found = {row["task"].partition(":")[0]: row for row in _cells(model, method, setting.budget)}
+            natural, recall = (float(found[task]["nats_change"]) for task in ("perplexity", "recall"))
+            line += [f"{natural:+.4f}", f"{recall:+.3f}", f"{-100 * float(found['needle']['change']) + 0:.1f}"]
+        lines.append(line)
+    header = ["setting", "MiB", "SmolLM2: natural", "far back", "needles", "Gemma 3: natural", "far back", "needles"]
+    links = ", ".join(f"[{x}](evaluation/results/{x}/tables.md)" for x in _REAL_MODELS)
+    return _markdown(header, lines) + f"\nAll figures, with intervals: {links}\n"
+
+
+def _cells(run: str, method: str, budget: int) -> list[dict[str, str]]:
+    """Of tasks that dense decoding solves, from short documents to long ones."""
+    rows = list(csv.DictReader((RESULTS / run / "cells.csv").read_text().splitlines()))
+    solved = {(x["task"], x["length"]) for x in rows if x["method"] == "dense" and float(x["score"] or 1) >= SOLVED}
+    found = [x for x in rows if (x["method"], x["budget"]) == (method, str(budget))]
+    return sorted((x for x in found if (x["task"], x["length"]) in solved), key=lambda x: int(x["length"]))
+
+
 def _accuracy_testbed() -> str:
     """Accuracy and share of the bytes read, by method and budget: means of the tasks that all methods were run on."""
     found = Accuracy(_ACCURACY_LENGTH, folder=RESULTS)
@@ -214,23 +257,24 @@ _TABLES: dict[str, Callable[[], str]] = {
     "generate_cuda": _generate_cuda,
     "default_cuda": _default_cuda,
     "models_cuda": _models_cuda,
+    "real_models": _real_models,
     "accuracy_testbed": _accuracy_testbed,
     "dense_layers": _dense_layers,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes or checks README.md; returns the exit code."""
+    """Writes or checks README.md and docs/*.md; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a figure differs")
     args = parser.parse_args(argv)
-    old = README.read_text()
-    new = render(old)
-    if args.check and new != old:
-        print("README.md differs from the committed results: run python -m tools.readme", file=sys.stderr)
-        return 1
-    if not args.check:
-        README.write_text(new)
+    for page in PAGES:
+        old = page.read_text()
+        new = render(old, "" if page == README else "../")
+        if args.check and new != old:
+            print(f"{page.name} differs from the committed results: run python -m tools.readme", file=sys.stderr)
+            return 1
+        page.write_text(new)
     return 0
 
 
