@@ -47,6 +47,13 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def told(cls, shape: Any, dtype: str) -> Spec:
+        """As a header tells it. Raises KeyError, TypeError or ValueError if that makes no sense."""
+        if not shape or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"a shape of {shape}")
+        return cls(tuple(shape), _DTYPES[dtype])
+
     @property
     def row_nbytes(self) -> int:
         """Bytes of one entry of the first dimension."""
@@ -204,7 +211,7 @@ class PieceFile:
         self._data = self._bytes[start:]
         try:
             self._read_header(self._bytes[:start])
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise error if isinstance(error, CacheFileError) else self._torn("its header cannot be read") from error
 
     def _read_header(self, header: np.ndarray[Any, Any]) -> None:
@@ -220,12 +227,12 @@ class PieceFile:
                 "checked here: xxh3_64 needs the package xxhash."
             )
         self._checksum = CHECKSUMS[marks["checksum"]]
-        specs = {name: Spec(tuple(told["shape"]), _DTYPES[told["dtype"]]) for name, told in content.items()}
+        if self._checksum(header) != int.from_bytes(self._data[-_WORD:].tobytes(), "little"):
+            raise self._torn("its header is not what was written, or its end is missing")
+        specs = {name: Spec.told(told["shape"], told["dtype"]) for name, told in content.items()}
         if sum(spec.nbytes for spec in specs.values()) != len(self._data):
-            raise self._torn("it is shorter or longer than its header says")
+            raise self._torn("it is not as long as its header says")
         self._checks = np.frombuffer(self._data[-specs.pop(_CHECKSUMS).nbytes :].tobytes(), "<u8").tolist()
-        if self._checksum(header) != self._checks[-1]:
-            raise self._torn("its header is not what was written")
         self.specs, self._pieces = specs, _pieces(specs, int(marks["piece"]))
         self.facts: dict[str, Any] = json.loads(marks["facts"])
         if len(self._checks) != len(self._pieces) + 1 or not isinstance(self.facts, dict):

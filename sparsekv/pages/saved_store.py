@@ -144,19 +144,34 @@ def _part_of(store: PageStore, window: Facts | None) -> StorePart:
 
 
 def _restore_table(part: StorePart, told: Facts, file: PieceFile, name: str) -> PageIds:
-    lengths, places = np.asarray(told["lengths"], np.int64), file.tensor(name).numpy()
+    lengths, num_tokens = np.asarray(told["lengths"], np.int64), told["num_tokens"]
+    places = file.tensor(name).numpy()
     valid = file.tensor(f"{name}.valid") if f"{name}.valid" in file.specs else None
-    counts = -(-lengths // part.config.page_size)
-    named = places[np.arange(places.shape[1]) < counts[:, None]] if places.ndim == 2 else np.zeros(0, np.int32)
-    is_whole = places.dtype == np.int32 and len(places) == len(lengths) > 0 <= lengths.min() <= told["num_tokens"]
-    is_whole &= counts.sum() == len(named) and (places >= 0).all()
-    is_whole &= np.array_equal(np.unique(named), np.arange(places.max(initial=-1) + 1 if len(named) else 0))
-    is_whole &= valid is None or (valid.dtype, len(valid), valid.ndim) == (torch.bool, len(lengths), 2)
-    if not is_whole:
+    if not (_is_table(places, -(-lengths // part.config.page_size)) and _is_mask(valid, len(lengths), num_tokens)):
         raise CacheFileError(f"{file.path}: its tables do not name its pages.")
-    pages = part.table.unpack(lengths, places)
-    part.table.num_tokens, part.table.valid = int(told["num_tokens"]), valid
+    pages, table = part.table.unpack(lengths, places), part.table
+    table.num_tokens, table.valid = num_tokens, valid
+    tokens = table.tokens_in(0, num_tokens)
+    if (lengths > tokens).any() or (told["window"] is None and (lengths != tokens).any()):
+        raise CacheFileError(f"{file.path}: its tables hold other tokens than it says.")
     return pages
+
+
+def _is_table(places: PageIds, counts: np.ndarray[Any, Any]) -> bool:
+    """Whether rows of so many pages name all of 0, 1, 2 ... and nothing else."""
+    if places.ndim != 2 or places.dtype != np.int32 or len(places) != len(counts) or (counts < 0).any():
+        return False
+    named = places[np.arange(places.shape[1]) < counts[:, None]]
+    return counts.sum() == len(named) and np.array_equal(np.unique(named), np.arange(places.max(initial=0) + 1))
+
+
+def _is_mask(valid: Tensor | None, batch_size: int, num_tokens: int) -> bool:
+    return valid is None or (
+        valid.dtype == torch.bool
+        and valid.ndim == 2
+        and len(valid) == batch_size
+        and 0 < valid.shape[1] <= num_tokens
+    )
 
 
 def _restore_layer(

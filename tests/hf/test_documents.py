@@ -20,6 +20,7 @@ from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import CACHE
 from sparsekv.pages.residency import RESIDENCIES
 from sparsekv.testing.consistency import assert_consistent
+from sparsekv.testing.damage import DAMAGES, fuzz, small_model
 from tools.tiny_models import smallest
 
 SMALL: dict[str, Any] = {"budget": 16, "page_size": 4, "sinks": 2, "recent": 4, "dense_layers": 0}
@@ -313,6 +314,14 @@ def test_an_interrupted_pass_is_not_saved(model, path) -> None:
         cache._store.accept(0, 20, *torch.zeros(2, 1, 2, 1, 16), None, True)
         with pytest.raises(CacheStateError, match="interrupted"):
             cache.save(path)
+
+
+def test_damaged_files_are_refused_or_give_what_was_saved(tmp_path) -> None:
+    """`python -m sparsekv.testing.damage` does more of them."""
+    with sparsekv.patch(small_model(), page_size=4, budget=16, sinks=1, recent=4) as patch:
+        tally = fuzz(patch, tmp_path, files=300, seed=0)
+    assert len([name for name in tally if name.startswith("refused:")]) == len(DAMAGES)
+    assert sum(tally.values()) == 300
 
 
 # -- many questions about one document
