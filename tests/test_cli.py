@@ -21,7 +21,7 @@ from sparsekv.evaluation.testbed import MODEL_DIR
 from sparsekv.policies import POLICIES
 from sparsekv.policies.top_k import TopK
 
-COMMANDS = ("demo", "generate", "chat", "calibrate", "eval", "lm-eval", "bench", "models", "doctor")
+COMMANDS = ("demo", "generate", "chat", "calibrate", "eval", "lm-eval", "bench", "models", "documents", "doctor")
 TESTBED = ["--model", str(MODEL_DIR), "--device", "cpu", "--dtype", "float32"]
 
 

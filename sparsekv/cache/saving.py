@@ -27,7 +27,6 @@ from sparsekv.policies import POLICIES
 if TYPE_CHECKING:
     from sparsekv.cache.paged_cache import PagedCache
 
-# What pages hold follows from these; where prompts are read sparsely, from the others, too.
 _OF_PAGES = ("page_size", "digest", "kv")
 _OF_PROMPTS = ("policy", "budget", "dense_layers", "prefill", "prefill_mass")
 _IDS = "ids"
@@ -61,8 +60,7 @@ def save(
         "title": title,
         "model": model,
         "settings": cache.config.as_dict(),
-        "digest_revision": DIGESTS.get(cache.config.digest).revision,
-        "sparse_prompts": _reads_prompts_sparsely(cache.config),
+        "pages_follow_from": what_pages_follow_from(cache.config),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         "num_sequences": store.newest.batch_size,
         "num_tokens": num_tokens,
@@ -93,8 +91,12 @@ def _checked(ids: Tensor, batch_size: int, num_tokens: int) -> Tensor:
     return ids[:, :num_tokens].cpu().long()
 
 
-def _reads_prompts_sparsely(config: SparseConfig) -> bool:
-    return POLICIES.get(config.policy)().chooses_blocks(config)
+def what_pages_follow_from(config: SparseConfig) -> Facts:
+    """The settings on which it depends what pages hold of a prompt: where it is read sparsely, more of them."""
+    is_sparse = POLICIES.get(config.policy)().chooses_blocks(config)
+    settings = config.as_dict()
+    found = {name: settings[name] for name in (*_OF_PAGES, *(_OF_PROMPTS if is_sparse else ()))}
+    return {**found, "prefill": settings["prefill"], "digest revision": DIGESTS.get(config.digest).revision}
 
 
 # -- and back
@@ -157,15 +159,12 @@ def _check_model(file: PieceFile, saved: Facts, here: Facts) -> None:
 
 
 def _check_settings(file: PieceFile, config: SparseConfig) -> None:
-    saved, here = dict(file.facts["settings"]), config.as_dict()
-    saved["digest revision"], here["digest revision"] = (
-        file.facts["digest_revision"],
-        DIGESTS.get(config.digest).revision,
-    )
-    names = [*_OF_PAGES, "digest revision"]
-    if file.facts["sparse_prompts"] or _reads_prompts_sparsely(config):
-        names += _OF_PROMPTS
-    differing = [f"{x} was {saved[x]!r} and is {here[x]!r}" for x in names if saved[x] != here[x]]
+    saved, here = file.facts["pages_follow_from"], what_pages_follow_from(config)
+    differing = [
+        f"{name} was {saved.get(name, 'any')!r} and is {here.get(name, 'any')!r}"
+        for name in {**saved, **here}
+        if saved.get(name) != here.get(name)
+    ]
     if differing:
         raise CacheFileError(f"{file.path} was made with other settings: {'; '.join(differing)}.")
 

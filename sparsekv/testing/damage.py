@@ -59,7 +59,8 @@ def _told_otherwise(content: bytearray, other: bytes, rng: random.Random) -> Non
     header = json.loads(content[_WORD:end])
     facts = json.loads(header["__metadata__"]["facts"])
     _change(rng.choice((facts, header)), rng)
-    header.setdefault("__metadata__", {})["facts"] = json.dumps(facts)
+    if isinstance(header.get("__metadata__"), dict):
+        header["__metadata__"]["facts"] = json.dumps(facts)
     text = json.dumps(header).encode()
     new = len(text).to_bytes(_WORD, "little") + text
     content[:end] = new
@@ -74,7 +75,7 @@ def _change(facts: Any, rng: random.Random) -> None:
             break
         facts = facts[place]
     number = facts[place] if isinstance(facts[place], int) else 0
-    new = (number + 1, number - 1, -1, 1 << 62, 0.5, "text", None, [], {}, [1, 2], True)
+    new: tuple[Any, ...] = (number + 1, number - 1, -1, 1 << 62, 0.5, "text", None, [], {}, [1, 2], True)
     facts[place] = rng.choice(new)
 
 
