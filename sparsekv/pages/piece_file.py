@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -125,18 +125,45 @@ def write(
     sources = dict(sorted(sources.items(), key=lambda item: -item[1].spec.dtype.itemsize))  # so all are aligned
     specs = {name: source.spec for name, source in sources.items()}
     pieces, checksum = _pieces(specs, PIECE), CHECKSUMS[FASTEST]
-    with appearing_file(Path(path)) as file, ThreadPoolExecutor(THREADS) as pool:
+    with appearing_file(Path(path)) as file, ThreadPoolExecutor(THREADS) as pool, _ToDisk(file) as to_disk:
         header = _header(facts, specs, len(pieces))
         file.write(header)
         checks: list[Future[int]] = []
         for content in _on_host(sources[piece.name].read(piece.first, piece.last) for piece in pieces):
             checks.append(pool.submit(checksum, content))
             file.write(content.data)
+            to_disk.go_on()
             if len(checks) > THREADS:
                 checks[-THREADS].result()  # then what it was of may be overwritten
             progress(content.nbytes)
         checks.append(pool.submit(checksum, header))
         file.write(b"".join(check.result().to_bytes(_WORD, "little") for check in checks))
+
+
+class _ToDisk:
+    """Sends what has been written to the disk while more is being written, instead of all of it at the end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._pool = file, ThreadPoolExecutor(1)
+        self._going: Future[None] | None = None
+
+    def go_on(self) -> None:
+        """Begins, unless it is still at it. Raises OSError if the disk has failed before: it says so only once."""
+        if self._going is None or self._going.done():
+            self._wait()
+            self._going = self._pool.submit(getattr(os, "fdatasync", os.fsync), self._file.fileno())
+
+    def _wait(self) -> None:
+        if self._going is not None:
+            self._going.result()
+
+    def __enter__(self) -> _ToDisk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._wait()
 
 
 def _header(facts: Mapping[str, Any], specs: Mapping[str, Spec], num_pieces: int) -> bytes:
