@@ -69,7 +69,8 @@ class Shelf:
 
     def place(self, patch: Patch, ids: Tensor) -> Path:
         """Where a document `[1, n]` is, or is to be, as this model reads it under these settings."""
-        told = fingerprint(patch.model), what_pages_follow_from(patch.config), ids.shape
+        model = {name: x for name, x in fingerprint(patch.model).items() if name != "name"}
+        told = model, what_pages_follow_from(patch.config), ids.shape
         known = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         known.update(ids.cpu().numpy().tobytes())
         return self.folder / f"{known.hexdigest()[:32]}{SUFFIX}"

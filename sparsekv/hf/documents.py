@@ -28,8 +28,8 @@ class Prefix:
         cache: holds them. It stays as it is: questions go on in forks of it.
     """
 
-    def __init__(self, ids: Tensor, cache: PagedCache, tokenizer: Any = None) -> None:
-        self.ids, self.cache, self._tokenizer = ids, cache, tokenizer
+    def __init__(self, ids: Tensor, cache: PagedCache, device: torch.device, tokenizer: Any = None) -> None:
+        self.ids, self.cache, self._device, self._tokenizer = ids, cache, device, tokenizer
 
     def fork(self, n: int = 1) -> PagedCache:
         """A cache of `n` sequences that begin with the document, whose pages all share."""
@@ -52,9 +52,8 @@ class Prefix:
         longest = max(map(len, rows))
         asked = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
         real = torch.arange(longest) >= longest - torch.tensor([[len(row)] for row in rows])
-        device = next(layer.device for layer in self.cache.stored_layers if layer.is_initialized)
-        ids = torch.cat([self.ids.expand(len(rows), -1), asked], 1).to(device)
-        mask = torch.cat([torch.ones(len(rows), self.ids.shape[1]), real], 1).long().to(device)
+        ids = torch.cat([self.ids.expand(len(rows), -1), asked], 1).to(self._device)
+        mask = torch.cat([torch.ones(len(rows), self.ids.shape[1]), real], 1).long().to(self._device)
         return {"input_ids": ids, "attention_mask": mask, support.CACHE: self.fork(len(rows))}
 
 
@@ -71,7 +70,7 @@ def prefix(
         raise ConfigError("A document must have at least one token.")
     cache = patch.new_cache(reserve_tokens=ids.shape[1] + reserve_tokens)
     read(patch.model, ids, cache, progress=progress)
-    return Prefix(ids, cache, tokenizer)
+    return Prefix(ids, cache, patch.model.device, tokenizer)
 
 
 def read(

@@ -18,6 +18,7 @@ from sparsekv.cache import PagedCache
 from sparsekv.errors import CacheFileError, CacheStateError, ConfigError
 from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import CACHE
+from sparsekv.pages import piece_file
 from sparsekv.pages.residency import RESIDENCIES
 from sparsekv.testing.consistency import assert_consistent
 from sparsekv.testing.damage import DAMAGES, fuzz, small_model
@@ -88,11 +89,33 @@ def test_what_goes_on_after_a_load_is_what_would_have_gone_on(family, settings, 
         first = go_on(patch, ids, patch.new_cache(), attention_mask=mask, prefill_chunk_size=15, max_new_tokens=4)
         cache = first[CACHE]
         cache.save(path, first.sequences)
-        loaded = patch.load(path)
+        with torch.inference_mode():  # what is loaded may be written to outside of it
+            loaded = patch.load(path)
         assert torch.equal(loaded.ids, first.sequences[:, :-1])
         assert_consistent(loaded._store)
         mask = torch.cat([mask, mask.new_ones(2, 4)], 1)
         assert_equal(*(go_on(patch, first.sequences, x, attention_mask=mask) for x in (loaded, cache)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", ["plain", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+def test_on_a_gpu_in_many_pieces(family, kv, tiny, path, monkeypatch) -> None:
+    """Captured steps, and host memory that is used again and again."""
+    monkeypatch.setattr(piece_file, "PIECE", 1 << 12)
+    model = (smallest(family) if family in STATES else tiny(family)).to("cuda", torch.bfloat16)
+    ids = tokens(1, 200).cuda()
+    with sparsekv.patch(model, **SMALL | {"budget": 64, "page_size": 16}, kv=kv) as patch:
+        cache = read(patch, ids)
+        cache.save(path, ids)
+        loaded = patch.load(path)
+        assert_consistent(loaded._store)
+        for i, pages in loaded._store.layers.items():
+            held = [store.table.pages_of(0)[:-1] for store in (loaded._store, cache._store)]
+            for one, other in zip(pages.read(held[0])[0], cache._store.layers[i].read(held[1])[0], strict=True):
+                assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        prompt = torch.cat([ids, ids[:, :5]], 1)
+        assert torch.equal(go_on(patch, prompt, loaded).sequences, go_on(patch, prompt, cache).sequences)
 
 
 def test_it_is_a_file_of_safetensors(model, path) -> None:
