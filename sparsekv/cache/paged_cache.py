@@ -30,7 +30,7 @@ from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.pages.arena import Arena
 from sparsekv.pages.page_store import PageStore
-from sparsekv.pages.piece_file import Progress
+from sparsekv.pages.pieces import Progress
 from sparsekv.pages.step_state import Stage
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens", "kv", "residency")

@@ -19,8 +19,9 @@ from sparsekv.cache.stored_layer import StoredLayer
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import CacheFileError, CacheStateError, ConfigError, SparseKVError
-from sparsekv.pages import piece_file, saved_store
-from sparsekv.pages.piece_file import PieceFile, Progress, Source, Target
+from sparsekv.pages import piece_writer, saved_store
+from sparsekv.pages.piece_file import PieceFile
+from sparsekv.pages.pieces import Progress, Source, Target
 from sparsekv.pages.saved_store import DeviceOf, Facts
 from sparsekv.policies import POLICIES
 
@@ -67,7 +68,7 @@ def save(
         "layers": layers,
         **pages,
     }
-    piece_file.write(path, facts, sources, progress)
+    piece_writer.write(path, facts, sources, progress)
 
 
 def _described(index: int, part: Any) -> tuple[Facts, dict[str, Tensor]]:

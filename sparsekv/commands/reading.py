@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import CacheFileError, CacheStateError, ConfigError
 from sparsekv.hf import documents
-from sparsekv.pages import piece_file
+from sparsekv.pages import pieces
 
 from .shelf import Shelf
 
@@ -59,7 +59,7 @@ def cache_of(
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int) -> Iterator[piece_file.Progress]:
+def _bar(what: str, total: int) -> Iterator[pieces.Progress]:
     """A progress bar where stderr is a terminal: yields what is to be called with every piece that is done."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

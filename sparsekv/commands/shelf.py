@@ -22,7 +22,8 @@ from sparsekv.errors import CacheFileError, ConfigError
 from sparsekv.hf.fingerprint import fingerprint
 from sparsekv.hf.memory import GIB
 from sparsekv.hf.ranks import Ranks
-from sparsekv.pages.piece_file import PieceFile, Progress
+from sparsekv.pages.piece_file import PieceFile
+from sparsekv.pages.pieces import Progress
 from sparsekv.user_cache import PARTIAL, cache_directory
 
 SUFFIX = ".safetensors"

@@ -14,7 +14,8 @@ from sparsekv.errors import CacheFileError, ConfigError
 from sparsekv.hf import support
 from sparsekv.hf.chunks import CHUNK, without_single
 from sparsekv.hf.fingerprint import check_alone, fingerprint
-from sparsekv.pages.piece_file import PieceFile, Progress
+from sparsekv.pages.piece_file import PieceFile
+from sparsekv.pages.pieces import Progress
 
 if TYPE_CHECKING:
     from sparsekv.hf.patch import Patch

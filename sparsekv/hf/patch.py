@@ -29,7 +29,7 @@ from sparsekv.hf.notices import Notices, attention_set_since
 from sparsekv.hf.ranks import Ranks
 from sparsekv.layer_budgets import told
 from sparsekv.pages import Arena
-from sparsekv.pages.piece_file import Progress
+from sparsekv.pages.pieces import Progress
 from sparsekv.policies import POLICIES
 
 _ATTRIBUTE = "_sparsekv_patch"

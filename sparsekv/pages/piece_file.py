@@ -1,224 +1,29 @@
-"""Tensors and facts in one safetensors file, whose every byte is covered by a checksum.
-
-The data is cut into pieces of whole rows. The last tensor, `checksums` `[pieces + 1, 8]` bytes, has those of the
-pieces and then the header's: so a file is written from its beginning to its end, and pieces are read and checked
-beside one another, straight out of the memory that the file is mapped to.
-"""
+"""Reads a file of pieces: see `pieces`."""
 
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekv.errors import CacheFileError, CacheStateError
-from sparsekv.pages.checksums import CHECKSUMS, FASTEST
-from sparsekv.user_cache import appearing_file
+from sparsekv.errors import CacheFileError
+from sparsekv.pages.checksums import CHECKSUMS
+from sparsekv.pages.pieces import CHECKS, FORMAT, MARK, META, PIECE, THREADS, WORD, Progress, Spec, Target, pieces_of
 
-FORMAT = 1  # of what a file means, pages and digests included
-PIECE = 16 << 20  # bytes that are copied and checked at once, but for a row that is larger
-THREADS = min(16, os.cpu_count() or 1)
-Progress = Callable[[int], object]  # called with the number of bytes that are done since the last call
-
-_MARK, _CHECKSUMS, _META, _WORD = "sparsekv_cache", "checksums", "__metadata__", 8
 _MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class Spec(NamedTuple):
-    """What a tensor of a file looks like; it has at least one dimension."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def told(cls, shape: Any, dtype: str) -> Spec:
-        """As a header tells it. Raises KeyError, TypeError or ValueError if that makes no sense."""
-        if not shape or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"a shape of {shape}")
-        return cls(tuple(shape), _DTYPES[dtype])
-
-    @property
-    def row_nbytes(self) -> int:
-        """Bytes of one entry of the first dimension."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of it."""
-        return self.shape[0] * self.row_nbytes
-
-
-class Source(NamedTuple):
-    """A tensor to be saved; `read(first, last)` gives its rows from `first` to before `last`, on any device."""
-
-    spec: Spec
-    read: Callable[[int, int], Tensor]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Source:
-        """A tensor that is there as a whole. It stays one that can be resized: what numpy looks into does not."""
-        return cls(Spec(tuple(tensor.shape), tensor.dtype), lambda first, last: tensor[first:last].clone())
-
-
-class Target(NamedTuple):
-    """Where a tensor goes that is loaded; `write(first, last, rows)` takes its rows from `first` to before `last`.
-    It is called from several threads. The rows are on the CPU, in memory that a GPU copies from by itself, and the
-    caller's again when it has done so."""
-
-    spec: Spec
-    device: torch.device
-    write: Callable[[int, int, Tensor], object]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Target:
-        """A tensor that is there."""
-        return cls(
-            Spec(tuple(tensor.shape), tensor.dtype),
-            tensor.device,
-            lambda first, last, rows: tensor[first:last].copy_(rows, non_blocking=True),
-        )
-
-
-class _Piece(NamedTuple):
-    name: str
-    first: int
-    last: int
-    start: int  # in the data
-    nbytes: int
-
-
-# -- writing
-
-
-def write(
-    path: str | os.PathLike[str],
-    facts: Mapping[str, Any],
-    sources: Mapping[str, Source],
-    progress: Progress = lambda nbytes: None,
-) -> None:
-    """Writes a file, or leaves the one that is there as it is.
-
-    Args:
-        facts: what JSON can hold.
-
-    Raises:
-        CacheStateError: there is a tensor of a dtype that files cannot have.
-        OSError: the file cannot be written.
-    """
-    sources = dict(sorted(sources.items(), key=lambda item: -item[1].spec.dtype.itemsize))  # so all are aligned
-    specs = {name: source.spec for name, source in sources.items()}
-    pieces, checksum = _pieces(specs, PIECE), CHECKSUMS[FASTEST]
-    with appearing_file(Path(path)) as file, ThreadPoolExecutor(THREADS) as pool, _ToDisk(file) as to_disk:
-        header = _header(facts, specs, len(pieces))
-        file.write(header)
-        checks: list[Future[int]] = []
-        for content in _on_host(sources[piece.name].read(piece.first, piece.last) for piece in pieces):
-            checks.append(pool.submit(checksum, content))
-            file.write(content.data)
-            to_disk.go_on()
-            if len(checks) > THREADS:
-                checks[-THREADS].result()  # then what it was of may be overwritten
-            progress(content.nbytes)
-        checks.append(pool.submit(checksum, header))
-        file.write(b"".join(check.result().to_bytes(_WORD, "little") for check in checks))
-
-
-class _ToDisk:
-    """Sends what has been written to the disk while more is being written, instead of all of it at the end."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._pool = file, ThreadPoolExecutor(1)
-        self._going: Future[None] | None = None
-
-    def go_on(self) -> None:
-        """Begins, unless it is still at it. Raises OSError if the disk has failed before: it says so only once."""
-        if self._going is None or self._going.done():
-            self._wait()
-            self._going = self._pool.submit(getattr(os, "fdatasync", os.fsync), self._file.fileno())
-
-    def _wait(self) -> None:
-        if self._going is not None:
-            self._going.result()
-
-    def __enter__(self) -> _ToDisk:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._pool.shutdown()
-        if kind is None:
-            self._wait()
-
-
-def _header(facts: Mapping[str, Any], specs: Mapping[str, Spec], num_pieces: int) -> bytes:
-    marks = {_MARK: str(FORMAT), "checksum": FASTEST, "piece": str(PIECE), "facts": json.dumps(facts)}
-    content: dict[str, Any] = {_META: marks}
-    start = 0
-    for name, spec in {**specs, _CHECKSUMS: Spec((num_pieces + 1, _WORD), torch.uint8)}.items():
-        if spec.dtype not in _NAMES:
-            raise CacheStateError(f"A cache cannot be saved that has tensors of dtype {spec.dtype} ({name}).")
-        end = start + spec.nbytes
-        content[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _WORD)
-    return len(text).to_bytes(_WORD, "little") + text
-
-
-def _on_host(parts: Iterator[Tensor]) -> Iterator[np.ndarray[Any, Any]]:
-    """The bytes of tensors. Those of a GPU are fetched one ahead, into memory that is used again `THREADS` later."""
-    buffers: deque[Tensor] = deque()
-    ahead: deque[tuple[Tensor, Any]] = deque()
-    for part in parts:
-        ahead.append(_fetched(part, buffers))
-        if len(ahead) > 1:
-            yield _bytes_of(*ahead.popleft())
-    for last in ahead:
-        yield _bytes_of(*last)
-
-
-def _fetched(part: Tensor, buffers: deque[Tensor]) -> tuple[Tensor, Any]:
-    """The same on the CPU, and the event after which it is there."""
-    flat = part.detach().contiguous().flatten().view(torch.uint8)
-    if flat.device.type != "cuda":
-        return flat.cpu(), None
-    buffer = buffers.popleft() if len(buffers) >= THREADS + 2 else flat.new_empty(0, device="cpu")
-    if len(buffer) < len(flat):
-        buffer = torch.empty(max(len(flat), PIECE), dtype=torch.uint8, device="cpu", pin_memory=True)
-    buffers.append(buffer)
-    with torch.cuda.device(flat.device):
-        fetched, event = buffer[: len(flat)].copy_(flat, non_blocking=True), torch.cuda.Event()
-        event.record()
-    return fetched, event
-
-
-def _bytes_of(fetched: Tensor, event: Any) -> np.ndarray[Any, Any]:
-    if event is not None:
-        event.synchronize()
-    return fetched.numpy()
-
-
-# -- reading
 
 
 class PieceFile:
-    """A file that `write` has written, mapped to memory. Its header is checked; its pieces are when they are read.
+    """A file that `piece_writer.write` has written, mapped to memory. Its header is checked; pieces are when they are
+    read.
 
     Attributes:
         facts: as they were given; specs: what tensors there are.
@@ -232,8 +37,8 @@ class PieceFile:
         self.path, self._local = path, threading.local()
         self._bytes = _mapped(path)
         self.nbytes = len(self._bytes)
-        start = _WORD + int.from_bytes(self._bytes[:_WORD].tobytes(), "little")
-        if not _WORD < start <= min(self.nbytes, _MAX_HEADER):
+        start = WORD + int.from_bytes(self._bytes[:WORD].tobytes(), "little")
+        if not WORD < start <= min(self.nbytes, _MAX_HEADER):
             raise self._torn("its header has no end")
         self._data = self._bytes[start:]
         try:
@@ -242,11 +47,11 @@ class PieceFile:
             raise error if isinstance(error, CacheFileError) else self._torn("its header cannot be read") from error
 
     def _read_header(self, header: np.ndarray[Any, Any]) -> None:
-        content = json.loads(header[_WORD:].tobytes())
-        marks = content.pop(_META)
-        if marks[_MARK] != str(FORMAT):
+        content = json.loads(header[WORD:].tobytes())
+        marks = content.pop(META)
+        if marks[MARK] != str(FORMAT):
             raise CacheFileError(
-                f"{self.path} is a cache in format {marks[_MARK]!r}, and this version of sparsekv reads {FORMAT}."
+                f"{self.path} is a cache in format {marks[MARK]!r}, and this version of sparsekv reads {FORMAT}."
             )
         if marks["checksum"] not in CHECKSUMS:
             raise CacheFileError(
@@ -254,13 +59,13 @@ class PieceFile:
                 "checked here: xxh3_64 needs the package xxhash."
             )
         self._checksum = CHECKSUMS[marks["checksum"]]
-        if self._checksum(header) != int.from_bytes(self._data[-_WORD:].tobytes(), "little"):
+        if self._checksum(header) != int.from_bytes(self._data[-WORD:].tobytes(), "little"):
             raise self._torn("its header is not what was written, or its end is missing")
         specs = {name: Spec.told(told["shape"], told["dtype"]) for name, told in content.items()}
         if sum(spec.nbytes for spec in specs.values()) != len(self._data):
             raise self._torn("it is not as long as its header says")
-        self._checks = np.frombuffer(self._data[-specs.pop(_CHECKSUMS).nbytes :].tobytes(), "<u8").tolist()
-        self.specs, self._pieces = specs, _pieces(specs, int(marks["piece"]))
+        self._checks = np.frombuffer(self._data[-specs.pop(CHECKS).nbytes :].tobytes(), "<u8").tolist()
+        self.specs, self._pieces = specs, pieces_of(specs, int(marks["piece"]))
         self.facts: dict[str, Any] = json.loads(marks["facts"])
         if len(self._checks) != len(self._pieces) + 1 or not isinstance(self.facts, dict):
             raise self._torn("its header says what cannot be")
@@ -343,15 +148,3 @@ def _mapped(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
     except ValueError as error:
         raise CacheFileError(f"{path} is empty.") from error
     return np.frombuffer(mapped, np.uint8)
-
-
-def _pieces(specs: Mapping[str, Spec], size: int) -> list[_Piece]:
-    """The pieces of tensors that lie one behind the other."""
-    found, start = [], 0
-    for name, spec in specs.items():
-        step = max(1, size // max(1, spec.row_nbytes))
-        for first in range(0, spec.shape[0] if spec.nbytes else 0, step):
-            last = min(first + step, spec.shape[0])
-            found.append(_Piece(name, first, last, start, (last - first) * spec.row_nbytes))
-            start += found[-1].nbytes
-    return found

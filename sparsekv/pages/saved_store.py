@@ -17,7 +17,8 @@ from sparsekv.pages.formats import halves
 from sparsekv.pages.layer_pages import LayerPages
 from sparsekv.pages.page_pool import PageIds
 from sparsekv.pages.page_store import PageStore
-from sparsekv.pages.piece_file import PieceFile, Source, Spec, Target
+from sparsekv.pages.piece_file import PieceFile
+from sparsekv.pages.pieces import Source, Spec, Target
 from sparsekv.pages.store_part import StorePart
 from sparsekv.pages.window_table import WindowTable
 

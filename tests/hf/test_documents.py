@@ -18,7 +18,7 @@ from sparsekv.cache import PagedCache
 from sparsekv.errors import CacheFileError, CacheStateError, ConfigError
 from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import CACHE
-from sparsekv.pages import piece_file
+from sparsekv.pages import pieces
 from sparsekv.pages.residency import RESIDENCIES
 from sparsekv.testing.consistency import assert_consistent
 from sparsekv.testing.damage import DAMAGES, fuzz, small_model
@@ -102,7 +102,7 @@ def test_what_goes_on_after_a_load_is_what_would_have_gone_on(family, settings, 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
 def test_on_a_gpu_in_many_pieces(family, kv, tiny, path, monkeypatch) -> None:
     """Captured steps, and host memory that is used again and again."""
-    monkeypatch.setattr(piece_file, "PIECE", 1 << 12)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 12)
     model = (smallest(family) if family in STATES else tiny(family)).to("cuda", torch.bfloat16)
     ids = tokens(1, 200).cuda()
     with sparsekv.patch(model, **SMALL | {"budget": 64, "page_size": 16}, kv=kv) as patch:

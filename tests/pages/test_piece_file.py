@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsekv.errors import CacheFileError, CacheStateError
-from sparsekv.pages import checksums, piece_file
-from sparsekv.pages.piece_file import PieceFile, Source, Spec, Target, write
+from sparsekv.pages import checksums, piece_file, piece_writer, pieces
+from sparsekv.pages.piece_file import PieceFile
+from sparsekv.pages.piece_writer import write
+from sparsekv.pages.pieces import Source, Spec, Target
 
 TENSORS = {
     "bytes": torch.arange(7, dtype=torch.uint8),
@@ -48,8 +50,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("checksum", checksums.CHECKSUMS)
 @pytest.mark.parametrize("piece", [1, 64, 1 << 20])
 def test_what_is_written_is_read(checksum: str, piece: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(piece_file, "FASTEST", checksum)
-    monkeypatch.setattr(piece_file, "PIECE", piece)
+    monkeypatch.setattr(piece_writer, "FASTEST", checksum)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     done: list[int] = []
     write(path, {"a": [1, None]}, {name: Source.of(x) for name, x in TENSORS.items()}, done.append)
     assert sum(done) == sum(x.nbytes for x in TENSORS.values())
@@ -81,7 +83,7 @@ def test_what_is_no_such_file_is_told(path: Path, monkeypatch: pytest.MonkeyPatc
         PieceFile(path.parent)
     with pytest.raises(CacheFileError, match="cannot be read: No such file"):
         PieceFile(path.parent / "nowhere")
-    monkeypatch.setattr(piece_file, "FORMAT", 2)
+    monkeypatch.setattr(pieces, "FORMAT", 2)
     save(path)
     monkeypatch.undo()
     with pytest.raises(CacheFileError, match="in format '2', and this version of sparsekv reads 1"):
