@@ -75,6 +75,9 @@ def test_a_document_is_read_once(reads: list[int], monkeypatch: pytest.MonkeyPat
         assert {printed.out for printed in said} == {said[0].out}
         assert STORY.questions[0].answer in said[0].out
         assert [i for i, printed in enumerate(said) if "Kept for the next time in" in printed.err] == kept
+        assert [i for i, printed in enumerate(said) if "Loaded, as it has been read" in printed.err] == (
+            [2, 3] if kept else [1, 2, 3]
+        )
         assert len(reads) == 2 + len(kept)
         reads.clear()
 
@@ -106,9 +109,9 @@ def test_what_cannot_be_kept_is_answered_all_the_same(
     assert generate() == 0
     assert "The document is not kept: " in capsys.readouterr().err
     Path("home").unlink()
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=9))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 26, total=1 << 31))
     assert generate() == 0
-    assert "and the disk has 0.0 left" in capsys.readouterr().err
+    assert "and the disk has 0.1 left" in capsys.readouterr().err
     assert len(reads) == 2
 
 

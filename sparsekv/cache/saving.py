@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from sparsekv.cache.cache_layer import CacheLayer
@@ -62,7 +62,7 @@ def save(
         "model": model,
         "settings": cache.config.as_dict(),
         "pages_follow_from": what_pages_follow_from(cache.config),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         "num_sequences": store.newest.batch_size,
         "num_tokens": num_tokens,
         "layers": layers,

@@ -42,7 +42,9 @@ def cache_of(
     if shelf is not None and path is not None and path.exists():
         try:
             with _bar("loading what was read before", path.stat().st_size) as advance:
-                return shelf.take(patch, path, reserve_tokens, advance)
+                cache = shelf.take(patch, path, reserve_tokens, advance)
+            print(f"Loaded, as it has been read before (--no-keep reads it anew): {path}", file=sys.stderr)
+            return cache
         except (CacheFileError, CacheStateError, OSError) as error:
             print(f"{error} The document is read anew.", file=sys.stderr)
     cache = patch.new_cache(reserve_tokens)

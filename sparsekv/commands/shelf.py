@@ -28,6 +28,7 @@ from sparsekv.user_cache import PARTIAL, cache_directory
 
 SUFFIX = ".safetensors"
 LIMIT = 64  # GiB
+_LEFT_FREE = 20  # one part in so many of the disk is
 _STALE = 24 * 3600  # seconds after which nobody writes to what is not finished
 
 
@@ -137,9 +138,9 @@ class Shelf:
                 break
             oldest.unlink(missing_ok=True)
             taken -= size
-        free = shutil.disk_usage(self.folder).free
-        if nbytes > free:
-            raise ConfigError(f"it takes {nbytes / GIB:.1f} GiB, and the disk has {free / GIB:.1f} left")
+        disk = shutil.disk_usage(self.folder)
+        if nbytes > disk.free - disk.total // _LEFT_FREE:
+            raise ConfigError(f"it takes {nbytes / GIB:.1f} GiB, and the disk has {disk.free / GIB:.1f} left")
 
     def _usage(self) -> Iterator[tuple[float, int, Path]]:
         for path in self._paths():
