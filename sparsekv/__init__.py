@@ -21,6 +21,7 @@ from sparsekv.cache import DecodeStats, PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS, Digest
 from sparsekv.errors import (
+    CacheFileError,
     CacheFullError,
     CacheStateError,
     ConfigError,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DIGESTS",
     "POLICIES",
+    "CacheFileError",
     "CacheFullError",
     "CacheStateError",
     "ConfigError",

@@ -1,4 +1,4 @@
-"""The `sparsekv` command: demo, generate, chat, calibrate, eval, lm-eval, bench, models, doctor."""
+"""The `sparsekv` command: demo, generate, chat, calibrate, eval, lm-eval, bench, models, documents, doctor."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def _parser() -> Parser:
     _add_lm_eval(commands)
     _add_bench(commands)
     _add_models(commands)
+    _add_documents(commands)
     _add_doctor(commands)
     return parser
 
@@ -165,6 +166,19 @@ def _add_models(commands: Any) -> None:
     )
     models.add_arguments(parser)
     parser.set_defaults(run=with_json(models.run))
+
+
+def _add_documents(commands: Any) -> None:
+    from sparsekv.commands import documents
+
+    parser = commands.add_parser(
+        "documents",
+        help="what chat and generate have read and kept: list it, delete it",
+        description=documents.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    documents.add_arguments(parser)
+    parser.set_defaults(run=with_json(documents.run))
 
 
 def _add_doctor(commands: Any) -> None:

@@ -45,6 +45,10 @@ class CacheStateError(SparseKVError, RuntimeError):
     """A cache is used in a way its content does not allow (another batch, an edited mask, a half-done step)."""
 
 
+class CacheFileError(SparseKVError, ValueError):
+    """A saved cache is torn, or of another model, other settings or other tokens; nothing has changed."""
+
+
 class RankError(SparseKVError, RuntimeError):
     """Of several processes that hold a model together, another has failed, or does not do the same."""
 

@@ -69,7 +69,7 @@ def test_the_cache_holds_the_tokens_that_are_counted(conversation: Conversation)
 
 def test_reading_ends_with_no_chunk_of_one_token(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be decoded, sparsely."""
-    monkeypatch.setattr("sparsekv.commands.conversation.CHUNK", 64)
+    monkeypatch.setattr("sparsekv.commands.reading.CHUNK", 64)
     stats = conversation.patch.stats
     passes = stats.dense_passes
     conversation.read(" ".join(STORY.words[:129]))
@@ -130,6 +130,7 @@ def answers(lines: list[str], options: list[str], monkeypatch: pytest.MonkeyPatc
 def document(tmp_path: Path, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The options that name it; the model need not be loaded again."""
     monkeypatch.setattr(models, "load", lambda *names: loaded)
+    monkeypatch.setenv("SPARSEKV_CACHE_DIR", str(tmp_path))
     (tmp_path / "story.txt").write_text(STORY.text)
     return ["--document", str(tmp_path / "story.txt")]
 

@@ -21,7 +21,7 @@ from sparsekv.evaluation.testbed import MODEL_DIR
 from sparsekv.policies import POLICIES
 from sparsekv.policies.top_k import TopK
 
-COMMANDS = ("demo", "generate", "chat", "calibrate", "eval", "lm-eval", "bench", "models", "doctor")
+COMMANDS = ("demo", "generate", "chat", "calibrate", "eval", "lm-eval", "bench", "models", "documents", "doctor")
 TESTBED = ["--model", str(MODEL_DIR), "--device", "cpu", "--dtype", "float32"]
 
 
@@ -42,7 +42,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "usage: sparsekv" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("what", "option"), [("attention", "--contexts"), ("generate", "--points")])
+@pytest.mark.parametrize(
+    ("what", "option"), [("attention", "--contexts"), ("generate", "--points"), ("documents", "--folder")]
+)
 def test_everything_that_is_timed_has_help(what: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--help"])

@@ -34,8 +34,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def in_terminal(line: str) -> Any:
         child = pexpect.spawn(
-            "bash", ["-c", line], timeout=START_SECONDS, encoding="utf-8", env=ENVIRONMENT, dimensions=(40, 200),
-            cwd=str(tmp_path),
+            "bash", ["-c", line], timeout=START_SECONDS, encoding="utf-8", dimensions=(40, 200), cwd=str(tmp_path),
+            env={**ENVIRONMENT, "SPARSEKV_CACHE_DIR": str(tmp_path)},
         )  # fmt: skip
         started.append(child)
         return child

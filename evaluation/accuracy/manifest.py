@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from sparsekv.cache import heads_of
 from sparsekv.command_line import circumstances
 from sparsekv.errors import ConfigError
 from sparsekv.evaluation.tasks import Task
+from sparsekv.hf.fingerprint import model_hash
 from sparsekv.hf.support import text_config
 
 from .methods import method
@@ -168,15 +168,3 @@ def _validated(path: Path, manifest: Line) -> Line:
         f"{path} is no manifest of a run: it must hold 'model', and 'settings' with {', '.join(_GROWING)} and "
         "num_examples. Mend it, or choose another --out."
     )
-
-
-def model_hash(model: Any) -> str:
-    """SHA-256 over the names, shapes and a sample of every parameter's values: the same weights, the same hash,
-    without reading gigabytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of ranks that share it
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(flat.numel() // 4096, 1)].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample)
-    return digest.hexdigest()

@@ -16,10 +16,10 @@ import sparsekv
 from sparsekv import Patch, SparseConfig
 from sparsekv.command_line import circumstances, read_text
 from sparsekv.errors import ConfigError
-from sparsekv.evaluation.accuracy.manifest import model_hash
 from sparsekv.evaluation.accuracy.plots import shown
 from sparsekv.evaluation.tasks import Writer
 from sparsekv.hf import models
+from sparsekv.hf.fingerprint import model_hash
 from sparsekv.hf.support import context_of
 
 from .documents import length_for, pieces

@@ -5,6 +5,7 @@
     sparsekv bench attention --policy recent --contexts 32k
     sparsekv bench attention --device cuda --preset bars --settings one.json other.json
     sparsekv bench generate --device cuda --preset bars   # a token of a whole model
+    sparsekv bench documents --device cuda   # what is read once: saved, loaded
 
 The policy's own step is timed beside PyTorch's scaled_dot_product_attention (SDPA) and the memory's speed; on a GPU
 all are CUDA graphs, and FlashInfer and what can be assembled from parts off the shelf stand beside it, too.
@@ -37,7 +38,7 @@ from sparsekv.evaluation.report import short
 from sparsekv.hf.parallel import by_all_ranks
 from sparsekv.pages import FORMATS
 
-from . import attention_bench, generate_bench, generate_points
+from . import attention_bench, documents_bench, generate_bench, generate_points
 from .attention_points import PRESETS, K, LayerPoint, grid, preset_points
 from .competitors import COMPETITORS
 from .generate_points import add_format_option, add_share_options
@@ -189,7 +190,7 @@ def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """`attention` and `generate`, each with its options and, as `run`, its function."""
+    """`attention`, `generate` and `documents`, each with its options and, as `run`, its function."""
     commands = parser.add_subparsers(title="what is timed", metavar="WHAT", required=True)
     attention = commands.add_parser(
         "attention",
@@ -204,6 +205,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     generate_points.add_arguments(generate)
     generate.set_defaults(run=by_all_ranks(with_json(generate_bench.run)), measure=generate_bench.run)
+    documents = commands.add_parser(
+        "documents",
+        help="saving and loading a document's cache",
+        description=documents_bench.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    documents_bench.add_arguments(documents)
+    documents.set_defaults(run=with_json(documents_bench.run), measure=documents_bench.run)
 
 
 def measure(command: str) -> dict[str, Any]:

@@ -159,6 +159,10 @@ class AttentionLayer(CacheLayer, DynamicLayer):
             if hasattr(plain, "cumulative_length"):  # a window holds only the last tokens
                 plain.cumulative_length = self.get_seq_length()
 
+    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Nothing, if nobody has used it."""
+        return super().described() if self.get_seq_length() else ({}, {})
+
     # -- transformers' protocol
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

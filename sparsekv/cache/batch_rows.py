@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -18,6 +19,7 @@ class BatchRows(DynamicCache):
     """A cache whose rows can be chosen anew, as beam search does."""
 
     _store: PageStore
+    ids: Tensor | None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row i what row `beam_idx[i]` was.
@@ -53,7 +55,9 @@ class BatchRows(DynamicCache):
         batch_size = self._store.newest.batch_size
         if batch_size:
             wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
-            self._store.select(np.arange(batch_size)[wanted.flatten()])  # indexes as torch would
+            kept = np.arange(batch_size)[wanted.flatten()]  # indexes as torch would
+            self._store.select(kept)
+            self.ids = None if self.ids is None else self.ids[torch.from_numpy(kept)]
         for layer in self._other_layers():
             getattr(layer, method)(argument)
 

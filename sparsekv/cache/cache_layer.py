@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsekv.cache.stats import DecodeStats
 from sparsekv.config import SparseConfig
+from sparsekv.errors import CacheStateError
 from sparsekv.pages.page_store import PageStore
 from sparsekv.pages.store_part import StorePart
 from sparsekv.policies import DecodeStep
@@ -89,6 +91,21 @@ class CacheLayer:
     def export(self, plain: Any) -> None:
         """Gives a copy of its content to the layer that transformers' own cache has in its place."""
         raise NotImplementedError
+
+    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file gets of it beside pages: facts that JSON can hold, and tensors by name.
+
+        Raises:
+            CacheStateError: it keeps what cannot be saved.
+        """
+        raise CacheStateError(f"Layer {self.layer_idx} of this cache is a {type(self).__name__}, which is not saved.")
+
+    def restored(self, facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Takes over what another of its kind has described, whose pages are there already. It is still empty.
+
+        Args:
+            tensors: on the CPU; device: where its tokens belong.
+        """
 
     def check_crop(self, count: int) -> None:
         """Raises CacheStateError if the last `count` tokens cannot be dropped."""

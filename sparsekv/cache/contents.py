@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsekv.cache.attention_layer import AttentionLayer
 from sparsekv.cache.gradients import barrier
+from sparsekv.cache.handshake import Mode
 from sparsekv.errors import CacheStateError
 
 
@@ -92,6 +93,17 @@ class ReadableLayer(AttentionLayer):
         tensors themselves can be shared."""
         names = ("mode", "length", "is_initialized", "_tracked_from", "dtype", "device")
         twin.__dict__.update({name: x for name, x in vars(self).items() if name in names}, _own=list(self._own))
+
+    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Of pages, how many columns they hold."""
+        return ({"length": self.length}, {}) if self.is_paged else super().described()
+
+    def restored(self, facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Goes on from pages."""
+        if facts:
+            pages = self.store.layers[self.layer_idx]
+            self.mode, self.length, self.is_initialized = Mode.SERVED, facts["length"], True
+            self.dtype, self.device = pages.no_tokens.dtype, device
 
     def _assign(self, which: int, states: Tensor | None) -> None:
         if self.is_dense:

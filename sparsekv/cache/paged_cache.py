@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from sparsekv.cache import saving
 from sparsekv.cache.attention_layer import AttentionLayer
 from sparsekv.cache.batch_rows import BatchRows
 from sparsekv.cache.cache_layer import CacheLayer, FallbackListener, NoticeListener, Observer
@@ -25,9 +27,10 @@ from sparsekv.cache.stats import DecodeStats
 from sparsekv.cache.steps import Step
 from sparsekv.cache.stored_layer import StoredLayer
 from sparsekv.config import SparseConfig
-from sparsekv.errors import ConfigError
+from sparsekv.errors import CacheStateError, ConfigError
 from sparsekv.pages.arena import Arena
 from sparsekv.pages.page_store import PageStore
+from sparsekv.pages.pieces import Progress
 from sparsekv.pages.step_state import Stage
 
 _FORK_FIXED = ("page_size", "digest", "backend", "max_tokens", "kv", "residency")
@@ -57,9 +60,12 @@ class PagedCache(BatchRows):
             a warning.
         on_notice: called with a sentence about what a setting asks for and cannot be done; default: a warning.
         arena: lends the tensors, and gets them back for the next cache; default: they are freed with the cache.
+        origin: says what tells the model from others, for `save`; default: a cache that cannot be saved.
 
     Attributes:
         config: the settings in force.
+        ids: the tokens of the first columns, `[b, n]` int64 on the CPU, of a cache that was loaded with them; else
+            None. What is added later they do not tell.
         stats: what the decode steps have read.
         observers: functions that are called after every decode step of a layer, with the `DecodeStep` and the slots
             that it has read, `[b, hkv, k]` int32 (None: all pages). Add to it, or assign another list.
@@ -78,6 +84,7 @@ class PagedCache(BatchRows):
         on_fallback: FallbackListener | None = None,
         on_notice: NoticeListener | None = None,
         arena: Arena | None = None,
+        origin: Callable[[], dict[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(config=model_config)
@@ -86,6 +93,8 @@ class PagedCache(BatchRows):
         self.stats = stats if stats is not None else DecodeStats()
         self._observers: list[Observer] = []  # the layers refer to this list
         self._on_fallback, self._on_notice = on_fallback or warn_fallback, on_notice or warnings.warn
+        self._origin = origin
+        self.ids: Tensor | None = None
         self._attention: Any = None  # what the model's config named when the first tokens came
         plain = plain_layers(model_config)
         dense = self.config.dense_among(plain)
@@ -209,6 +218,34 @@ class PagedCache(BatchRows):
             layer.fork(other)
         return twin
 
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        ids: Tensor | None = None,
+        title: str = "",
+        progress: Progress = lambda nbytes: None,
+    ) -> None:
+        """Writes all of it to a file, which `Patch.load` reads: pages that rows hold, digests, tables, states, and
+        what the policy remembers. A file that was there is replaced in one step, when the new one is whole.
+
+        Args:
+            ids: the tokens that it holds, `[b, n]`, as `generate` was given or has returned; if there are more, the
+                first ones. Tokens are not in a cache, and without them a file can be loaded, but not compared with a
+                prompt. None: those that it was loaded with, if nothing has been added.
+            title: what the file is told by to people.
+            progress: called with the number of bytes that are done since the last call.
+
+        Raises:
+            CacheStateError: a layer keeps what is not saved, `ids` are not its tokens, or a patch did not make it.
+            OSError: the file cannot be written; one that was there is what it was.
+        """
+        self._settle()
+        if self._origin is None:
+            raise CacheStateError("This cache was not made by a patch, so its model is not known: patch.new_cache().")
+        if ids is None and self.ids is not None and self.ids.shape[1] == self._store.newest.num_tokens:
+            ids = self.ids
+        saving.save(self, path, self._origin(), ids, title, progress)
+
     def to_dynamic(self) -> DynamicCache:
         """A plain transformers cache with a copy of the same content, for an unpatched model: keys and values as the
         pages hold them, which are rounded where `kv` is not plain. Gradients do not flow back through it."""
@@ -241,6 +278,7 @@ class PagedCache(BatchRows):
         stored = min(count, self._store.newest.num_tokens)
         if stored:
             self._store.crop(stored)
+            self.ids = None if self.ids is None else self.ids[:, : self._store.newest.num_tokens]
             # The smaller: a layer that an interrupted pass left behind does not hold the others' tokens.
             for kept in (layer for layer in self.stored_layers if layer.is_paged):
                 kept.length = min(kept.length, self._store.newest.num_tokens)
@@ -249,6 +287,7 @@ class PagedCache(BatchRows):
 
     def reset(self) -> None:
         """Empties the cache."""
+        self.ids = None
         self._store = PageStore(self.config, self._store.reserve_pages, self._store.arena, self.dense_layers)
         for layer in self._parts:
             layer.reset()

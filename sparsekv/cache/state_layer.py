@@ -107,6 +107,23 @@ class StateLayer(CacheLayer, LinearAttentionLayer):
             held = getattr(self, name).items()
             setattr(plain, name, {i: None if state is None else state.detach().clone() for i, state in held})
 
+    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Its state, and what transformers knows of it."""
+        known = {name: getattr(self, name) for name in _KNOWN if name not in ("device", "dtype")}
+        held = [(name, i, state) for name in _STATES for i, state in getattr(self, name).items()]
+        return known, {f"{name}.{i}": state.detach() for name, i, state in held if state is not None}
+
+    def restored(self, facts: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Goes on from a state."""
+        for name in (name for name in _KNOWN if name in facts):
+            known = facts[name]  # JSON's names are text
+            setattr(self, name, {int(i): x for i, x in known.items()} if isinstance(known, dict) else known)
+        for place, state in tensors.items():
+            name, state_idx = place.split(".")
+            getattr(self, name)[int(state_idx)] = state.to(device)
+            self._put(name, int(state_idx))
+            self.dtype, self.device = state.dtype, device
+
     # -- how
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Chat about a document: it is read once, densely, and each answer says which share of the cache it took.
 
 Every line of input is a question; questions may also come through a pipe. Answers go to stdout, all else to stderr.
+What was read of a document is kept, and loaded the next time (`sparsekv documents` lists it; --no-keep).
 Questions are read densely over the cache, as is every forward of several tokens; the tokens of the answers are
 decoded sparsely. Without --model it is the small model that ships, which knows nothing but what its document says.
 /help lists what else can be typed. Ctrl-C stops an answer, and at the prompt ends the chat; so does Ctrl-D.
@@ -15,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import sparsekv
 from sparsekv.command_line import BYTE_ORDER_MARK, EXIT_OK, read_text
@@ -23,7 +25,7 @@ from sparsekv.evaluation import testbed
 from sparsekv.hf import models, wording
 from sparsekv.hf.ranks import Ranks
 
-from . import model_options
+from . import model_options, shelf
 from .conversation import Conversation
 
 PROMPT = "> "
@@ -41,6 +43,7 @@ HELP = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv chat`."""
     parser.add_argument("--document", metavar="FILE", help="text file to ask about (default: none; testbed: a story)")
+    shelf.add_arguments(parser)
     parser.add_argument("--plain", action="store_true", help="plain text, even if the model has a chat template")
     model_options.add_arguments(parser, needs_model=False)
 
@@ -68,7 +71,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     with sparsekv.patch(model, config) as patch:
         conversation = Conversation(patch, tokenizer, words, args.max_new_tokens)
         if document is not None:
-            conversation.read(document)
+            kept = shelf.chosen(args) if args.document is not None else None
+            conversation.read(document, kept, Path(args.document or "").name)
             _tell(f"{len(conversation.turns[0].ids):,} tokens read.")
         _tell("/help lists what can be typed beside questions.", *hints)
         _converse(conversation, Ranks.of_launch().told(sys.stdin.isatty, "the kind of input"))

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import ConfigError
-from sparsekv.hf.chunks import without_single
 from sparsekv.hf.support import CACHE, context_of
 from sparsekv.hf.wording import Wording, stop_ids
 
+from . import reading
+from .shelf import Shelf
 from .streaming import Stream
-
-CHUNK = 4096  # tokens of a document that are read at once, so that progress can be shown
 
 
 @dataclass(frozen=True)
@@ -60,27 +57,22 @@ class Conversation:
         self.patch, self.wording, self.max_new_tokens = patch, wording, max_new_tokens
         self.config, self._model, self._tokenizer = patch.config, patch.model, tokenizer
         self._ends = stop_ids(patch.model, tokenizer, wording)
-        own = tokenizer("").input_ids if wording.adds_start_token else []
-        self._start = [token for token in own if token == tokenizer.bos_token_id]
+        self._start = reading.start_ids(tokenizer) if wording.adds_start_token else []
         self.turns = [Turn(self._start, patch.new_cache(), Stream(tokenizer, print))]
 
-    def read(self, document: str) -> None:
+    def read(self, document: str, shelf: Shelf | None = None, title: str = "") -> None:
         """Begins anew with a document, prefilled densely; shows its progress where stderr is a terminal.
+
+        Args:
+            shelf: where it is looked for, and then kept; None: nowhere.
+            title: what it is called in lists.
 
         Raises:
             ConfigError: with an answer, it has more tokens than the model was made for.
         """
         ids = [*self._start, *self._encode(self.wording.start + document)]
         self._check_room(ids, "The document")
-        cache = self.patch.new_cache(reserve_tokens=len(ids) + 4 * self.max_new_tokens)
-        step, console = without_single(CHUNK, len(ids)), Console(stderr=True)
-        for start in track(
-            range(0, len(ids), step), f"reading {len(ids):,} tokens (dense prefill)", console=console, transient=True,
-            disable=not console.is_terminal,
-        ):  # fmt: skip
-            with torch.inference_mode():
-                part = self._tensor(ids[start : start + step])
-                self._model(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        cache = reading.cache_of(self.patch, ids, len(ids) + 4 * self.max_new_tokens, shelf, title)
         self.turns = [Turn(ids, cache, Stream(self._tokenizer, print))]
 
     def ask(

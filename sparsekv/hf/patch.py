@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -17,13 +20,16 @@ from sparsekv.cache import DecodeStats, PagedCache
 from sparsekv.config import SparseConfig
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import PatchError
-from sparsekv.hf import attention, generation, support
+from sparsekv.hf import attention, documents, generation, support
 from sparsekv.hf.capture.decoder import CapturedDecoder
+from sparsekv.hf.documents import Prefix
+from sparsekv.hf.fingerprint import Origin
 from sparsekv.hf.memory import Memory, memory
 from sparsekv.hf.notices import Notices, attention_set_since
 from sparsekv.hf.ranks import Ranks
 from sparsekv.layer_budgets import told
 from sparsekv.pages import Arena
+from sparsekv.pages.pieces import Progress
 from sparsekv.policies import POLICIES
 
 _ATTRIBUTE = "_sparsekv_patch"
@@ -73,7 +79,54 @@ class Patch:
             on_fallback=partial(_turn_dense, self.layers),  # no reference to the model: caches are copied and pickled
             on_notice=self.notices.say,
             arena=self._arena if self._captures else None,
+            origin=Origin(self.model),
         )
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        prompt_ids: Tensor | None = None,
+        reserve_tokens: int = 0,
+        progress: Progress = lambda nbytes: None,
+    ) -> PagedCache:
+        """The cache that `PagedCache.save` has written to a file, bit for bit, to be passed as `past_key_values`.
+
+        Args:
+            prompt_ids: `[b, n]`, what is to be asked: tokens of the file are kept up to where the two differ, but not
+                the prompt's last one, which says what comes next. A file of one sequence serves all rows. None: all.
+            reserve_tokens: tokens to allocate memory for at once, as in `new_cache`.
+            progress: called with the number of bytes that are done since the last call.
+
+        Raises:
+            CacheFileError: the file is torn, or of another model, other settings, or of nothing that the prompt
+                begins with.
+            CacheStateError: the prompt ends or differs within the file, where a layer cannot drop what it has read
+                (windows, states); or several ranks hold the model.
+            CacheFullError, OutOfMemoryError: there is no room.
+        """
+        return documents.load(self, path, prompt_ids, reserve_tokens, progress)
+
+    def prefix(
+        self,
+        document: str | Sequence[int] | Tensor,
+        tokenizer: Any = None,
+        reserve_tokens: int = 0,
+        progress: Progress = lambda num_tokens: None,
+    ) -> Prefix:
+        """Reads a document for many questions about it, which share its pages:
+        `model.generate(**patch.prefix(text, tokenizer).inputs(["Who ...?", "Where ...?"]))`.
+
+        Args:
+            document: its text, or its tokens.
+            tokenizer: for text.
+            reserve_tokens: tokens that memory is allocated for at once, beside those of the document: for questions
+                and answers together.
+            progress: called with the number of tokens that are read since the last call.
+
+        Raises:
+            ConfigError: it has no tokens, or text is given and no tokenizer.
+        """
+        return documents.prefix(self, document, tokenizer, reserve_tokens, progress)
 
     def memory(self, context: int, batch: int = 1, limit: int | None = None) -> Memory:
         """What `generate` takes of the memory for so many tokens, before it is tried; print it.

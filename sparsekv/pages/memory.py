@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +113,21 @@ class Memory:
             twin._sizes[layer_idx] = self._sizes[layer_idx]
         twin._began, twin._newest, twin._goes_on = self._began, self._newest, self._goes_on
         return twin
+
+    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file gets: what a fork would hold."""
+        sizes = {str(layer_idx): list(size) for layer_idx, size in self._sizes.items() if self._goes_on}
+        facts = {"began": self._began, "newest": self._newest, "goes_on": self._goes_on, "sizes": sizes}
+        return facts, {f"memory.{i}.{j}": x for i in sizes for j, x in enumerate(self._kept[int(i)])}
+
+    def restored(self, facts: dict[str, Any]) -> dict[str, Tensor]:
+        """Makes the memory that one of the same policy has described: the tensors that are to be filled."""
+        found: dict[str, Tensor] = {}
+        for layer_idx, (batch_size, k, width) in facts["sizes"].items():
+            kept = self.of(int(layer_idx), batch_size, k, width)
+            found |= {f"memory.{layer_idx}.{j}": tensor for j, tensor in enumerate(kept)}
+        self._began, self._newest, self._goes_on = facts["began"], facts["newest"], facts["goes_on"]
+        return found
 
     def __del__(self) -> None:
         if vars(self).get("_kept"):

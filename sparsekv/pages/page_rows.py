@@ -76,6 +76,28 @@ class PageRows:
         pages = [self.pages_of(row)[start[row] :] for row in range(self.batch_size)]
         return np.unique(np.concatenate([NO_PAGES, *pages]))
 
+    def packed(self) -> tuple[PageIds, PageIds]:
+        """The pages that rows refer to, each once, in the order in which rows do; and where in these stand those of
+        each row, `[b, max_pages]`, 0 behind its last."""
+        found, first, place = np.unique(self._all_pages(), return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        places: PageIds = np.zeros((self.batch_size, self.max_pages), np.int32)
+        places[np.arange(self.max_pages) < self.num_pages[:, None]] = rank[place]
+        return found[order], places
+
+    def unpack(self, lengths: NDArray[np.int64], places: PageIds) -> PageIds:
+        """Makes the rows those of a table that was `packed`, and returns the new pages that stand for its own.
+
+        Raises:
+            CacheFullError: there is no room for them; nothing has changed.
+        """
+        pages = self.pool.allocate(int(places.max(initial=-1)) + 1)
+        self._replace(lengths, pages[places])
+        self.pool.release(pages)  # the rows have them now
+        return pages
+
     def __del__(self) -> None:
         if getattr(self, "_pages", None) is not None and self._pages.size:
             self.pool.release(self._all_pages())

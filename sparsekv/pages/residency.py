@@ -97,13 +97,21 @@ class OnDevice(Residency):
         super().ensure(capacity)
 
     def read(self, pages: PageIds) -> Tensor:
-        if len(pages) and (np.diff(pages) == 1).all():  # as in a fresh pool: they lie there in order
-            return self.pool[pages[0] : pages[0] + len(pages)]
-        return self.pool[torch.from_numpy(pages).to(self.pool.device)]
+        run = run_of(pages)
+        return self.pool[torch.from_numpy(pages).to(self.pool.device) if run is None else run]
 
     def write(self, pages: PageIds, content: Tensor) -> None:
-        ids = torch.from_numpy(pages).to(self.pool.device)
-        self.pool[ids] = content.clone()  # it may be a part of the pool
+        run = run_of(pages)
+        if run is not None:  # another part of the pool at most
+            self.pool[run].copy_(content, non_blocking=True)
+        else:
+            self.pool[torch.from_numpy(pages).to(self.pool.device)] = content.clone()  # it may be a part of the pool
+
+
+def run_of(pages: PageIds) -> slice | None:
+    """Where pages lie that follow one another, as in a fresh pool; None: they do not."""
+    is_run = len(pages) > 0 and bool((np.diff(pages) == 1).all())
+    return slice(int(pages[0]), int(pages[0]) + len(pages)) if is_run else None
 
 
 def frames_of(pages: Tensor, block_table: Tensor) -> Tensor:

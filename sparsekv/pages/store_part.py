@@ -180,11 +180,27 @@ class StorePart:
         """A layer's pages, made for its first tokens, with memory for all that the table names."""
         if layer_idx not in self.layers:
             wide = key.to(torch.promote_types(key.dtype, value.dtype))  # under autocast the two can differ
-            self.loan.draw()
-            digest = self.digest if scored else None
-            kind = self.config.page_format, RESIDENCIES.get(self.config.residency)
-            values = value.shape[3], is_shared
-            self.loan.add(layer_idx, LayerPages(wide, valid, self.config.page_size, digest, *kind, *values))
+            return self.add_layer(layer_idx, wide, valid, scored, value.shape[3], is_shared)
+        self._ensure(self.layers[layer_idx])
+        return self.layers[layer_idx]
+
+    def add_layer(
+        self, layer_idx: int, key: Tensor, valid: Tensor | None, scored: bool, value_dim: int, is_shared: bool
+    ) -> LayerPages:
+        """Pages of a layer that has none yet, with memory for all that the table names.
+
+        Args:
+            key, valid: `[b, hkv, t, d]` and `[b, t]` bool, to which a digest is fitted.
+            scored, is_shared: as in `accept`.
+            value_dim: channels of values.
+
+        Raises:
+            OutOfMemoryError: no memory.
+        """
+        self.loan.draw()
+        digest = self.digest if scored else None
+        kind = self.config.page_format, RESIDENCIES.get(self.config.residency)
+        self.loan.add(layer_idx, LayerPages(key, valid, self.config.page_size, digest, *kind, value_dim, is_shared))
         self._ensure(self.layers[layer_idx])
         return self.layers[layer_idx]
 
