@@ -9,12 +9,12 @@ const contents = (attribute) => {
 const elements = { decoded: {}, budget: {}, about: contents('id="about"')[0], shares: contents('id="shares"')[0] };
 globalThis.document = { getElementById: (id) => elements[id], querySelectorAll: () => contents('class="step"') };
 
-const script = text.slice(text.lastIndexOf("<script>") + 8, text.lastIndexOf("start();"));
+const script = text.slice(text.lastIndexOf("<script>") + 8, text.lastIndexOf("start()"));
 const find = new Function(`${script}
   return async (token, budget, layer, head) => {
     shares ??= new Float32Array(await inflated($("shares")));
-    Object.assign($("decoded"), { checked: budget === null });
-    Object.assign($("budget"), { value: budget });
+    $("decoded").checked = budget === null;
+    $("budget").value = budget;
     Object.assign(view, { token, layer, head });
     loaded = new Uint8Array(await inflated(packedSteps[token]));
     const found = tally();

@@ -1,95 +1,16 @@
-// What the page shows: a token of the answer, a budget, and one or all of the layers and kv heads.
+// What the page shows: a token of the answer, a budget, and one or all of the layers and kv heads. (After reading.js.)
 "use strict";
 
-const $ = (id) => document.getElementById(id);
-const about = JSON.parse($("about").textContent);
-const packedSteps = [...document.querySelectorAll("script.step")];
-const ALL = -1;
-const KINDS = ["found", "spare", "missed"]; // read and wanted, read alone, wanted alone
 const SHOWN = Math.ceil(4096 / about.pageSize); // pages of the text that are in the document at once
 const MAP_AREA = 180; // pixels of height that the map takes if it can
 const NEAR_END = 300; // pixels from where more text is brought in
-
-const cells = []; // a layer and a kv head each, as the arrays have them
-about.layers.forEach((layer, place) => {
-  for (let head = 0; head < layer.heads; head++) cells.push({ place, head });
-});
 const numHeads = Math.max(...about.layers.map((layer) => layer.heads));
-
-const view = { token: 0, layer: ALL, head: ALL, first: 0, here: 0 };
-let shares = null; // [tokens, cells, budgets + 1, 2] as the recorder describes them
-let loaded = null; // the bytes of one token, `[cells, 2, pages]`
 let seen = null; // what `tally` found last
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const number = (count) => count.toLocaleString("en", { maximumFractionDigits: 1 });
 const limited = (value, low, high) => Math.max(low, Math.min(value, high));
 const color = (name, alpha) => `rgba(${getComputedStyle(document.documentElement).getPropertyValue(name)}, ${alpha})`;
-
-// -- the data
-
-async function inflated(element) {
-  const bytes = Uint8Array.from(atob(element.textContent), (sign) => sign.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Response(stream).arrayBuffer();
-}
-
-function budgetPlace() {
-  return $("decoded").checked ? about.budgets.length : Number($("budget").value);
-}
-
-function chosenCells() {
-  const isChosen = ({ place, head }) =>
-    (view.layer === ALL || place === view.layer) && (view.head === ALL || head === view.head);
-  return [...cells.keys()].filter((cell) => isChosen(cells[cell]));
-}
-
-function shareOf(cell, which) {
-  return shares[((view.token * cells.length + cell) * (about.budgets.length + 1) + budgetPlace()) * 2 + which];
-}
-
-// Whether each page is read: by the bit of what was decoded, or by the least budget that reads it.
-function readPages(levels) {
-  const { read, noLevel } = about.codes;
-  const place = budgetPlace();
-  if (place === about.budgets.length) return levels.map((level) => (level & read ? 1 : 0));
-  return levels.map((level) => ((level & noLevel) <= place ? 1 : 0));
-}
-
-// The `count` pages of most attention; of equal ones the earlier.
-function wantedPages(coded, count) {
-  const held = new Uint32Array(256);
-  coded.forEach((code) => held[code]++);
-  let least = 255;
-  for (; least > 0 && held[least] <= count; least--) count -= held[least];
-  return coded.map((code) => (code > least || (code > 0 && code === least && count-- > 0) ? 1 : 0));
-}
-
-// By page, the share of the chosen cells in which it is of each kind, and the mean attention it has.
-function tally() {
-  const numPages = loaded.length / (2 * cells.length);
-  const chosen = chosenCells();
-  const result = { numPages, numRead: 0, numFound: 0, numWanted: 0, mass: new Float32Array(numPages) };
-  KINDS.forEach((kind) => (result[kind] = new Float32Array(numPages)));
-  for (const cell of chosen) {
-    const levels = loaded.subarray(2 * cell * numPages, (2 * cell + 1) * numPages);
-    const coded = loaded.subarray((2 * cell + 1) * numPages, (2 * cell + 2) * numPages);
-    const read = readPages(levels);
-    const count = read.reduce((sum, isRead) => sum + isRead, 0);
-    const wanted = wantedPages(coded, count);
-    result.numRead += count / chosen.length;
-    for (let page = 0; page < numPages; page++) {
-      if (read[page]) result[wanted[page] ? "found" : "spare"][page] += 1 / chosen.length;
-      else if (wanted[page]) result.missed[page] += 1 / chosen.length;
-      result.numWanted += wanted[page] / chosen.length;
-      result.numFound += (wanted[page] & read[page]) / chosen.length;
-      if (coded[page]) result.mass[page] += 2 ** ((coded[page] / 255 - 1) * about.codes.octaves) / chosen.length;
-    }
-  }
-  result.inside = chosen.reduce((sum, cell) => sum + shareOf(cell, 0), 0) / chosen.length;
-  result.most = chosen.reduce((sum, cell) => sum + shareOf(cell, 1), 0) / chosen.length;
-  return result;
-}
 
 // The kind that most of the chosen cells have in a page, and how many have it.
 function kindOf(page) {
@@ -125,7 +46,7 @@ function drawMap() {
   for (let page = 0; page < seen.numPages; page++) {
     const { kind, share } = kindOf(page);
     const place = [(page % columns) * side, Math.floor(page / columns) * side, side - 1, side - 1];
-    context.globalAlpha = share ? Math.max(0.25, share) : 1;
+    context.globalAlpha = share ? 0.15 + 0.85 * share : 1;
     context.fillStyle = share ? colors[kind] : empty;
     context.fillRect(...place);
   }
@@ -191,8 +112,8 @@ function colorText() {
     span.className = `${share ? kind : ""} ${page === view.here ? "here" : ""}`.trim();
     span.style.setProperty("--share", share);
     const start = page * about.pageSize;
-    const mass = page < seen.numPages ? `${percent(seen.mass[page])} of the attention` : "not there yet";
-    span.title = `page ${page}, tokens ${start} to ${start + about.pageSize - 1}: ${mass}`;
+    const mass = seen.mass[page] ? percent(seen.mass[page]) : "hardly any";
+    span.title = `page ${page}, tokens ${start} to ${start + about.pageSize - 1}: ${mass} of the attention`;
   });
 }
 
@@ -246,6 +167,7 @@ async function chooseToken(token) {
     button.setAttribute("aria-pressed", i === view.token);
     button.tabIndex = i === view.token ? 0 : -1;
   });
+  if ($("answer").contains(document.activeElement)) $("answer").children[view.token].focus();
   const wanted = view.token;
   const bytes = new Uint8Array(await inflated(packedSteps[wanted]));
   if (wanted !== view.token) return; // another one was chosen meanwhile
@@ -320,4 +242,4 @@ async function start() {
   showText(0);
 }
 
-start();
+start().catch((error) => ($("figures").textContent = `This browser cannot show the page: ${error}`));

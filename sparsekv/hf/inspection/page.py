@@ -71,7 +71,6 @@ def page(
     steps = [recorder.steps[length] for length in sorted(recorder.steps)]
     layers = sorted(steps[0])
     about = {
-        "question": question,
         "answer": pieces,
         "pages": _pages(text, starts, pieces, patch.config.page_size),
         "pageSize": patch.config.page_size,
@@ -89,7 +88,7 @@ def page(
         about=json.dumps(about, ensure_ascii=False).replace("<", "\\u003c"),
         shares=_packed(shares),
         steps=[_packed(torch.cat([step[layer].pages for layer in layers])) for step in steps],
-        script=(_HERE / "page.js").read_text(encoding="utf-8"),
+        script="\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("reading.js", "page.js")),
     )
     return Page(made, answer)
 

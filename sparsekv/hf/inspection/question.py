@@ -74,7 +74,7 @@ def _encoded(tokenizer: Any, text: str, words: wording.Wording) -> tuple[list[in
 def _prefill(model: Any, tokens: Tensor, cache: PagedCache) -> None:
     """Fills an empty cache: all but the question's last token, which is decoded, so that the answer's first reads."""
     with torch.inference_mode():
-        for chunk in tokens.split(chunk_size(1, tokens.shape[1]) or max(tokens.shape[1], 1), dim=1):
+        for chunk in tokens.split(chunk_size(1, tokens.shape[1]) or tokens.shape[1], dim=1):
             model(input_ids=chunk, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
 

@@ -31,7 +31,8 @@ class Reading:
     Attributes:
         pages: `[hkv, 2, n]` uint8. First the level: the least of the budgets that reads the page, as its place among
             them (NO_LEVEL if none does), plus READ if the page was read. Then the share m of dense attention that is
-            in the page, as `255 * (1 + log2(m) / OCTAVES)`.
+            in the page, as `255 * (1 + log2(m) / OCTAVES)`; 0 for pages that no budget would have room for if it
+            went by these shares.
         shares: `[hkv, L + 1, 2]` float32: the share of dense attention in the pages that each budget reads, and last
             in those that were read; and the share that as many pages could hold at most.
     """
@@ -67,20 +68,23 @@ class Recorder:
         read = torch.stack([*others, _mask(step, slots)])[..., :num_pages]  # [L + 1, hkv, n]
         level = torch.arange(len(others), device=mass.device)[:, None, None].expand(-1, *mass.shape)
         least = level.masked_fill(~read[:-1], NO_LEVEL).amin(0)
-        coded = (255 * (1 + mass.log2() / OCTAVES)).clamp_min(0).round()
-        best = mass.sort(descending=True).values.cumsum(-1)  # [hkv, n]
-        most = best.expand(len(read), -1, -1).gather(2, read.sum(-1, keepdim=True) - 1)[..., 0]
+        best = mass.sort(descending=True).values  # [hkv, n]
+        most = best.cumsum(-1).expand(len(read), -1, -1).gather(2, read.sum(-1, keepdim=True) - 1)[..., 0]
+        least_mass = best[:, min(self.budgets[-1] // step.config.page_size, num_pages) - 1, None]
+        coded = (255 * (1 + mass.log2() / OCTAVES)).clamp_min(0).round().masked_fill(mass < least_mass, 0)
         pages = torch.stack([least + READ * read[-1], coded], 1).to(torch.uint8)
         shares = torch.stack([(read * mass).sum(-1), most], -1).transpose(0, 1)
         return Reading(pages.cpu(), shares.cpu())
 
 
 def budgets_up_to(config: SparseConfig, num_tokens: int) -> list[int]:
-    """Budgets in tokens that settings allow, two for each doubling, smaller than a context but for the first."""
+    """Budgets in tokens that settings allow, two for each doubling, up to a context and four times what is set: more
+    would make a page too large. There is at least one."""
+    most = min(num_tokens, 4 * config.page_size * max(own.budget_pages(num_tokens) for own in config.each))
     found: list[int] = []
     for num_pages in (start << octave for octave in count() for start in (2, 3)):
         tokens = num_pages * config.page_size
-        if found and tokens >= num_tokens:
+        if found and tokens > most:
             break
         with contextlib.suppress(ConfigError):  # less than what is always read
             config.with_(budget=tokens)
