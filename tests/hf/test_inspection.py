@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -169,6 +171,14 @@ def _dense(held: Held) -> int:
     return sum(2 * step.shape[2] for step in held.steps)
 
 
+def test_an_answer_ends_where_its_wording_says(loaded: tuple[Any, Any], made: tuple[Page, Any]) -> None:
+    model, tokenizer = loaded
+    words = replace(wording.of_testbed(), end=made[0].answer.split()[1])
+    with sparsekv.patch(model, budget=BUDGET) as patch:
+        page = patch.inspect(tokenizer, STORY.text, QUESTION, 8, words)
+    assert page.answer.split() == made[0].answer.split()[:2]
+
+
 def test_it_loads_nothing_and_runs_nothing_of_a_document(loaded: tuple[Any, Any], made: tuple[Page, Any]) -> None:
     assert "default-src 'none'" in made[0].html
     assert not re.search(r"https?:|<link|<img|@import|\bsrc=", made[0].html)
@@ -190,6 +200,8 @@ def test_what_cannot_be_shown_is_an_error(loaded: tuple[Any, Any]) -> None:
                 patch.inspect(tokenizer, document, question)
         with pytest.raises(ConfigError, match="and the model was made for 40,960"):
             patch.inspect(tokenizer, "the " * 41_000, "who ?")
+        with pytest.raises(ConfigError, match="does not tell where in a text its tokens are"):
+            patch.inspect(SimpleNamespace(is_fast=False), "the", "who ?", words=wording.of_testbed())
     with pytest.raises(PatchError, match="undone"):
         patch.inspect(tokenizer, "the", "who ?")
     with sparsekv.patch(model, budget=1.0) as patch, pytest.raises(ConfigError, match="No layer of this model"):

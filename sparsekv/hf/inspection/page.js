@@ -83,8 +83,8 @@ function tellFigures() {
   const mean = chosenCells().length > 1 ? " on average" : "";
   $("figures").textContent =
     `“${about.answer[view.token]}”, ${layer}, ${head}: ${number(seen.numRead)} of ${number(seen.numPages)} pages ` +
-    `read${mean}. They hold ${percent(seen.inside)} of the attention that dense decoding gives; as many pages could ` +
-    `hold ${percent(seen.most)}. Of the pages that it would have wanted, ` +
+    `read${mean}. They hold ${percent(seen.inside)} of the attention over all pages; as many pages could hold ` +
+    `${percent(seen.most)}. Of the pages that dense attention wanted, ` +
     `${percent(seen.numWanted ? seen.numFound / seen.numWanted : 1)} were read.`;
   const place = budgetPlace();
   $("token-told").textContent = `${view.token + 1} of ${about.answer.length}`;
