@@ -1,4 +1,4 @@
-"""The `sparsekv` command: demo, generate, chat, calibrate, eval, lm-eval, bench, models, documents, doctor."""
+"""The `sparsekv` command and its commands, each of which has a module of its own."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def _parser() -> Parser:
     _add_demo(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_inspect(commands)
     _add_calibrate(commands)
     _add_eval(commands)
     _add_lm_eval(commands)
@@ -114,6 +115,19 @@ def _add_chat(commands: Any) -> None:
     )
     chat.add_arguments(parser)
     parser.set_defaults(run=by_all_ranks(chat.run))
+
+
+def _add_inspect(commands: Any) -> None:
+    from sparsekv.commands import inspect
+
+    parser = commands.add_parser(
+        "inspect",
+        help="a page that shows what each token of an answer read of a document",
+        description=inspect.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_arguments(parser)
+    parser.set_defaults(run=inspect.run)
 
 
 def _add_calibrate(commands: Any) -> None:

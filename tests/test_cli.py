@@ -21,7 +21,9 @@ from sparsekv.evaluation.testbed import MODEL_DIR
 from sparsekv.policies import POLICIES
 from sparsekv.policies.top_k import TopK
 
-COMMANDS = ("demo", "generate", "chat", "calibrate", "eval", "lm-eval", "bench", "models", "documents", "doctor")
+COMMANDS = (
+    "demo", "generate", "chat", "inspect", "calibrate", "eval", "lm-eval", "bench", "models", "documents", "doctor",
+)  # fmt: skip
 TESTBED = ["--model", str(MODEL_DIR), "--device", "cpu", "--dtype", "float32"]
 
 
@@ -92,6 +94,7 @@ def test_bench_without_a_word_times_attention() -> None:
         (["chat", "--budget-of", "much"], "'much' is no layer and its budget, as 5=2048"),
         (["--hlep"], "There is no option --hlep. Did you mean '--help'?"),
         (["generate"], "the following arguments are required: --model"),
+        (["inspect", "--documnet", "x"], "There is no option --documnet. Did you mean '--document'"),
         (["models", "--jsn"], "There is no option --jsn. Did you mean '--json'?"),
         (["doctor", "now"], "unrecognized arguments: now."),
     ],

@@ -47,14 +47,16 @@ class Prefix:
         Raises:
             ConfigError: there are none, one is empty, or text is given and no tokenizer.
         """
-        rows = [torch.as_tensor(_ids_of(question, self._tokenizer, False)).flatten() for question in questions]
+        rows = [_in_one_row(_ids_of(question, self._tokenizer, False))[0] for question in questions]
         if not rows or not all(len(row) for row in rows):
             raise ConfigError("Give at least one question, and none that has no tokens.")
         longest = max(map(len, rows))
-        asked = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
-        real = torch.arange(longest) >= longest - torch.tensor([[len(row)] for row in rows])
+        asked, real = (
+            torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in some])
+            for some in (rows, [torch.ones_like(row) for row in rows])
+        )
         ids = torch.cat([self.ids.expand(len(rows), -1), asked], 1).to(self._device)
-        mask = torch.cat([torch.ones(len(rows), self.ids.shape[1]), real], 1).long().to(self._device)
+        mask = torch.cat([torch.ones_like(ids[:, : self.ids.shape[1]]), real.to(self._device)], 1)
         return {"input_ids": ids, "attention_mask": mask, support.CACHE: self.fork(len(rows))}
 
 
@@ -66,7 +68,7 @@ def prefix(
     progress: Progress = lambda num_tokens: None,
 ) -> Prefix:
     """Reads a document; see `Patch.prefix`."""
-    ids = torch.as_tensor(_ids_of(document, tokenizer, True), device="cpu").long().reshape(1, -1)
+    ids = _in_one_row(_ids_of(document, tokenizer, True))
     if not ids.shape[1]:
         raise ConfigError("A document must have at least one token.")
     cache = patch.new_cache(reserve_tokens=ids.shape[1] + reserve_tokens)
@@ -154,3 +156,8 @@ class _Devices:
         first = None if layer is None else next(layer.parameters(), None)
         found: torch.device = self._default if first is None else first.device
         return found
+
+
+def _in_one_row(ids: Any) -> Tensor:
+    """`[1, n]`, on the CPU."""
+    return torch.as_tensor(ids, dtype=torch.int64, device="cpu").reshape(1, -1)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ from sparsekv.layer_budgets import told
 from sparsekv.pages import Arena
 from sparsekv.pages.pieces import Progress
 from sparsekv.policies import POLICIES
+
+if TYPE_CHECKING:
+    from sparsekv.hf.inspection import Page
+    from sparsekv.hf.wording import Wording
 
 _ATTRIBUTE = "_sparsekv_patch"
 _PREPARE = "_prepare_cache_for_generation"
@@ -142,6 +146,37 @@ class Patch:
         if limit is None and device.type == "cuda":
             limit = torch.cuda.get_device_properties(device).total_memory
         return memory(self.model, self.config, context, batch, limit)
+
+    def inspect(
+        self,
+        tokenizer: Any,
+        document: str,
+        question: str,
+        max_new_tokens: int = 64,
+        words: Wording | None = None,
+    ) -> Page:
+        """Asks a question about a document, greedily, and shows what each token of the answer read, by layer and kv
+        head, beside what dense attention would have wanted, and what other budgets would have read.
+
+        To know, it reads every key at every step, and no step is captured.
+
+        Args:
+            tokenizer: of the model, a fast one.
+            max_new_tokens: of the answer, at most.
+            words: what stands around document and question (`sparsekv.hf.wording`); None: the model's chat template,
+                or plain text if it has none.
+
+        Returns:
+            An HTML page that needs nothing else: a notebook shows it, `page.save("page.html")` makes a file of it.
+
+        Raises:
+            ConfigError: document or question are blank, or too long for the model; the tokenizer or its chat template
+                cannot be used; or no layer chooses what it reads.
+            PatchError: the patch is undone.
+        """
+        from sparsekv.hf.inspection import inspect  # nothing else needs it
+
+        return inspect(self, tokenizer, document, question, max_new_tokens, words)
 
     def free_memory(self) -> None:
         """Gives back the memory of the last cache, which is kept for the next one while decode steps are captured

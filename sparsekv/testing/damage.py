@@ -123,8 +123,9 @@ def fuzz(patch: Patch, folder: Path, files: int, seed: int) -> Counter[str]:
 
 
 def _saved(patch: Patch, path: Path, num_tokens: int) -> bytes:
-    ids = torch.arange(2 * num_tokens).view(2, -1) % 32
-    mask = (torch.arange(num_tokens) >= torch.tensor([[0], [5]])).long()
+    ids = torch.arange(2 * num_tokens, dtype=torch.int64, device="cpu").view(2, -1) % 32
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
     cache = patch.new_cache()
     with torch.no_grad():
         patch.model(ids, attention_mask=mask, **{CACHE: cache})
