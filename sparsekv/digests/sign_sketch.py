@@ -90,7 +90,7 @@ class Layout(NamedTuple):
         blocks = page_size // tokens
         codes = rows // blocks, *row
         factors = math.prod(mean) + WORD
-        piece = 2 if page_size % BLOCK_TOKENS else 64 if head_dim < 128 else 128
+        piece = 1 if page_size % BLOCK_TOKENS else 64 if head_dim < 128 else 128
         head = -(-(factors + 2 * tokens) // piece) * piece
         return cls(mean, codes, factors, head, head + math.prod(codes), blocks, tokens)
 
