@@ -118,6 +118,6 @@ __global__ void __launch_bounds__(PROMPT_WARPS* WARP, D <= 128 ? 2 : 1) prompt_a
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
-        products.rows[tile].template write<T>(products.out[tile], params, share.row, share.head, share.past,
-                                              share.first + first_row + tile * 16);
+        products.rows[tile].template write<T, D>(products.out[tile], params, share,
+                                                 share.first + first_row + tile * 16);
 }

@@ -64,6 +64,7 @@ struct PromptTiles {
         look_ahead();
     }
     __device__ int start() const { return block + offset; }
+    __device__ int count() const { return left * (block_size / TILE) + offset / TILE + 1; }
     __device__ bool has_next() const { return offset > 0 || left > 0; }
     __device__ void next() {
         offset -= TILE;
@@ -112,21 +113,22 @@ struct PromptRows {
         }
     }
 
-    // Sixteen queries' output; `first` is the token of the first of them.
-    template <typename T, int N>
-    __device__ void write(const float (&out)[N][4], const PromptParams& params, int row, int head, int past,
-                          int first) const {
+    // Sixteen queries' output, `first` being the token of the first of them, from a channel on.
+    template <typename T, int D, int N, int ROWS>
+    __device__ void write(const float (&out)[N][4], const PromptParams& params, const PromptShare<ROWS>& share,
+                          int first, int channel = 0) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float sum = l[half] + __shfl_xor_sync(ALL_LANES, l[half], 1);
             sum += __shfl_xor_sync(ALL_LANES, sum, 2);
             const float inverse = reciprocal(sum);
-            const int token = first - past + lane_id() / 4 + half * 8;
+            const int token = first - share.past + lane_id() / 4 + half * 8;
             if (token < 0 || token >= params.t) continue;
-            u16* const to = params.out + ((i64(row) * params.t + token) * gridDim.y + head) * (N * 8);
+            const i64 row = (i64(share.row) * params.t + token) * gridDim.y + share.head;
+            u16* const to = params.out + row * D + channel + lane_id() % 4 * 2;
 #pragma unroll
             for (int j = 0; j < N; ++j)
-                *reinterpret_cast<u32*>(to + j * 8 + lane_id() % 4 * 2) =
+                *reinterpret_cast<u32*>(to + j * 8) =
                     T::pack(out[j][half * 2] * inverse, out[j][half * 2 + 1] * inverse);
         }
     }

@@ -125,6 +125,18 @@ def prompt_attention(dtype: torch.dtype, head_dim: int, rows: int) -> KernelSpec
     return KernelSpec("prompt_attention.cu", expression, claim=f"PROMPT_TILE == {PROMPT_TILE}")
 
 
+def prompt_tile(head_dim: int) -> int:
+    """Keys of a prompt that come at a time on sm_90."""
+    return 2 * PROMPT_TILE if head_dim <= 128 else PROMPT_TILE
+
+
+def prompt_attention_sm90(dtype: torch.dtype, head_dim: int) -> KernelSpec:
+    """The same on sm_90; compiled for another architecture it does nothing."""
+    claim = f"PromptStage<{head_dim}>::TILE == {prompt_tile(head_dim)}"
+    expression = f"prompt_attention_sm90<{ELEMENTS[dtype]}, {head_dim}>"
+    return KernelSpec("prompt_attention_sm90.cu", expression, claim=claim)
+
+
 def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
     """Rotary embeddings and RMS norms."""
     return KernelSpec(f"{name}.cu", f"{name}<{ELEMENTS[dtype]}>")
@@ -147,6 +159,7 @@ def of_model(
         *([] if format is Plain else [read_pages(dtype, head_dim, format)]),
         merge_attention(dtype, head_dim, group),
         prompt_attention(dtype, head_dim, prompt_rows(head_dim, 2 * PROMPT_TILE)),
+        *([] if head_dim % PROMPT_TILE else [prompt_attention_sm90(dtype, head_dim)]),
     ]
 
 

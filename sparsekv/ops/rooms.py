@@ -36,6 +36,11 @@ def prompt_bytes(head_dim: int, rows: int) -> int:
     return 2 * head_dim * (rows + 2 * PROMPT_TILE)
 
 
+def prompt_sm90_bytes(head_dim: int, rows: int, tile: int) -> int:
+    """Of cuda/prompt_attention_sm90.cu: so many queries, two tiles of keys and two of values, and ten barriers."""
+    return 2 * head_dim * (rows + 4 * tile) + 80
+
+
 def select_bytes(max_pages: int, k: int) -> int:
     """Of cuda/select_pages.cu: keys of tiles, candidates, tiles and pages that were chosen."""
     return UNIT * -(-max_pages // (4 * UNIT)) + 4 * k * (UNIT + 2)
