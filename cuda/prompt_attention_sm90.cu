@@ -11,7 +11,7 @@ constexpr int WARPGROUP = 128, PROMPT_STAGES = 2, PROMPT_PANEL = 64;  // threads
 template <int D>
 struct PromptStage {
     static constexpr int ROWS = 128, TILE = D <= 128 ? 128 : 64;  // queries of a CTA; keys that come at a time
-    static constexpr int PANELS = D / PROMPT_PANEL, TILE_WORDS = TILE * D, BYTES = TILE * D * 2;
+    static constexpr int PANELS = D / PROMPT_PANEL, TILE_WORDS = TILE * D;
 
     u16* queries;  // [panels, ROWS, 64]
     u16* keys;     // [stages, panels, TILE, 64]

@@ -42,7 +42,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "usage: sparsekv" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("what", "option"), [("attention", "--contexts"), ("generate", "--points")])
+@pytest.mark.parametrize(
+    ("what", "option"), [("attention", "--contexts"), ("generate", "--points"), ("prompt", "--densities")]
+)
 def test_everything_that_is_timed_has_help(what: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--help"])
