@@ -82,7 +82,7 @@ def _add_bench(commands: Any) -> None:
 
     parser = commands.add_parser(
         "bench",
-        help="time a decode step or a token of generate, sparse beside dense",
+        help="time a decode step, a token of generate or a prompt, sparse beside dense",
         description="Times sparse attention beside dense attention. `sparsekv bench OPTIONS` is short for "
         "`sparsekv bench attention OPTIONS`.",
         epilog="`sparsekv bench WHAT --help` lists the options.",

@@ -45,7 +45,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("what", "option"), [("attention", "--contexts"), ("generate", "--points"), ("documents", "--folder")]
+    ("what", "option"),
+    [("attention", "--contexts"), ("generate", "--points"), ("prompt", "--densities"), ("documents", "--folder")],
 )
 def test_everything_that_is_timed_has_help(what: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

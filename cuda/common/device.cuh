@@ -167,6 +167,23 @@ __device__ inline void wait_for_copies() {
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Four matrices of 8 x 8 numbers of 16 bits: lane 8 i + j says where row j of matrix i lies. In words[i] lane l gets
+// of matrix i row l / 4, columns 2 (l % 4) and the next; TRANSPOSED: column l / 4, of these rows.
+template <bool TRANSPOSED>
+__device__ inline void load_matrices(u32 (&words)[4], const void* shared) {
+    const u32 from = static_cast<u32>(__cvta_generic_to_shared(shared));
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(from)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "r"(from)
+                     : "memory");
+}
+
 // f(Index<0>), ..., f(Index<N - 1>): a loop whose index is a constant.
 template <int I>
 struct Index {

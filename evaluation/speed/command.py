@@ -38,7 +38,7 @@ from sparsekv.evaluation.report import short
 from sparsekv.hf.parallel import by_all_ranks
 from sparsekv.pages import FORMATS
 
-from . import attention_bench, documents_bench, generate_bench, generate_points
+from . import attention_bench, documents_bench, generate_bench, generate_points, prompt_bench
 from .attention_points import PRESETS, K, LayerPoint, grid, preset_points
 from .competitors import COMPETITORS
 from .generate_points import add_format_option, add_share_options
@@ -190,7 +190,7 @@ def _refuse(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """`attention`, `generate` and `documents`, each with its options and, as `run`, its function."""
+    """`attention`, `generate`, `prompt` and `documents`, each with its options and, as `run`, its function."""
     commands = parser.add_subparsers(title="what is timed", metavar="WHAT", required=True)
     attention = commands.add_parser(
         "attention",
@@ -204,6 +204,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "generate", help="a token of a whole model's generate", description=generate_bench.__doc__
     )
     generate_points.add_arguments(generate)
+    prompt = commands.add_parser(
+        "prompt",
+        help="one layer's attention of a prompt over listed blocks",
+        description=prompt_bench.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prompt_bench.add_arguments(prompt)
+    prompt.set_defaults(run=with_json(prompt_bench.run), measure=prompt_bench.run)
     generate.set_defaults(run=by_all_ranks(with_json(generate_bench.run)), measure=generate_bench.run)
     documents = commands.add_parser(
         "documents",

@@ -13,7 +13,7 @@ from sparsekv.cache.cache_layer import LAYER_KINDS
 from sparsekv.cache.layer_kinds import why_not_paged
 from sparsekv.cache.masks import is_causal, is_left_out, visible_columns
 from sparsekv.cache.stored_layer import Accepted, StoredLayer, own_precision
-from sparsekv.ops.flex import why_plain
+from sparsekv.ops.prompt_cuda import why_plain
 from sparsekv.policies import DecodeStep, PromptChunk
 
 
@@ -97,7 +97,7 @@ class PagedLayer(StoredLayer):
         blocks = prompt_blocks.settled(chunk, chosen)
         self.stats.record_blocks(self.layer_idx, blocks, chunk.num_causal_blocks * blocks.shape[0] * blocks.shape[1])
         out = prompt_blocks.attend(self.store.ops, chunk, value, blocks)
-        reason = why_plain(query.device, size) if query.device.type == "cuda" else None
+        reason = why_plain(query, value.shape[3], size) if query.device.type == "cuda" else None
         if reason is not None and self.on_notice is not None:
             self.on_notice(f"the chosen blocks of a prompt are attended to in plain torch: {reason}")
         return out

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 OLDEST_CAPABILITY = (8, 0)  # bf16 arithmetic and asynchronous copies
 # Of cuda.core.ProgramOptions, beside the architecture and the include path. Generic lambdas must be device code.
 OPTIONS: dict[str, Any] = {"std": "c++17", "device_as_default_execution_space": True}
+SPECIFIC = {"sm_90": "sm_90a"}  # which has instructions that no later one has: a cubin is for one architecture anyway
 DEBUG = os.environ.get("SPARSEKV_DEBUG") == "1"  # kernels that check how much shared memory they were given
 if DEBUG:
     OPTIONS["define_macro"] = "SPARSEKV_DEBUG"
@@ -163,7 +164,7 @@ def compile_cubin(spec: KernelSpec, arch: str) -> Cubin:
     _log.info("compiling %s for %s", spec, arch)
     try:
         folders = [str(sources_dir()), *(str(path.parent) for path in _own_headers(spec))]
-        options = ProgramOptions(name=spec.source, arch=arch, include_path=folders, **OPTIONS)
+        options = ProgramOptions(name=spec.source, arch=SPECIFIC.get(arch, arch), include_path=folders, **OPTIONS)
         code = Program(_text(spec), "c++", options).compile("cubin", name_expressions=(spec.expression,))
     except Exception as error:  # cuda-core has no public name for the class it raises
         log = str(error).strip()

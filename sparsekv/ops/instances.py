@@ -19,6 +19,7 @@ PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MMA_HEADS = 8  # query heads of one matrix product
 GROUPS = (MMA_HEADS // 2, MMA_HEADS, MAX_GROUP)  # those that differ in code
+PROMPT_TILE = 64  # keys of a prompt that are multiplied at a time
 MAX_PAGES, MAX_SELECTED = 65_536, 1_024  # of one sequence; in a selection
 NO_DIGEST = DigestKernel("common/digest.cuh", "NoDigest", (), staged=lambda head_dim, heads: 0)
 
@@ -113,6 +114,29 @@ def _pages(format: type[PageFormat], dtype: torch.dtype, head_dim: int) -> _Page
     return _Pages(name, str(kernel.header), " && ".join(claims))
 
 
+def prompt_rows(head_dim: int, block_size: int) -> int:
+    """Queries of a prompt that a CTA attends for: those of a warp are two tiles where registers allow it."""
+    return 2 * PROMPT_TILE if head_dim <= 128 and block_size % (2 * PROMPT_TILE) == 0 else PROMPT_TILE
+
+
+def prompt_attention(dtype: torch.dtype, head_dim: int, rows: int) -> KernelSpec:
+    """A prompt's attention to listed blocks."""
+    expression = f"prompt_attention<{ELEMENTS[dtype]}, {head_dim}, {rows // PROMPT_TILE}>"
+    return KernelSpec("prompt_attention.cu", expression, claim=f"PROMPT_TILE == {PROMPT_TILE}")
+
+
+def prompt_tile(head_dim: int) -> int:
+    """Keys of a prompt that come at a time on sm_90."""
+    return 2 * PROMPT_TILE if head_dim <= 128 else PROMPT_TILE
+
+
+def prompt_attention_sm90(dtype: torch.dtype, head_dim: int) -> KernelSpec:
+    """The same on sm_90; compiled for another architecture it does nothing."""
+    claim = f"PromptStage<{head_dim}>::TILE == {prompt_tile(head_dim)}"
+    expression = f"prompt_attention_sm90<{ELEMENTS[dtype]}, {head_dim}>"
+    return KernelSpec("prompt_attention_sm90.cu", expression, claim=claim)
+
+
 def elementwise(name: str, dtype: torch.dtype) -> KernelSpec:
     """Rotary embeddings and RMS norms."""
     return KernelSpec(f"{name}.cu", f"{name}<{ELEMENTS[dtype]}>")
@@ -134,6 +158,8 @@ def of_model(
         attend_pages(dtype, head_dim, group, format),
         *([] if format is Plain else [read_pages(dtype, head_dim, format)]),
         merge_attention(dtype, head_dim, group),
+        prompt_attention(dtype, head_dim, prompt_rows(head_dim, 2 * PROMPT_TILE)),
+        *([] if head_dim % PROMPT_TILE else [prompt_attention_sm90(dtype, head_dim)]),
     ]
 
 
@@ -159,3 +185,13 @@ def why_not(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> st
     if page_size not in PAGE_SIZES:
         return f"page_size {page_size} (kernels: {', '.join(map(str, PAGE_SIZES))})"
     return None
+
+
+def why_not_blocks(dtype: torch.dtype, head_dim: int, value_dim: int, block_size: int) -> str | None:
+    """Why no kernel serves a prompt's attention to listed blocks, or None if one does."""
+    reason = why_not(dtype, head_dim, 1, PAGE_SIZES[0])
+    if reason is None and value_dim != head_dim:
+        return f"values of {value_dim} channels beside keys of {head_dim} (kernels: as many)"
+    if reason is None and block_size % PROMPT_TILE:
+        return f"blocks of {block_size} tokens (kernels: multiples of {PROMPT_TILE})"
+    return reason

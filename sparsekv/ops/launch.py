@@ -66,7 +66,8 @@ def usable(device: int) -> bool:
 
 def packed(args: Sequence[Any]) -> bytes:
     """Kernel arguments one behind the other, as C lays them out, whether the kernel takes them one by one or as the
-    members of one struct: tensors and None are pointers, ints `int`, numpy's int64 `long long`, floats `float`."""
+    members of one struct: tensors and None are pointers, ints `int`, numpy's int64 `long long`, floats `float`, and
+    bytes themselves."""
     values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in args]
     return struct.pack("@" + "".join(map(_format, args)), *values)
 
@@ -74,6 +75,8 @@ def packed(args: Sequence[Any]) -> bytes:
 def _format(arg: Any) -> str:
     if arg is None or isinstance(arg, Tensor):
         return "P"
+    if isinstance(arg, bytes):
+        return f"{len(arg)}s"
     return "q" if isinstance(arg, np.int64) else "f" if isinstance(arg, float) else "i"
 
 

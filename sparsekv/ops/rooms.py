@@ -7,7 +7,7 @@ ends where its shared memory does (`check_shared_end` of cuda/common/device.cuh)
 from __future__ import annotations
 
 from sparsekv.ops.formats import PageFormat, Plain
-from sparsekv.ops.instances import MMA_HEADS, head_tiles
+from sparsekv.ops.instances import MMA_HEADS, PROMPT_TILE, head_tiles
 
 UNIT = 16  # tokens that a warp attends to at a time; pages that it scores at a time; bytes of a word
 
@@ -29,6 +29,16 @@ def attend_bytes(head_dim: int, group: int, ctas: int, warps: int, format: type[
     """Of cuda/attend_pages.cu, by `ctas` in a cluster."""
     own, sums = merge_bytes(head_dim, group, ctas, warps)
     return own + max(sums, query_bytes(head_dim, group, format))
+
+
+def prompt_bytes(head_dim: int, rows: int) -> int:
+    """Of cuda/prompt_attention.cu: so many queries, a tile of keys and one of values."""
+    return 2 * head_dim * (rows + 2 * PROMPT_TILE)
+
+
+def prompt_sm90_bytes(head_dim: int, rows: int, tile: int) -> int:
+    """Of cuda/prompt_attention_sm90.cu: so many queries, two tiles of keys and two of values, and ten barriers."""
+    return 2 * head_dim * (rows + 4 * tile) + 80
 
 
 def select_bytes(max_pages: int, k: int) -> int:

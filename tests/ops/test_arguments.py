@@ -1,5 +1,6 @@
 """What Python hands to a kernel is what its source asks for, in number and type. No GPU needed."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,14 +11,14 @@ import torch
 from sparsekv import ops
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
-from sparsekv.ops import around, compiler, cuda, launch, plans, reference
+from sparsekv.ops import around, compiler, cuda, launch, plans, prompt_cuda, reference
 from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.formulas import MAX_TENSORS, kernel_of, with_kernels
 from sparsekv.ops.launch import Gpu
 from sparsekv.ops.plans import Split
 from sparsekv.testing.pages import fitted_state, fresh_summary, random_pages
 
-FORMATS = {"i64": "q", "int": "i", "float": "f"}  # of Python's `struct`; a pointer is "P"
+FORMATS = {"i64": "q", "int": "i", "float": "f", "PromptMaps": "128s" * 3}  # of Python's `struct`; a pointer is "P"
 
 
 def parameter_format(spec: KernelSpec) -> str:
@@ -26,17 +27,23 @@ def parameter_format(spec: KernelSpec) -> str:
     source = re.sub(r"//.*", "", (compiler.sources_dir() / spec.source).read_text())
     found = re.search(rf"__global__[^;{{]*?\b{name}\s*\(([^{{]*)\)\s*{{", source)
     assert found is not None, spec
-    parameters = re.sub(r"<[^>]*>", "", found[1]).split(",")
-    if parameters == ["const StepParams p"]:
-        members = re.search(r"struct StepParams {(.*?)};", source, re.DOTALL)
-        assert members is not None
-        parameters = [part for line in members[1].split(";") for part in declared(line)]
+    parameters = re.sub(r"<[^>]*>|\[\[.*?\]\]|const |__grid_constant__", "", found[1]).split(",")
+    if parameters[-1].split()[0].endswith("Params"):
+        parameters = [*parameters[:-1], *members_of(parameters[-1].split()[0])]
     return "".join(format_of(parameter.split()) for parameter in parameters)
 
 
+def members_of(struct: str) -> list[str]:
+    texts = [re.sub(r"//.*", "", path.read_text()) for path in compiler.sources_dir().rglob("*.cu*")]
+    (members,) = (found[1] for text in texts if (found := re.search(rf"struct {struct} {{(.*?)}};", text, re.DOTALL)))
+    return [part for line in members.split(";") for part in declared(line)]
+
+
 def declared(line: str) -> list[str]:
-    """`int a, b` is two."""
+    """`int a, b` is two, and `int a[3][3]` nine."""
     first, *others = line.strip().split(",")
+    if sizes := re.findall(r"\[(\d+)\]", first):
+        return [first] * math.prod(map(int, sizes))
     return [first, *(f"{first.split()[0]} {other}" for other in others)] if first else []
 
 
@@ -66,7 +73,7 @@ class Launches:
         assert len(launch.packed(args)) % 4 == 0
         assert min(grid) > 0
         assert grid[0] % cluster == 0
-        assert warps in (4, 8, 16)
+        assert warps in (4, 8, 12, 16)
         assert 0 <= shared <= 220_000
         self.made.append(spec.expression.partition("<")[0])
 
@@ -77,7 +84,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     launches = Launches()
     for function in (plans.attend_plan, plans._step_plan, plans.score_plan):
         function.cache_clear()
-    for module in (cuda, around):
+    for module in (cuda, around, prompt_cuda):
         monkeypatch.setattr(module, "usable", lambda device: True)
         monkeypatch.setattr(module, "launch", launches)
     monkeypatch.setattr(plans, "gpu", lambda device: Gpu(132, (9, 0), 220_000))
@@ -116,6 +123,24 @@ def test_arguments_are_those_of_the_source(
 ) -> None:
     getattr(cuda, name)(*arguments(group, head_dim, digest=digest)[name])
     assert launches.made == [name]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_arguments_of_a_prompt_are_those_of_the_source(
+    size: int, capability: tuple[int, int], head_dim: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver makes the maps that sm_90 copies by: they are taken for granted."""
+    monkeypatch.setattr(prompt_cuda, "gpu", lambda device: Gpu(132, capability, 220_000))
+    monkeypatch.setattr(prompt_cuda, "tensor_map", lambda tokens, rows: bytes(128))
+    query, key = torch.randn(1, 70, 4, head_dim).bfloat16(), torch.randn(1, 200, 2, head_dim).bfloat16()
+    blocks = -(-200 // size) - 130 // size
+    lists = torch.ones(1, 2, blocks, dtype=torch.int32), torch.zeros(1, 2, blocks, 3, dtype=torch.int32)
+    tokens = [x.transpose(1, 2) for x in (query, key, key)]
+    assert prompt_cuda.prompt_attention(*tokens, *lists, size, 0.1).shape == (1, 4, 70, head_dim)
+    by_wgmma = capability == (9, 0) and head_dim != 96 and size == 128
+    assert launches.made == ["prompt_attention_sm90" if by_wgmma else "prompt_attention"]
 
 
 def test_long_dense_attention_is_two_launches(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:

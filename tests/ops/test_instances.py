@@ -90,6 +90,14 @@ def test_the_kernels_of_a_common_model_compile() -> None:
     assert compiled(instances.of_model(torch.bfloat16, 128, 4, kernel), "sm_90")
 
 
+@needs_nvrtc
+def test_hopper_has_a_kernel_of_its_own_for_prompts() -> None:
+    """For sm_90 all its instructions are there; for another architecture nothing is."""
+    spec = instances.prompt_attention_sm90(torch.float16, 64)
+    hopper, other = (len(compiler.compile_cubin(spec, arch).code) for arch in ("sm_90", "sm_100"))
+    assert hopper > 3 * other
+
+
 def test_promised_are_all_shapes_that_are_served() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for head_dim in (64, 96, 128, 256):

@@ -1,4 +1,4 @@
-"""prompt_attention: attention to listed blocks against masked attention in float64, and FlexAttention against it."""
+"""prompt_attention: attention to listed blocks against masked attention in float64, FlexAttention and the kernel."""
 
 import shutil
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekv.ops import flex
+from sparsekv.ops import flex, prompt_cuda
 from sparsekv.ops.prompt import lists_of, prompt_attention
 
 SCALING = 0.3
@@ -27,6 +27,7 @@ def inputs(
     query, key, value = torch.randn(b, hq, t, dim), torch.randn(b, hkv, n, dim), torch.randn(b, hkv, n, dim)
     first, num_blocks = (n - t) // size, -(-n // size)
     blocks = torch.rand(b, h, num_blocks - first, num_blocks) < 0.4
+    blocks &= torch.arange(num_blocks) % 5 != 1  # which nobody lists but the block itself
     causal = torch.ones_like(blocks).tril(first)
     blocks = blocks & causal | causal.triu(first)
     return (query.to(dtype), key.to(dtype), value.to(dtype), *lists_of(blocks), size, SCALING), blocks
@@ -103,14 +104,55 @@ def test_scores_of_blocks() -> None:
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5)
 
 
+def poisoned(arguments: tuple[Any, ...], blocks: Tensor) -> list[Any]:
+    """The same on a GPU, as views of `[b, t, h, d]`, with NaN in the blocks that no list of a kv head has, and block
+    numbers that do not exist behind the lists' ends."""
+    query, key, value, counts, indices, size, scaling = arguments
+    listed = blocks.unflatten(1, (key.shape[1], -1)).any(2).any(2)
+    unseen = ~listed.repeat_interleave(size, 2)[:, :, : key.shape[2], None]
+    tensors = [query, key.masked_fill(unseen, float("nan")), value.masked_fill(unseen, float("nan"))]
+    indices = indices.masked_fill(torch.arange(indices.shape[-1]) >= counts[..., None], 1 << 20)
+    views = [x.transpose(1, 2).contiguous().cuda().transpose(1, 2) for x in tensors]
+    return [*views, counts.cuda(), indices.cuda(), size, scaling]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("dim", "size"), [(64, 128), (96, 128), (128, 128), (256, 128), (64, 64), (128, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_a_gpu_it_is_the_same(dtype: torch.dtype, size: int) -> None:
-    """Chunks of a prompt, ragged or not, of heads with lists of their own and in groups."""
-    for shape in ((1, 8, 2, 8, 512, 2048, size), (2, 8, 2, 2, 300, 1111, size)):
-        arguments, blocks = inputs(*shape, dtype=dtype, dim=128)
-        on_gpu = [x.cuda() if isinstance(x, Tensor) else x for x in arguments]
-        found = torch.ops.sparsekv.prompt_attention(*on_gpu).cpu()
-        assert flex.why_plain(on_gpu[0].device, size) is None
-        torch.testing.assert_close(found.double(), masked(arguments, blocks), rtol=0, atol=3e-2)
+def test_the_kernel_does_the_same(dtype: torch.dtype, dim: int, size: int) -> None:
+    """Chunks of a prompt and whole ones, ragged or not, of heads with lists of their own and in groups."""
+    for shape in ((1, 8, 2, 8, 512, 2048, size), (2, 8, 2, 2, 300, 1111, size), (2, 3, 3, 3, 70, 70, size)):
+        arguments, blocks = inputs(*shape, dtype=dtype, dim=dim)
+        on_gpu = poisoned(arguments, blocks)
+        assert prompt_cuda.why_not(on_gpu[0], dim, size) is None
+        assert bool(on_gpu[1].isnan().any()) == (shape[4] < shape[5])
+        found = torch.ops.sparsekv.prompt_attention(*on_gpu)
+        assert found.transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(found.cpu().double(), masked(arguments, blocks), rtol=0, atol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dim", "size"), [(128, 128), (80, 32)])
+def test_flex_attention_does_the_same_on_a_gpu(dim: int, size: int) -> None:
+    """Where the kernel serves a call, and where it does not."""
+    arguments, blocks = inputs(2, 8, 2, 2, 300, 1111, size, dtype=torch.bfloat16, dim=dim)
+    on_gpu = [x.cuda() if isinstance(x, Tensor) else x for x in arguments]
+    found = [flex.prompt_attention(*on_gpu), torch.ops.sparsekv.prompt_attention(*on_gpu)]
+    assert flex.why_plain(on_gpu[0].device, size) is None
+    for one in found:
+        torch.testing.assert_close(one.cpu().double(), masked(arguments, blocks), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dims", "size", "said"),
+    [
+        (torch.float32, (128, 128), 128, "float32"),
+        (torch.bfloat16, (80, 80), 128, "head_dim 80"),
+        (torch.bfloat16, (128, 64), 128, "values of 64 channels"),
+        (torch.float16, (128, 128), 96, "blocks of 96 tokens"),
+    ],
+)
+def test_what_the_kernel_does_not_serve_has_a_reason(
+    dtype: torch.dtype, dims: tuple[int, int], size: int, said: str
+) -> None:
+    assert said in str(prompt_cuda.why_not(torch.empty(1, 1, 1, dims[0], dtype=dtype), dims[1], size))

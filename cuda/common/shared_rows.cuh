@@ -1,0 +1,40 @@
+// Rows of D channels in shared memory, as words of 16 bytes, and from there into the tensor core's registers.
+//
+// ldmatrix reads the same word of eight rows at once, so these must lie in different banks: words change places
+// within a row, by the row's number. Rows of 64 channels fill all banks; those of 96 begin in two places in turn.
+#pragma once
+#include "common/device.cuh"
+
+template <int D>
+struct SharedRows {
+    static constexpr int WORDS = D / 8;
+
+    uint4* words;
+
+    __device__ static int place(int row, int word) { return row * WORDS + (word ^ (D % 64 ? row / 2 % 4 : row % 8)); }
+
+    // Asks for rows first, first + 1, ...; for those outside of 0 to end - 1 the nearest one comes, as nobody looks.
+    template <int ROWS, int THREADS>
+    __device__ void ask(const u16* from, int stride, int first, int end) const {
+        static_assert(ROWS * WORDS % THREADS == 0);
+#pragma unroll 4  // the addresses of more would not fit the registers
+        for (int i = 0; i < ROWS * WORDS / THREADS; ++i) {
+            const int index = i * THREADS + threadIdx.x, row = index / WORDS, word = index % WORDS;
+            const int token = max(0, min(first + row, end - 1));
+            copy_async<16>(words + place(row, word), from + i64(token) * stride + word * 8);
+        }
+    }
+
+    // Of 16 rows from `row` on, words 2k and 2k + 1, as mma.m16n8k16 wants its first factor.
+    __device__ void left(u32 (&a)[4], int row, int k) const {
+        load_matrices<false>(a, words + place(row + lane_id() % 16, k * 2 + lane_id() / 16));
+    }
+    // The same rows and words as two second factors, [16 channels x 8 rows]: of the rows' first and second half.
+    __device__ void right(u32 (&b)[4], int row, int k) const {
+        load_matrices<false>(b, words + place(row + lane_id() / 16 * 8 + lane_id() % 8, k * 2 + lane_id() / 8 % 2));
+    }
+    // The same as two second factors [16 rows x 8 channels]: word 2k and word 2k + 1.
+    __device__ void right_transposed(u32 (&b)[4], int row, int k) const {
+        load_matrices<true>(b, words + place(row + lane_id() % 16, k * 2 + lane_id() / 16));
+    }
+};
