@@ -66,8 +66,7 @@ def usable(device: int) -> bool:
 
 def packed(args: Sequence[Any]) -> bytes:
     """Kernel arguments one behind the other, as C lays them out, whether the kernel takes them one by one or as the
-    members of one struct: tensors and None are pointers, ints `int`, numpy's int64 `long long`, floats `float`, and
-    bytes themselves."""
+    members of one struct: tensors and None are pointers, ints `int`, numpy's int64 `long long`, floats `float`."""
     values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in args]
     return struct.pack("@" + "".join(map(_format, args)), *values)
 
@@ -75,8 +74,6 @@ def packed(args: Sequence[Any]) -> bytes:
 def _format(arg: Any) -> str:
     if arg is None or isinstance(arg, Tensor):
         return "P"
-    if isinstance(arg, bytes):
-        return f"{len(arg)}s"
     return "q" if isinstance(arg, np.int64) else "f" if isinstance(arg, float) else "i"
 
 
@@ -94,8 +91,10 @@ def launch(
     args: Sequence[Any],
     shared: int = 0,
     cluster: int = 1,
+    maps: bytes = b"",
 ) -> None:
-    """Launches on the current stream of a tensor's device; grid in CTAs, shared memory in bytes, `args` for `packed`.
+    """Launches on the current stream of a tensor's device; grid in CTAs, shared memory in bytes, `args` for `packed`,
+    and before them a struct of tensor maps, if the kernel takes one.
 
     Raises:
         KernelError: CUDA refuses the launch.
@@ -105,14 +104,19 @@ def launch(
 
     device, values = like.device.index, packed(args)
     kernel = _ready(spec, device)
-    buffer, size = (ctypes.c_char * len(values)).from_buffer_copy(values), ctypes.c_size_t(len(values))
+    buffer, size = ctypes.create_string_buffer(values, len(values) + 4), ctypes.c_size_t(len(values))
     # CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END, each but the last followed by what it names.
     extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
+    given = (0, ctypes.addressof(extra))
+    if maps:  # the compiler aligns them in a way that only the driver knows, so it gets each struct apart
+        first = ctypes.create_string_buffer(maps, len(maps))
+        each = (ctypes.c_void_p * 2)(ctypes.addressof(first), ctypes.addressof(buffer))
+        given = (ctypes.addressof(each), 0)
     with _current(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         config = _config(grid, cluster, warps, shared, stream, gpu(device).capability >= (9, 0))
         function = driver.CUfunction(int(kernel.handle))
-        (status,) = driver.cuLaunchKernelEx(config, function, 0, ctypes.addressof(extra))
+        (status,) = driver.cuLaunchKernelEx(config, function, *given)
     if status != driver.CUresult.CUDA_SUCCESS:
         size_of = f"grid {grid}, clusters of {cluster}, {warps} warps, {shared} bytes of shared memory"
         raise KernelError(f"{spec} cannot be launched ({size_of}): {status.name}")

@@ -71,10 +71,9 @@ def prompt_attention(
     args: list[Any] = [*tensors, *(x.to(torch.int32).contiguous() for x in (counts, indices)), out]
     args += [np.int64(stride) for x in tensors for stride in x.stride()[:3]]
     args += [t, key.shape[2], block_size, key.shape[1], lists, width, scaling / math.log(2)]
-    if plan.tile:
-        args = [*map(tensor_map, tensors, (plan.rows, plan.tile, plan.tile)), *args]
+    maps = b"".join(map(tensor_map, tensors, (plan.rows, plan.tile, plan.tile))) if plan.tile else b""
     grid = (num_blocks * (block_size // plan.rows), num_q_heads, b)
-    launch(plan.spec, query, grid, plan.warps, args, plan.shared)
+    launch(plan.spec, query, grid, plan.warps, args, plan.shared, maps=maps)
     return out.transpose(1, 2)
 
 

@@ -18,7 +18,12 @@ from sparsekv.ops.launch import Gpu
 from sparsekv.ops.plans import Split
 from sparsekv.testing.pages import fitted_state, fresh_summary, random_pages
 
-FORMATS = {"i64": "q", "int": "i", "float": "f", "PromptMaps": "128s" * 3}  # of Python's `struct`; a pointer is "P"
+FORMATS = {
+    "i64": "q",
+    "int": "i",
+    "float": "f",
+    "PromptMaps": "m" * 384,
+}  # of `struct`; m: a byte of maps; a pointer is "P"
 
 
 def parameter_format(spec: KernelSpec) -> str:
@@ -68,8 +73,9 @@ class Launches:
         args: list[Any],
         shared: int = 0,
         cluster: int = 1,
+        maps: bytes = b"",
     ) -> None:
-        assert "".join(map(launch._format, args)) == parameter_format(spec), spec
+        assert "m" * len(maps) + "".join(map(launch._format, args)) == parameter_format(spec), spec
         assert len(launch.packed(args)) % 4 == 0
         assert min(grid) > 0
         assert grid[0] % cluster == 0
