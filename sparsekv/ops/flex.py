@@ -79,8 +79,8 @@ def block_mask(
     """
     counts, indices = (x.repeat_interleave(num_q_heads // x.shape[1], dim=1) for x in (counts, indices))
     own = torch.arange(first_block, first_block + counts.shape[2], dtype=torch.int32, device=counts.device)
-    # A tensor, or each would be compiled for.
-    start = torch.tensor(first_block * block_size, dtype=torch.int64, device=counts.device)
+    # A tensor, or each would be compiled for; made on the device, so that it may be captured.
+    start = torch.full((), first_block * block_size, dtype=torch.int64, device=counts.device)
 
     def is_causal(b: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return q + start >= kv

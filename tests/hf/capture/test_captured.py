@@ -527,8 +527,12 @@ def test_latents_are_captured(lengths, digest, model, ids) -> None:
 @pytest.mark.parametrize("family", ["gemma3_text", "llama4_text", "deepseek_v3"])
 def test_windows_and_latents_in_fewer_bits_are_captured(family, kv, model, ids) -> None:
     """By kernels and in plain torch."""
-    size = {"gemma3_text": "sliding_window", "llama4_text": "attention_chunk_size", "deepseek_v3": "kv_lora_rank"}
-    made, inputs = model(family, **{size[family]: 64}, num_hidden_layers=4), ids(300, 41)
+    sizes = {
+        "gemma3_text": {"sliding_window": 64},
+        "llama4_text": {"attention_chunk_size": 64},
+        "deepseek_v3": {"kv_lora_rank": 64, "head_dim": 8},
+    }
+    made, inputs = model(family, **sizes[family], num_hidden_layers=4), ids(300, 41)
     with sparsekv.patch(made, **SETTINGS, kv=kv) as patch:
         captured, counted = tokens(made, inputs), patch.stats.as_dict()
         patch.stats.reset()
