@@ -24,13 +24,9 @@ __global__ void __launch_bounds__(D* HEAD_TILES <= 128 ? 512 : 256)
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int head = blockIdx.y, num_kv_heads = gridDim.y, row = blockIdx.z, item = row * num_kv_heads + head;
-    const Pages pages = {block_table + i64(row) * max_pages,
-                         seq_lens[row],
-                         page_shift,
-                         num_kv_heads,
-                         head,
-                         Format::PARTS,
-                         first ? first[row] : 0};
+    const int* const own_table = block_table + i64(row) * max_pages;
+    Pages pages = {own_table, seq_lens[row], page_shift, num_kv_heads, head, Format::PARTS};
+    if (first) pages.first = first[row];
     const int* const mine = slots ? slots + i64(item) * k : nullptr;
     if (threadIdx.x == 0) used = mine ? 0 : min(pages.count(), max_pages);
     Format::template stage<T, D, HEAD_TILES>(query + i64(item) * group * D, group, staged);

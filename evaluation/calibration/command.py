@@ -6,8 +6,9 @@
 Documents of the text are prefilled once; then what follows (natural) and a passage from the first half said again
 (recall) are decoded by dense attention and by one setting after the other. A setting meets the tolerance if the upper
 end of its interval does. For every digest the smallest budget that does is found by bisection; then layers that do
-with half of it are found. Beside settings.json lie the picture, and what was measured: the same command goes on
-there. Exit code 3: no setting is known to meet the tolerance, and none is written.
+with half of it are found. With `--prefill sparse` documents are then read sparsely, too: the least mass that meets is
+found. Beside settings.json lie the picture, and what was measured: the same command goes on there. Exit code 3: no
+setting is known to meet the tolerance, and none is written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import math
 
 from sparsekv.command_line import EXIT_OK, new_console, positive, tokens
-from sparsekv.config import GROUP_POOLINGS, SparseConfig
+from sparsekv.config import GROUP_POOLINGS, PREFILLS, SparseConfig
 from sparsekv.hf import models
 from sparsekv.ops.formulas import with_kernels
 from sparsekv.pages import FORMATS
@@ -52,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     formats = list(FORMATS)
     add("--kv", choices=formats, metavar="FORMAT", help=f"of keys and values: {', '.join(formats)} (default plain)")
+    add(
+        "--prefill", choices=PREFILLS, default="dense",
+        help="sparse: find, too, how sparsely prompts may be read (default %(default)s, which takes less time)",
+    )  # fmt: skip
     add("--scored", type=positive, metavar="TOKENS", help="of a document, scored twice (default: 256, on a CPU 24)")
     add("--batch-tokens", type=tokens, metavar="N", help="of documents at once (default: 128k, on a CPU 32k)")
     add("--force", action="store_true", help="write the setting that comes closest, even if none is known to do")

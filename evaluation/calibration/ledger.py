@@ -18,7 +18,8 @@ from sparsekv.evaluation.accuracy.results import Line, LineFile, read_lines
 
 from .measure import Nats
 
-VARYING = ("policy", "digest", "group_pooling", "budget")  # between the settings of a calibration
+# Between the settings of a calibration.
+VARYING = ("policy", "digest", "group_pooling", "budget", "prefill", "prefill_mass")
 
 
 class Measures(Protocol):
@@ -29,6 +30,8 @@ class Measures(Protocol):
     def nats(self, config: SparseConfig, numbers: Sequence[int]) -> list[Nats]: ...
 
     def bytes_per_token(self, config: SparseConfig, numbers: Sequence[int]) -> float: ...
+
+    def density(self, config: SparseConfig, numbers: Sequence[int]) -> float: ...
 
 
 class Ledger:
@@ -52,7 +55,7 @@ class Ledger:
         self.measures, self.dense = measures, dense
         self.tell: Callable[[SparseConfig | None], object] = lambda config: None
         self._nats: defaultdict[str, dict[int, Nats]] = defaultdict(dict)
-        self._bytes: dict[str, float] = {}
+        self._costs: dict[tuple[str, str], float] = {}
         lines = list(read_lines(path.parent, path.name))
         self._check(path, identity, lines)
         self._file = LineFile(path)
@@ -90,11 +93,17 @@ class Ledger:
 
     def bytes_per_token(self, config: SparseConfig) -> float:
         """What a token reads of the cache, in all layers."""
+        return self._cost("bytes", config, self.measures.bytes_per_token)
+
+    def density(self, config: SparseConfig) -> float:
+        """The share of a prompt's blocks that is computed."""
+        return self._cost("density", config, self.measures.density)
+
+    def _cost(self, kind: str, config: SparseConfig, measure: Callable[..., float]) -> float:
         name = _name(config)
-        if name not in self._bytes:
-            first = range(self.measures.at_once)
-            self._add([{"setting": name, "bytes": self.measures.bytes_per_token(config, first)}])
-        return self._bytes[name]
+        if (kind, name) not in self._costs:
+            self._add([{"setting": name, kind: measure(config, range(self.measures.at_once))}])
+        return self._costs[kind, name]
 
     def _add(self, lines: Sequence[Line]) -> None:
         self._file.add(lines)
@@ -102,11 +111,11 @@ class Ledger:
             self._note(line)
 
     def _note(self, line: Line) -> None:
-        if "bytes" in line:
-            self._bytes[line["setting"]] = line["bytes"]
-        else:
+        if "nats" in line:
             natural, recall = line["nats"]
             self._nats[line["setting"]][line["document"]] = natural, recall
+        for kind in line.keys() & {"bytes", "density"}:
+            self._costs[kind, line["setting"]] = line[kind]
 
     def _check(self, path: Path, identity: Line, lines: Sequence[Line]) -> None:
         if not lines:

@@ -37,7 +37,7 @@ class Measurer:
         device = patch.model.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _FREE_ELSEWHERE
         self._room = free // 4  # the pages in use, and what they are made of, have the rest
-        self._held: dict[tuple[int, ...], PagedCache] = {}
+        self._held: dict[tuple[object, ...], PagedCache] = {}
 
     def nats(self, config: SparseConfig, numbers: Sequence[int]) -> list[Nats]:
         """How unlikely the scored tokens of documents are to a setting.
@@ -77,9 +77,15 @@ class Measurer:
         bytes_per_token: float = counters.counts(num_steps, 1)["bytes_per_token"]
         return bytes_per_token
 
+    def density(self, config: SparseConfig, numbers: Sequence[int]) -> float:
+        """The share of its blocks that is computed of a prompt, in some documents; 1 where all are dense."""
+        self._prefilled(tuple(numbers), config)
+        return self._held[_prompts(tuple(numbers), config)].stats.prefill.density
+
     def _prefilled(self, numbers: tuple[int, ...], config: SparseConfig) -> PagedCache:
         """A cache of the documents that decodes by a setting."""
-        cache = self._held.pop(numbers, None)
+        prompts = _prompts(numbers, config)
+        cache = self._held.pop(prompts, None)
         if cache is None:
             while self._held and sum(x.nbytes for x in self._held.values()) * (1 + 1 / len(self._held)) > self._room:
                 self._held.popitem()  # the last: documents are gone through in turn, so it is needed last
@@ -89,8 +95,13 @@ class Measurer:
             config = config.with_(digest=cache.config.digest)
         elif cache.config.digest != config.digest:
             cache = _with_digest(cache, config)
-        self._held[numbers] = cache
+        self._held[prompts] = cache
         return cache.fork(config)
+
+
+def _prompts(numbers: tuple[int, ...], config: SparseConfig) -> tuple[object, ...]:
+    """What settings that share prefilled documents have in common."""
+    return numbers, config.prefill, config.prefill_mass
 
 
 @torch.inference_mode()

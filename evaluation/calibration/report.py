@@ -37,7 +37,7 @@ def table(title: str, outcomes: Iterable[Outcome], dense_bytes: float, best: Out
         for x in some:
             found.add_row(
                 digest, pooling, budget_shown(x.config), str(x.natural), str(x.recall),
-                f"{x.bytes_per_token / 1024:,.0f}", f"{x.bytes_per_token / dense_bytes:.1%}", str(x.num_documents),
+                f"{x.cost / 1024:,.0f}", f"{x.cost / dense_bytes:.1%}", str(x.num_documents),
                 x.verdict.value, end_section=x is some[-1], style="bold" if x is best else None,
             )  # fmt: skip
     return found
@@ -64,7 +64,8 @@ def named(config: SparseConfig) -> str:
     """A setting in a few words."""
     if POLICIES.get(config.policy).reads_all:
         return DENSE
-    return f"{config.digest}, {config.group_pooling}, {budget_shown(config)} tokens"
+    prompts = f", prompts of mass {config.prefill_mass:g}" if config.prefill == "sparse" else ""
+    return f"{config.digest}, {config.group_pooling}, {budget_shown(config)} tokens{prompts}"
 
 
 def budget_shown(config: SparseConfig) -> str:
@@ -82,7 +83,7 @@ def _by_line(outcomes: Iterable[Outcome]) -> list[tuple[tuple[str, str], list[Ou
     def line(outcome: Outcome) -> tuple[str, str]:
         return outcome.config.digest, outcome.config.group_pooling
 
-    ordered = sorted(outcomes, key=lambda outcome: (line(outcome), outcome.bytes_per_token))
+    ordered = sorted(outcomes, key=lambda outcome: (line(outcome), outcome.cost))
     return [(name, list(some)) for name, some in groupby(ordered, key=line)]
 
 
@@ -91,7 +92,7 @@ def _draw(panel: Any, kind: str, some: Sequence[Outcome], color: str, label: str
     for by_layer in (False, True):
         of_kind = [x for x in some if isinstance(x.config.budget, tuple) is by_layer]
         losses: list[Loss] = [getattr(x, kind) for x in of_kind]
-        x, y = [x.bytes_per_token / 1024 for x in of_kind], [loss.mean for loss in losses]
+        x, y = [x.cost / 1024 for x in of_kind], [loss.mean for loss in losses]
         reach = [loss.reach if math.isfinite(loss.reach) else 0 for loss in losses]
         look = {"linestyle": "none", "alpha": 0.5} if by_layer else {"label": label}
         panel.errorbar(x, y, reach, color=color, linewidth=1.2, elinewidth=1, **look)
@@ -107,7 +108,7 @@ def _finish(panel: Any, kind: str, outcomes: Sequence[Outcome], dense_bytes: flo
     panel.axhline(0, color="black", linestyle="--", linewidth=1, zorder=0)
     panel.axhline(tolerance, color=RED, linewidth=1, zorder=0, label="tolerance")
     if best is not None:
-        panel.axvline(best.bytes_per_token / 1024, color=GREY, linewidth=6, alpha=0.25, zorder=0, label="chosen")
+        panel.axvline(best.cost / 1024, color=GREY, linewidth=6, alpha=0.25, zorder=0, label="chosen")
     panel.set_yscale("symlog", linthresh=2 * tolerance)
     panel.set_xscale("log")
     for axis in (panel.xaxis, panel.yaxis):

@@ -1,4 +1,4 @@
-"""Finds the setting that reads least among those that meet the tolerance, with as few measurements as can be.
+"""Finds the setting that costs least among those that meet the tolerance, with as few measurements as can be.
 
 Of every digest the budgets are bisected, first with few documents, then with more and more: all that a text has, at
 last. What is decided is not measured again; what is not goes by its mean, until the next look. Several looks give an
@@ -8,7 +8,7 @@ those of one setting: of many that just fail, one may pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,9 +19,10 @@ from sparsekv.layer_budgets import REST
 from .verdicts import Loss, Outcome, Verdict
 
 MAX_PARTS = 8  # of a model's layers, that get budgets of their own
+MASSES = (0.9, 0.95, 0.98)  # of prompts that are read sparsely
 _LEVEL = 0.95
 
-Line = Sequence[SparseConfig]  # settings that differ in their budget, the smallest first
+Line = Sequence[SparseConfig]  # settings that differ in their budget, or in the mass of prompts, the smallest first
 
 
 class Known(Protocol):
@@ -32,9 +33,6 @@ class Known(Protocol):
 
     def changes(self, config: SparseConfig, count: int) -> tuple[list[float], list[float]]:
         """The losses above dense in the first `count` documents, natural and recall, in nats per token."""
-
-    def bytes_per_token(self, config: SparseConfig) -> float:
-        """What a token reads of the cache, in all layers."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,29 @@ class Search:
         known: measures.
         lines: a line of settings for every digest and pooling.
         looks: numbers of documents, ascending.
+        cost: of a setting.
 
     Attributes:
         outcomes: of the settings that were measured, by their budgets and names, as of the last look at each.
     """
 
-    def __init__(self, known: Known, lines: Sequence[Line], looks: Sequence[int], tolerance: Tolerance) -> None:
-        self.known, self.lines, self.looks, self.tolerance = known, lines, looks, tolerance
+    def __init__(
+        self,
+        known: Known,
+        lines: Sequence[Line],
+        looks: Sequence[int],
+        tolerance: Tolerance,
+        cost: Callable[[SparseConfig], float],
+    ) -> None:
+        self.known, self.lines, self.looks, self.tolerance, self.cost = known, lines, looks, tolerance, cost
         self._level = 1 - (1 - _LEVEL) / len(looks)
         self.outcomes: dict[SparseConfig, Outcome] = {}
 
     @property
     def best(self) -> Outcome | None:
-        """The setting that reads least of those that are known to meet the tolerance."""
+        """The setting that costs least of those that are known to meet the tolerance."""
         meeting = [x for x in self.outcomes.values() if x.verdict is Verdict.MEETS]
-        return min(meeting, key=lambda outcome: outcome.bytes_per_token, default=None)
+        return min(meeting, key=lambda outcome: outcome.cost, default=None)
 
     @property
     def closest(self) -> Outcome:
@@ -97,7 +103,7 @@ class Search:
 
     @property
     def open(self) -> list[Outcome]:
-        """Settings that may meet the tolerance and read less than the best; of a digest none below one that fails."""
+        """Settings that may meet the tolerance and cost less than the best; of a digest none below one that fails."""
         return [
             x
             for line in self.lines
@@ -126,6 +132,13 @@ class Search:
             for half in (layers[:middle], layers[middle:]):  # of all layers, a smaller budget fails
                 self._halve(self.best.config, start, half, -(-len(layers) // MAX_PARTS))
 
+    def of_prompts(self, cost: Callable[[SparseConfig], float]) -> Search | None:
+        """The search for the sparsest prompts that the best setting may follow; None: there is no best one."""
+        if self.best is None:
+            return None
+        line = [self.best.config.with_(prefill="sparse", prefill_mass=mass) for mass in MASSES]
+        return Search(self.known, [line], self.looks, self.tolerance, cost)
+
     # -- how
 
     def _bisect(self, line: Line, count: int) -> None:
@@ -146,7 +159,7 @@ class Search:
                 config,
                 Loss.of(natural, self.tolerance.natural, self._level),
                 Loss.of(recall, self.tolerance.recall, self._level),
-                self.known.bytes_per_token(config),
+                self.cost(config),
             )
         return self.outcomes[config]
 
@@ -156,7 +169,7 @@ class Search:
         return max((i + 1 for i, fails in enumerate(failing) if fails), default=0)
 
     def _is_cheaper(self, config: SparseConfig) -> bool:
-        return self.best is None or self.known.bytes_per_token(config) < self.best.bytes_per_token
+        return self.best is None or self.cost(config) < self.best.cost
 
     def _halve(self, config: SparseConfig, of_layers: dict[int, int], part: Sequence[int], least: int) -> None:
         """Halves the budgets of a part, and again, as long as the tolerance is met; else those of its halves."""

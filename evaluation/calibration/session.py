@@ -73,6 +73,7 @@ class Session:
             **{name: x for name, x in asdict(self._base).items() if name not in VARYING},
         }
         self._circumstances = circumstances(command)
+        self._of_prompts: Search | None = None
 
     def run(self) -> bool:
         """Searches, prints and writes; returns whether a setting is known to meet the tolerance. Where it is
@@ -88,7 +89,7 @@ class Session:
         with sparsekv.patch(self.model, base) as patch:
             measurer = Measurer(patch, self.pieces, self._at_once)
             ledger = Ledger(self._record, self._identity, self._circumstances, measurer, base.with_(policy="all"))
-            search = Search(ledger, lines, looks(first, len(self.pieces)), tolerance)
+            search = Search(ledger, lines, looks(first, len(self.pieces)), tolerance, ledger.bytes_per_token)
             try:
                 self._search(search, ledger, patch)
             except KeyboardInterrupt:
@@ -116,6 +117,10 @@ class Session:
                 bar.expect(per_look / 2 * count / self._at_once)  # fewer and fewer are open
             bar.expect(2 * math.log2(len(layers) + 1) * search.looks[0] / self._at_once)
             search.by_layer(layers)
+            self._of_prompts = search.of_prompts(ledger.density) if self.args.prefill == "sparse" else None
+            if self._of_prompts is not None:
+                bar.expect(2 * math.ceil(search.looks[0] / self._at_once))
+                list(self._of_prompts.by_digest())
 
     def _show(self, search: Search, ledger: Ledger) -> None:
         """The table, and the picture beside the settings."""
@@ -130,7 +135,7 @@ class Session:
 
     def _conclude(self, search: Search) -> bool:
         """What was written and how it is used, or why nothing was; and what more text would tell."""
-        best, say = search.best, self.console.print
+        best, say = self._with_sparse_prompts() or search.best, self.console.print
         if best is None:
             closest = search.closest
             say(f"No setting is known to meet the tolerance. The closest loses {closest.excess:.2g} times as much:")
@@ -145,6 +150,18 @@ class Session:
             say(f"About {needed:,.0f} tokens of text would tell more; --text has {has:,} in whole documents.")
             say(_told(nearest))
         return best is not None
+
+    def _with_sparse_prompts(self) -> Outcome | None:
+        """The best setting behind sparse prompts, if these were searched for and found; tells what was measured."""
+        if self._of_prompts is None:
+            return None
+        for outcome in self._of_prompts.outcomes.values():
+            self.console.print(f"{_told(outcome)}, {outcome.cost:.0%} of a prompt's blocks")
+        best = self._of_prompts.best
+        if best is None or best.cost == 1:
+            self.console.print("Prompts stay dense: no sparse ones are known to meet the tolerance and read less.")
+            return None
+        return best
 
 
 class _Bar:

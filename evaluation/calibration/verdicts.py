@@ -83,13 +83,14 @@ class Outcome:
     Attributes:
         natural: the loss in what follows on a text.
         recall: the loss where the text repeats an early passage of itself.
-        bytes_per_token: that a token reads of the cache, in all layers, digests counted.
+        cost: what the search makes small. Of decoding it is bytes that a token reads of the cache, in all layers,
+            digests counted; of prompts the share of blocks that is computed.
     """
 
     config: SparseConfig
     natural: Loss
     recall: Loss
-    bytes_per_token: float
+    cost: float
 
     @property
     def verdict(self) -> Verdict:

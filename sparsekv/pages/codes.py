@@ -6,6 +6,11 @@ and want more bits than values: six and four, with factors of a byte, take what 
 two bytes, of keys by channel of a page. They stay close to dense decoding (mean KL, in plain text and where a text
 repeats itself: SmolLM2 .0013 and .0045 beside .0026 and .0175, Gemma 3 270M .0013 and .0041 beside .0013 and .0023),
 and a token's record is made of that token alone: nothing waits for a full page, or is rounded again.
+
+So digests are made of rounded keys: a page that fills token by token has no others left, and it may not matter how
+tokens came. Of the original keys they would choose no better: on the same two models, 3,072 tokens, the pages chosen
+from them and from rounded ones hold the same attention but for .0022 of it at most, to either side (standard errors
+.0001 to .002; four digests, both formats, 256 and 512 tokens read).
 """
 
 from __future__ import annotations

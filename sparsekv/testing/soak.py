@@ -1,5 +1,7 @@
 """Kernels against the reference on the GPU, over random shapes, lengths, tables and memory that nobody may read.
 
+Digests and formats of pages are drawn with the rest of a case; the report says how many cases each format had.
+
 python -m sparsekv.testing.soak --shapes 10000 --seed 0 --out evaluation/results/soak_cuda.json
 """
 
@@ -38,9 +40,10 @@ ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @dataclass
 class Tally:
-    """What has been checked: calls, and the largest relative error of each op."""
+    """What has been checked: cases, how many of them in each format, and the largest relative error of each op."""
 
     shapes: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, actual: Tensor, expected: Tensor, allowed: float, case: Case) -> None:
@@ -70,6 +73,7 @@ def check(case: Case, device: torch.device, tally: Tally) -> None:
     scores, slots = check_parts(inputs, tally)
     check_step(inputs, scores, slots, tally)
     tally.shapes += 1
+    tally.formats[case.format] = tally.formats.get(case.format, 0) + 1
 
 
 def check_append(case: Case, device: torch.device) -> None:
@@ -166,8 +170,9 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
     offset = newest % case.page_size
     key, value = inputs.given.kv_pool[page, :, :, offset].unbind(1)  # [b, hkv, d]
     pool, summary = inputs.pool.clone(), _summary_before(1, case, pages, inputs.state)
-    nothing = stored_as(kind, pages.emptied())[:1, 0, :, 0].expand(len(page), -1, -1)
+    empty = stored_as(kind, pages.emptied())
     for which in (KEYS, VALUES):
+        nothing = kind.stored(empty, case.head_dim, which)[:1, :, 0].expand(len(page), -1, -1)
         kind.write(nothing, pool, page, offset, case.head_dim, which)
     step = StepArguments(
         query=inputs.query,

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma3TextConfig, Llama4TextConfig
+from transformers import Gemma3TextConfig, Llama4TextConfig, LlamaConfig
 
 from sparsekv.cache import PagedCache, tagged_layer
+from sparsekv.digests import DIGESTS
 from sparsekv.pages.formats import KEYS, VALUES, page_format
 
 LENGTH, SCALING = 50, 0.3
@@ -79,3 +80,22 @@ def test_layers_hold_what_the_format_leaves_however_tokens_came(kind: str, page_
     assert_holds(fork, torch.cat([tokens[..., :-17, :], more], -2), kv, window)
     assert_holds(cache, tokens, kv, window)
     assert_holds(cache.to_dynamic(), tokens, kv, window)
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@pytest.mark.parametrize("digest", list(DIGESTS))
+def test_digests_are_of_what_pages_hold_however_tokens_came(digest: str, kv: str) -> None:
+    """Bit for bit those of plain pages of the rounded keys, in a fork that dropped some of a full page, too."""
+    config = LlamaConfig(**HEADS | {"num_hidden_layers": 1}, head_dim=32)
+    tokens, query, found = torch.randn(2, 1, 2, 2, LENGTH, 32), torch.randn(2, 4, 1, 32), []
+    ways = [(kv, tokens, cuts) for cuts in ([LENGTH], [25, 1, 24], [35, *[1] * 15])]
+    for name, states, cuts in [*ways, ("plain", left_of(kv, tokens), [LENGTH])]:
+        cache = PagedCache(config, kv=name, digest=digest, budget=4096)
+        for part in states.split(cuts, -2):
+            feed(cache, part, query)
+        fork = cache.fork()
+        fork.crop(-9)
+        stores = [x._store for x in (cache, fork)]
+        found.append([f[x.table.pages_of(0)] for x in stores for f in x.layers[0].summary])
+    for fields in found[:-1]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(fields, found[-1], strict=True))

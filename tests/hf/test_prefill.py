@@ -25,6 +25,7 @@ from sparsekv.cache import attention_blocks, prefill
 from sparsekv.cache.masks import visible_columns
 from sparsekv.hf import attention, chunks, generation
 from sparsekv.hf.attention import sparsekv_mask
+from sparsekv.ops import reference
 
 NEW = 8  # tokens that `decode` generates
 ROUNDING = 1e-4  # as in conftest.py
@@ -379,7 +380,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
-        made = [x.untyped_storage().nbytes() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        given, found = (
+            {x.untyped_storage().data_ptr(): x for x in tree_leaves(tree) if isinstance(x, Tensor)}
+            for tree in ((args, kwargs), out)
+        )
+        made = [x.untyped_storage().nbytes() for address, x in found.items() if address not in given]
         self.nbytes = max(self.nbytes, *made, 0)
         return out
 
@@ -402,6 +407,24 @@ def test_nothing_of_a_prompts_size_squared_is_made(
             with Largest() as largest:
                 model(attention_mask=mask, logits_to_keep=1, **settings)
             assert largest.nbytes < settings["input_ids"].numel() * 1500
+
+
+@pytest.mark.parametrize("reading", ["dense", "sparse"])
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+def test_of_earlier_pages_a_chunk_unpacks_a_row_at_a_time(kv, reading, tiny, prompt, no_masks, monkeypatch) -> None:
+    """Nothing that it makes is larger than the keys of a row in one layer: they are decoded by blocks."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1 << 12)
+    wide = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+    model, inputs = tiny("llama", **wide, max_position_embeddings=2048), prompt(*[1500] * 4)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    settings = {"kv": kv, "prefill": reading, "digest": "minmax", "backend": "reference"}
+    with sparsekv.patch(model, **settings) as patch, torch.no_grad():
+        past = patch.new_cache(4 * 1504)
+        model(ids[:, :1360], attention_mask=mask[:, :1360], past_key_values=past, logits_to_keep=1)
+        with Largest() as largest:
+            model(ids[:, 1360:], attention_mask=mask, past_key_values=past, logits_to_keep=1)
+        assert (patch.stats.prefill.causal > 0) == (reading == "sparse")
+    assert largest.nbytes == 1504 * 4 * 64 * 4  # in whole pages, in float32
 
 
 CAUSAL: dict[str, Any] = {"q_offset": 4, "mask_function": causal_mask_function}

@@ -9,6 +9,7 @@ import torch
 
 from sparsekv import ops
 from sparsekv.errors import SparseKVError
+from sparsekv.ops.formats import formats_with_kernels
 from sparsekv.testing import soak
 from sparsekv.testing.cases import Case
 from sparsekv.testing.soak import Tally, check
@@ -32,10 +33,11 @@ class Ops:
         return getattr(PLAIN, name)
 
 
-def test_the_reference_passes() -> None:
+@pytest.mark.parametrize("kv", formats_with_kernels())
+def test_the_reference_passes(kv: str) -> None:
     tally = Tally()
-    check(CASE, CPU, tally)
-    assert tally.shapes == 1
+    check(replace(CASE, format=kv), CPU, tally)
+    assert (tally.shapes, tally.formats) == (1, {kv: 1})
     assert set(tally.worst.values()) == {0.0}
 
 

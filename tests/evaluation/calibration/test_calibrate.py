@@ -1,6 +1,7 @@
 """The command on the small model that ships: what it measures, writes, keeps and refuses."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,16 @@ def calibrate(folder: Path, text: str, *options: str) -> int:
 def test_settings_a_table_and_a_picture_are_made_and_a_rerun_measures_nothing(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lavish = ["--tolerance", "3", "--recall-tolerance", "5", "--kv", "int8"]
+    lavish = ["--tolerance", "3", "--recall-tolerance", "5", "--kv", "int8", "--prefill", "sparse"]
     assert calibrate(tmp_path, text, *lavish) == 0
     printed = capsys.readouterr().out
     assert "meets" in printed
-    assert "sign_sketch" in printed
+    assert "sign_sketch, max, 48 tokens, prompts of mass 0.9: meets" in printed
+    (share,) = re.findall(r"(\d+)% of a prompt's blocks", printed.partition("mass 0.9: ")[2].replace("\n", " "))
+    assert 40 < int(share) < 100
     found = SparseConfig.load(tmp_path / "settings.json")
     assert (found.digest, found.budget, found.dense_layers, found.kv) == ("sign_sketch", 48, 0, "int8")
+    assert (found.prefill, found.prefill_mass) == ("sparse", 0.9)
     assert (tmp_path / "settings.png").stat().st_size > 10_000
     lines = (tmp_path / "settings.calibration.jsonl").read_text()
 
@@ -183,7 +187,8 @@ def test_nothing_is_written_unless_it_is_known_to_meet_or_asked_for(
     assert "tokens of text would tell" in printed
     assert not (tmp_path / "settings.json").exists()
     assert calibrate(tmp_path, text, "--tolerance", "1e-7", "--force") == 3
-    assert SparseConfig.load(tmp_path / "settings.json").digest == "sign_sketch"
+    found = SparseConfig.load(tmp_path / "settings.json")
+    assert (found.digest, found.prefill) == ("sign_sketch", "dense")
 
 
 def test_what_lies_there_of_something_else_is_refused(

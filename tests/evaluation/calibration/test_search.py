@@ -21,10 +21,13 @@ class Made:
     Args:
         noise: standard deviation of a document's loss.
         of_layers: the least budgets of layers, below which the loss is 1.
+        of_prompts: the loss of a sparse prompt of mass 0.
     """
 
-    def __init__(self, noise: float, scales: dict[str, float] = SCALES, of_layers: Sequence[int] = ()) -> None:
-        self.noise, self.scales, self.of_layers = noise, scales, of_layers
+    def __init__(
+        self, noise: float, scales: dict[str, float] = SCALES, of_layers: Sequence[int] = (), of_prompts: float = 0.0
+    ) -> None:
+        self.noise, self.scales, self.of_layers, self.of_prompts = noise, scales, of_layers, of_prompts
         self.measured: list[tuple[SparseConfig, int]] = []
         self._draws = np.random.default_rng(0).standard_normal(256)
 
@@ -36,6 +39,7 @@ class Made:
         own = self._of_layers(config)
         loss = self.scales[config.digest] / max(own)
         loss += sum(least > budget for least, budget in zip(self.of_layers, own, strict=False))
+        loss += self.of_prompts * (1 - config.prefill_mass) if config.prefill == "sparse" else 0
         natural = loss + self.noise * self._draws[:count]
         return natural.tolist(), (2 * natural).tolist()
 
@@ -49,7 +53,7 @@ class Made:
 def search(made: Made, tolerance: float = 0.01, num_documents: int = 64, digests: Sequence[str] = ()) -> Search:
     sizes = budgets(BASE, 8192)
     lines = [[BASE.with_(digest=name, budget=size) for size in sizes] for name in digests or SCALES]
-    return Search(made, lines, looks(8, num_documents), Tolerance(tolerance, 3 * tolerance))
+    return Search(made, lines, looks(8, num_documents), Tolerance(tolerance, 3 * tolerance), made.bytes_per_token)
 
 
 def test_budgets_are_powers_of_two_and_half_as_much_again() -> None:
@@ -135,9 +139,21 @@ def test_layers_that_do_with_less_get_less() -> None:
     list(found.by_digest())
     before, measured = found.best, len(made.measured)
     found.by_layer(range(8))
-    assert found.best.bytes_per_token < 0.5 * before.bytes_per_token
+    assert found.best.cost < 0.5 * before.cost
     assert [found.best.config.at(i).budget for i in range(8)] == [64, 64, 512, 256, 64, 64, 64, 64]
     assert len(made.measured) - measured < 20
+
+
+def test_the_sparsest_prompts_that_meet_are_found() -> None:
+    """Behind the best setting, whose loss of 5 / 512 leaves .0002 of the tolerance."""
+    found = search(Made(noise=1e-5, scales={"sign_sketch": 5.0}, of_prompts=0.004), digests=["sign_sketch"])
+    assert found.of_prompts(lambda config: config.prefill_mass) is None  # nothing meets yet
+    list(found.by_digest())
+    of_prompts = found.of_prompts(lambda config: config.prefill_mass)
+    list(of_prompts.by_digest())
+    masses = {config.prefill_mass: outcome.verdict for config, outcome in of_prompts.outcomes.items()}
+    assert masses == {0.9: Verdict.FAILS, 0.95: Verdict.MEETS}
+    assert of_prompts.best.config == found.best.config.with_(prefill="sparse", prefill_mass=0.95)
 
 
 def test_most_layers_have_the_rests_budget() -> None:
