@@ -155,7 +155,7 @@ def _generate_cuda() -> str:
 
 
 def _default_cuda() -> str:
-    """A layer's step by min/max beside the default's, at the same budget."""
+    """A layer's step by min/max beside the default's, at the same budget, in the first row's geometry."""
     columns = {
         "batch": "{batch}",
         "context": "{context:,}",
@@ -166,6 +166,7 @@ def _default_cuda() -> str:
         "floor, us": "{floor_us:.1f}",
     }
     rows = _load(_DEFAULT)["rows"]
+    rows = [row for row in rows if _is_like(row, rows[0], "geometry")]
     minmax = {(row["batch"], row["context"]): row["sparse_us"] for row in rows if row["digest"] == "minmax"}
     found = [row | {"minmax": minmax[row["batch"], row["context"]]} for row in rows if row["digest"] != "minmax"]
     return _table(columns, found) + _source(_DEFAULT)
