@@ -87,8 +87,8 @@ bench: $(READY) ## time sparse attention beside dense
 	$(BIN)/sparsekv bench $(ARGS)
 
 .PHONY: docs
-docs: $(READY) ## make the API reference from the docstrings, in build/api
-	$(BIN)/python .ci/api.py $(ARGS)
+docs: $(READY) ## make the documentation with the API reference, in build/docs
+	$(BIN)/python .ci/documentation.py $(ARGS)
 
 .PHONY: notebooks
 notebooks: $(READY) ## execute the notebooks in place, ARGS names some of them
