@@ -98,6 +98,10 @@ notebooks: $(READY) ## execute the notebooks in place, ARGS names some of them
 wheel: $(READY) ## build dist/*.whl and the sdist, byte for byte reproducible
 	$(BIN)/python .ci/build.py $(ARGS)
 
+.PHONY: release-check
+release-check: $(READY) ## name the results that were measured with other kernels than today's
+	$(BIN)/python -m tools.release_check
+
 .PHONY: clean
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info $(GPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

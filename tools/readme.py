@@ -76,14 +76,15 @@ def _source(name: str) -> str:
     where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
     measured = [row["measured"]["command"] for row in result["rows"] if row.get("measured")]
     commands = list(dict.fromkeys(measured)) or [result["command"]]  # rows may be of several
-    what = f"{', '.join(map(_command, commands))}; {where}, torch {result['versions']['torch']}, {result['date']}"
+    how = ", ".join(f"`{of_today(command)}`" for command in commands)
+    what = f"{how}; {where}, torch {result['versions']['torch']}, {result['date']}"
     return f"\n{what}: [all figures](evaluation/results/{name}.json)\n"
 
 
-def _command(text: str) -> str:
+def of_today(command: str) -> str:
     """The command that a result was made with, by its name of today."""
-    named = text.replace("python -m evaluation.speed", "sparsekv bench")
-    return f"`{named.replace('python -m evaluation', 'sparsekv eval')}`"
+    named = command.replace("python -m evaluation.speed", "sparsekv bench")
+    return named.replace("python -m evaluation", "sparsekv eval")
 
 
 def _demo() -> str:
@@ -246,7 +247,7 @@ def _accuracies(header: list[str], rows: list[tuple[list[str], Accuracy, str]], 
         for start, found, method in rows
     ]
     where = f"{manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
-    how = f"{_command(manifest['command'])}, {where}: [all figures](evaluation/results/{run}/tables.md)"
+    how = f"`{of_today(manifest['command'])}`, {where}: [all figures](evaluation/results/{run}/tables.md)"
     return _markdown([*header, *(f"{b:,}" for b in budgets)], lines) + f"\nMeans of {what} questions each. {how}\n"
 
 
