@@ -131,7 +131,7 @@ def shown(text: str, facts: Sequence[Fact], scene: Scene, methods: Sequence[Meth
         answers.add_section()
     costs = Table(
         "method", "right", "cache read per token", "... in the sparse layers", "ms per token", title="Costs",
-        caption="Questions and answers are decoded token by token. Time is saved from longer contexts on.",
+        caption="Questions and answers are decoded token by token; time is saved in longer contexts.",
     )  # fmt: skip
     for method in methods:
         right = f"{method.num_right} of {len(facts)}"
