@@ -85,8 +85,8 @@ def _source(name: str) -> str:
 
 def of_today(command: str) -> str:
     """The command that a result was made with, by its name of today."""
-    named = command.replace("python -m evaluation.speed", "sparsekv bench")
-    return named.replace("python -m evaluation", "sparsekv eval")
+    named = re.sub(r"python -m (sparsekv\.)?evaluation\.speed", "sparsekv bench", command)
+    return re.sub(r"python -m (sparsekv\.)?evaluation", "sparsekv eval", named)
 
 
 def _demo() -> str:
