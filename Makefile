@@ -87,8 +87,8 @@ bench: $(READY) ## time sparse attention beside dense
 	$(BIN)/sparsekv bench $(ARGS)
 
 .PHONY: docs
-docs: $(READY) ## make the API reference from the docstrings, in build/api
-	$(BIN)/python .ci/api.py $(ARGS)
+docs: $(READY) ## make the documentation with the API reference, in build/docs
+	$(BIN)/python .ci/documentation.py $(ARGS)
 
 .PHONY: notebooks
 notebooks: $(READY) ## execute the notebooks in place, ARGS names some of them
@@ -97,6 +97,10 @@ notebooks: $(READY) ## execute the notebooks in place, ARGS names some of them
 .PHONY: wheel
 wheel: $(READY) ## build dist/*.whl and the sdist, byte for byte reproducible
 	$(BIN)/python .ci/build.py $(ARGS)
+
+.PHONY: release-check
+release-check: $(READY) ## name the results that were measured with other kernels than today's
+	$(BIN)/python -m tools.release_check
 
 .PHONY: clean
 clean: ## remove what was built; .venv stays

@@ -1,11 +1,10 @@
 """Makes the API reference, HTML pages from the docstrings; a warning is an error.
 
-python .ci/api.py [FOLDER]  # default: build/api
+It is part of what .ci/documentation.py makes.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -30,10 +29,9 @@ MODULES = (
 def main(folder: Path) -> None:
     """Writes the pages; raises at the first warning."""
     warnings.simplefilter("error", UserWarning)
-    pdoc.render.configure(docformat="google", footer_text=f"sparsekv {__import__('sparsekv').__version__}")
+    pdoc.render.configure(
+        docformat="google",
+        footer_text=f"sparsekv {__import__('sparsekv').__version__}",
+        template_directory=Path(__file__).with_name("templates"),
+    )
     pdoc.pdoc(*MODULES, output_directory=folder)
-    print(f"Written: {folder / 'index.html'}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/api"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import sparsekv
 from sparsekv.command_line import circumstances
+from sparsekv.ops import compiler
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
@@ -24,8 +25,9 @@ def short(num_tokens: int) -> str:
 
 
 def result(command: str, settings: dict[str, Any], rows: Sequence[Any]) -> dict[str, Any]:
-    """What is written and what `--json` prints: circumstances, settings, rows."""
-    return {**circumstances(command), "settings": settings, "rows": list(rows)}
+    """What is written and what `--json` prints: circumstances, the fingerprint of the kernels, settings, rows."""
+    here = {**circumstances(command), "kernels": compiler.fingerprint()}
+    return {**here, "settings": settings, "rows": list(rows)}
 
 
 def file_name(what: str, device: str, configs: Sequence[sparsekv.SparseConfig]) -> str:

@@ -191,7 +191,8 @@ def test_demo_shows_dense_and_top_k_right_where_recent_is_wrong(
     assert main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path / "new"), "--json"]) == 0
     printed = capsys.readouterr()
     assert "top_k 512" in printed.err
-    assert "share of the cache" in printed.err
+    assert "cache read per token" in printed.err
+    assert "demo --model smollm2" in printed.err
     result = json.loads(printed.out)
     assert result == json.loads((tmp_path / "new" / "demo.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}

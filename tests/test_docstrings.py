@@ -85,10 +85,3 @@ def test_what_is_public_is_documented(name: str, thing: Any) -> None:
     assert text, f"{name} has no docstring"
     for section in re.findall(rf"^({SECTIONS}):$", text, re.M):
         assert re.search(rf"^{section}:\n +\S", text, re.M), f"{name}: {section} is empty"
-
-
-def test_the_api_reference_is_made_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("pdoc", reason="needs pdoc, which the dev extra brings")
-    api().main(tmp_path)
-    assert (tmp_path / "index.html").exists()
-    assert "budget" in (tmp_path / "sparsekv.html").read_text(encoding="utf-8")

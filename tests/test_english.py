@@ -39,7 +39,7 @@ def test_facts_stand_where_their_evidence_says() -> None:
     )
     scene = english.scene_of(model, Letters(), text, facts, 4096)
     assert scene.document == [0, *map(ord, text)]
-    assert (scene.budgets, scene.stop_ids) == ([256, 512, 1024], {7})
+    assert (scene.budgets, scene.stop_ids) == ([256, 1024], {7})
     for i, (fact, asked) in enumerate(zip(facts, scene.asks, strict=True)):
         ((start, end),) = asked.evidence
         assert "".join(map(chr, scene.document[start:end])) == f" {fact.told}"
@@ -67,7 +67,7 @@ def test_the_demo_of_a_named_model(tmp_path: Path, capsys: pytest.CaptureFixture
     content = json.loads(printed.out)
     assert content == json.loads((tmp_path / "demo.json").read_text())
     assert content["settings"] == {"model": str(MODEL_DIR), "context": 1024, "seed": 0}
-    assert [row["method"].split()[0] for row in content["rows"]] == ["dense", "top_k", "top_k", "top_k", "recent"]
+    assert [row["method"].split()[0] for row in content["rows"]] == ["dense", "top_k", "top_k", "recent"]
     assert content["rows"][1]["share"] < 1
     assert (tmp_path / "demo.png").stat().st_size > 20_000
     assert main(["demo", "--model", str(MODEL_DIR), "--context", "100"]) == 1

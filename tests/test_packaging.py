@@ -131,3 +131,19 @@ def test_the_readmes_quickstart_runs_from_the_wheel(environment: Path, tmp_path:
     printed = run(environment / "bin" / "python", "-c", whole, cwd=tmp_path)
     said, expected = printed.splitlines()[0].split(" | expected: ")
     assert expected in said
+
+
+def test_users_programs_are_checked_against_our_types(environment: Path, tmp_path: Path) -> None:
+    """What extends the package, and a wrong use of it: an ignored error that is none would be one."""
+    for example in (ROOT / "tests" / "extending").glob("[!t]*.py"):
+        shutil.copy(example, tmp_path)
+    (tmp_path / "wrong.py").write_text(
+        "import sparsekv\n\n"
+        "def pages(patch: sparsekv.Patch) -> str:\n"
+        "    return patch.stats.pages_read  # type: ignore[return-value]\n"
+    )
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nfollow_imports = silent\nwarn_unused_ignores = True\ncheck_untyped_defs = True\n"
+        "[mypy-torch.*,transformers.*]\nfollow_imports = skip\n"  # theirs take half a minute
+    )
+    run(environment / "bin" / "python", "-m", "mypy", *sorted(tmp_path.glob("*.py")), cwd=tmp_path)

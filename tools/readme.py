@@ -34,6 +34,8 @@ _REAL_SETTINGS = (
     ("min/max, 2,048", "quest", Setting("minmax", "top_k", "max", 0, 2048, 16)),
     ("**`sign_sketch`, 2,048: the default**", "sketch", Setting("sign_sketch", "top_k", "max", 0, 2048, 16)),
     ("`sign_sketch`, 1,024", "sketch", Setting("sign_sketch", "top_k", "max", 0, 1024, 16)),
+    ("`mean_std`, 2,048", "mean_std/top_k", Setting("mean_std", "top_k", "max", 0, 2048, 16)),
+    ("`sketch2`, 2,048", "sketch2/top_k", Setting("sketch2", "top_k", "max", 0, 2048, 16)),
 )
 _ACCURACY_LENGTH = 32768  # tokens of the documents that the README's table is about
 
@@ -76,14 +78,15 @@ def _source(name: str) -> str:
     where = result["gpu"] or f"{result['cpu_threads']} CPU threads"
     measured = [row["measured"]["command"] for row in result["rows"] if row.get("measured")]
     commands = list(dict.fromkeys(measured)) or [result["command"]]  # rows may be of several
-    what = f"{', '.join(map(_command, commands))}; {where}, torch {result['versions']['torch']}, {result['date']}"
+    how = ", ".join(f"`{of_today(command)}`" for command in commands)
+    what = f"{how}; {where}, torch {result['versions']['torch']}, {result['date']}"
     return f"\n{what}: [all figures](evaluation/results/{name}.json)\n"
 
 
-def _command(text: str) -> str:
+def of_today(command: str) -> str:
     """The command that a result was made with, by its name of today."""
-    named = text.replace("python -m evaluation.speed", "sparsekv bench")
-    return f"`{named.replace('python -m evaluation', 'sparsekv eval')}`"
+    named = re.sub(r"python -m (sparsekv\.)?evaluation\.speed", "sparsekv bench", command)
+    return re.sub(r"python -m (sparsekv\.)?evaluation", "sparsekv eval", named)
 
 
 def _demo() -> str:
@@ -191,15 +194,21 @@ def _models_cuda() -> str:
     return _table(columns, rows) + f"\n{'; '.join(sorted(where))}: {how}\n"
 
 
-def _real_models() -> str:
-    """What some settings lose of two real models: nats of natural text and far back, points of needles."""
+def _real_models(num_settings: int | None, form: str) -> str:
+    """What some settings lose of two real models: nats of natural text and far back, points of needles.
+
+    Args:
+        num_settings: the first so many, or all; form: of nats, which may tell their standard error.
+    """
     lines = []
-    for told, method, setting in _REAL_SETTINGS:
+    for told, method, setting in _REAL_SETTINGS[:num_settings]:
         line = [told, f"{setting.nbytes(setting.budget) / 2**20:.0f}"]
         for model in _REAL_MODELS:
             found = {row["task"].partition(":")[0]: row for row in _cells(model, method, setting.budget)}
-            natural, recall = (float(found[task]["nats_change"]) for task in ("perplexity", "recall"))
-            line += [f"{natural:+.4f}", f"{recall:+.3f}", f"{-100 * float(found['needle']['change']) + 0:.1f}"]
+            for task, digits in (("perplexity", 4), ("recall", 3)):
+                lost, error = (float(found[task][name]) for name in ("nats_change", "nats_change_error"))
+                line.append(form.format(lost=lost, error=error, digits=digits))
+            line.append(f"{-100 * float(found['needle']['change']) + 0:.1f}")
         lines.append(line)
     header = ["setting", "MiB", "SmolLM2: natural", "far back", "needles", "Gemma 3: natural", "far back", "needles"]
     links = ", ".join(f"[{x}](evaluation/results/{x}/tables.md)" for x in _REAL_MODELS)
@@ -247,7 +256,7 @@ def _accuracies(header: list[str], rows: list[tuple[list[str], Accuracy, str]], 
         for start, found, method in rows
     ]
     where = f"{manifest['gpu']}, torch {manifest['versions']['torch']}, {manifest['date']}"
-    how = f"{_command(manifest['command'])}, {where}: [all figures](evaluation/results/{run}/tables.md)"
+    how = f"`{of_today(manifest['command'])}`, {where}: [all figures](evaluation/results/{run}/tables.md)"
     return _markdown([*header, *(f"{b:,}" for b in budgets)], lines) + f"\nMeans of {what} questions each. {how}\n"
 
 
@@ -258,7 +267,8 @@ _TABLES: dict[str, Callable[[], str]] = {
     "generate_cuda": _generate_cuda,
     "default_cuda": _default_cuda,
     "models_cuda": _models_cuda,
-    "real_models": _real_models,
+    "real_models": lambda: _real_models(4, "{lost:+.{digits}f}"),
+    "all_real_models": lambda: _real_models(None, "{lost:+.{digits}f} ± {error:.{digits}f}"),
     "accuracy_testbed": _accuracy_testbed,
     "dense_layers": _dense_layers,
 }

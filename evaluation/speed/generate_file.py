@@ -106,9 +106,9 @@ def alike(content: Row) -> Row:
 
 
 def measured(content: Row) -> Row:
-    """By what command the rows of a run were measured, when and where."""
-    told = {name: content[name] for name in ("command", "date", "gpu")}
-    return {**told, "torch": content["versions"]["torch"]}
+    """By what command the rows of a run were measured, when, where and, if the file says so, with which kernels."""
+    told: Row = {name: content[name] for name in ("command", "date", "gpu", "kernels") if name in content}
+    return told | {"torch": content["versions"]["torch"]}
 
 
 def _points(rows: Iterable[Row]) -> set[tuple[int, int]]:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import operator
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sparsekv demo`."""
     parser.add_argument("--model", default=testbed.NAME, metavar="ID_OR_PATH", help=f"{models.WHAT} (default)")
     parser.add_argument("--context", type=tokens, help="tokens of the story (default 16k; of plain English 4k)")
-    parser.add_argument("--questions", type=positive, help="questions about it (default 8; about plain English 3)")
+    parser.add_argument("--questions", type=positive, default=8, help="questions about it (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another number tells another story")
     models.add_arguments(parser)
     parser.add_argument(
@@ -52,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Tells a story, asks the questions with every method, prints the answers and writes the files; returns what the
     JSON file holds."""
-    show, least, most, context, num_questions = _of_testbed, MIN_CONTEXT, MAX_CONTEXT, 16384, 8
+    show, least, most, context, num_questions = _of_testbed, MIN_CONTEXT, MAX_CONTEXT, 16384, args.questions
     if args.model != testbed.NAME:
-        show, least, most, context, num_questions = _of_english, english.MIN_CONTEXT, 1 << 20, 4096, 3
-    context, num_questions = args.context or context, args.questions or num_questions
+        show, least, most, context = _of_english, english.MIN_CONTEXT, 1 << 20, 4096
+    context = args.context or context
     if args.quick:
         context, num_questions = least, (num_questions + 1) // 2
     if not least <= context <= most:
@@ -69,10 +72,18 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     path = save_json(args.out, "demo", content)
     picture = path.with_suffix(".png")
     pages_figure(trace, len(scene.document)).savefig(picture)
-    new_console().print(
-        f"Which pages were read, and where the answer lies: [bold]{picture}[/bold]; all figures: {path}"
-    )
+    console = new_console()
+    console.print(f"Which pages were read, and where the answer lies: [bold]{picture}[/bold]; all figures: {path}")
+    if args.model == testbed.NAME:
+        console.print(
+            f"The same with a trained model, about a novel:\n[bold]{_program()} demo --model smollm2[/bold]"
+        )
     return content
+
+
+def _program() -> str:
+    """How this program is called in a shell: `make demo` leaves no command on the path."""
+    return "sparsekv" if shutil.which("sparsekv") else f"{os.path.relpath(sys.executable)} -m sparsekv"
 
 
 def _of_testbed(model: Any, tokenizer: Any, context: int, num_questions: int, seed: int) -> Shown:
@@ -105,18 +116,18 @@ def scene_of(story: Story, tokenizer: Any) -> Scene:
 
 def _table(story: Story, methods: list[Method]) -> Table:
     table = Table(title=f"Questions about a story of {story.num_tokens:,} tokens", caption=_CAPTION)
-    table.add_column("question")
+    table.add_column("secret code of the")
     table.add_column("answer", justify="right")
     for method in methods:
-        table.add_column(method.name, justify="right")
+        table.add_column(method.name, justify="right", max_width=14, overflow="fold")
     for i, question in enumerate(story.questions):
-        asked = question.prompt.removeprefix("Question : ").removeprefix("what is the ")
+        asked = question.prompt.removeprefix("Question : what is the secret code of the ")
         cells = [_cell(method.answers[i]) for method in methods]
         table.add_row(asked.removesuffix(" ? Answer :"), _compact(question.answer), *cells)
     table.add_section()
     total = len(story.questions)
     table.add_row("[bold]right[/bold]", "", *(f"[bold]{m.num_right} of {total}[/bold]" for m in methods))
-    table.add_row("share of the cache read per token", "", *(f"{m.share:.1%}" for m in methods))
+    table.add_row("cache read per token", "", *(f"{m.share:.1%}" for m in methods))
     table.add_row("ms per token", "", *(f"{m.ms_per_token:.1f}" for m in methods))
     return table
 
@@ -127,6 +138,5 @@ def _cell(answer: Answer) -> str:
 
 
 def _compact(answer: str) -> str:
-    """Digits are words to the model; a reader takes them as one number. Long wrong answers are cut."""
-    text = answer.replace(" ", "") if answer.replace(" ", "").isdigit() else answer
-    return text if len(text) <= 12 else text[:11] + "…"
+    """Digits are words to the model; a reader takes them as one number."""
+    return answer.replace(" ", "") if answer.replace(" ", "").isdigit() else answer

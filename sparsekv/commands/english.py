@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from sparsekv.hf.support import context_of
 from .side_by_side import Ask, Method, Scene
 
 MIN_CONTEXT = 1024
-BUDGET_SHARES = (16, 8, 4)  # the budgets shown: the context divided by these
+BUDGET_SHARES = (16, 4)  # the budgets shown: the context divided by these
 _SPARE = 24  # tokens that a model may say around an answer
 _ROOM = 128  # tokens of a question and its answer, and of what a chat puts around them
 _AROUND = 90  # signs that are shown on either side of a fact
@@ -40,15 +42,16 @@ class Fact(NamedTuple):
         return f"What is the {self.subject}?"
 
 
+# Such that dense SmolLM2 135M finds them: where it does not, nothing can be compared.
 FACTS = (
     Fact("pass code of the north tower", "4827"),
-    Fact("name of the captain's parrot", "Marmalade"),
     Fact("hiding place of the silver key", "the green flowerpot"),
-    Fact("password of the blue door", "tangerine"),
-    Fact("winner of the great bicycle race", "Winifred Lamb"),
     Fact("favourite dish of the innkeeper", "plum dumplings"),
-    Fact("secret number of the lighthouse", "7153"),
-    Fact("magic word of the wizard", "bumblefizz"),
+    Fact("meeting place of the smugglers", "the ruined windmill"),
+    Fact("favourite colour of the blacksmith", "turquoise"),
+    Fact("birthplace of the clockmaker", "Ravensburg"),
+    Fact("favourite instrument of the gardener", "the bassoon"),
+    Fact("name of the ship in the harbour", "the Golden Heron"),
 )
 
 
@@ -77,8 +80,9 @@ def hide(tokenizer: Any, num_tokens: int, num_facts: int, seed: int) -> tuple[st
         if room < 0:
             break
         told.append(paragraph)
+    ends = list(itertools.accumulate(map(len, told)))
     for i, fact in enumerate(facts):
-        told[(i + 1) * len(told) // (num_facts + 1)] += f" {fact.told}"
+        told[bisect.bisect(ends, (i + 1) * ends[-1] / (num_facts + 1))] += f" {fact.told}"
     return "\n\n".join(told), facts
 
 
@@ -115,8 +119,9 @@ def scene_of(model: Any, tokenizer: Any, text: str, facts: Sequence[Fact], num_t
 
 def shown(text: str, facts: Sequence[Fact], scene: Scene, methods: Sequence[Method]) -> RenderableType:
     """The facts where they stand, what each method answered, and what that took."""
-    parts: list[RenderableType] = [f"Hidden in {len(scene.document):,} tokens of plain English:"]
-    parts += [_passage(text, fact) for fact in facts]
+    passages = Table.grid(padding=(0, 1))
+    for fact in facts:
+        passages.add_row(*_passage(text, fact))
     answers = Table("method", "answer", title="Answers", min_width=80)
     for i, fact in enumerate(facts):
         answers.add_row("", f"[bold]{fact.question}[/bold]")
@@ -125,14 +130,15 @@ def shown(text: str, facts: Sequence[Fact], scene: Scene, methods: Sequence[Meth
             answers.add_row(method.name, Text(_answer(said.text) or "(nothing)", style=color))
         answers.add_section()
     costs = Table(
-        "method", "right", "cache read per token", "... in the sparse layers", "ms per token", title="Costs"
-    )
+        "method", "right", "cache read per token", "... in the sparse layers", "ms per token", title="Costs",
+        caption="Questions and answers are decoded token by token; time is saved in longer contexts.",
+    )  # fmt: skip
     for method in methods:
         right = f"{method.num_right} of {len(facts)}"
         costs.add_row(
             method.name, right, f"{method.share:.1%}", f"{method.sparse_share:.1%}", f"{method.ms_per_token:.1f}"
         )
-    return Group(*parts, answers, costs)
+    return Group(f"Hidden in {len(scene.document):,} tokens of plain English:", passages, answers, costs)
 
 
 def _count(tokenizer: Any, text: str) -> int:
@@ -148,7 +154,9 @@ def _is_right(said: str, expected: str) -> bool:
     return expected.lower() in _answer(said).lower()
 
 
-def _passage(text: str, fact: Fact) -> Text:
+def _passage(text: str, fact: Fact) -> tuple[str, Text]:
+    """How far into the document a fact stands, and what is around it."""
     before, _, after = " ".join(text.split()).partition(fact.told)
-    depth = f"{len(before) / len(text):.0%}"
-    return Text.assemble(f"{depth:>4} … {before[-_AROUND:]}", (fact.told, "bold"), f"{after[:_AROUND]} …")
+    _, _, left = before[-_AROUND:].partition(" ")
+    right, _, _ = after[:_AROUND].rpartition(" ")
+    return f"{len(before) / len(text):.0%}", Text.assemble(f"… {left}", (fact.told, "bold"), f"{right} …")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,10 @@ SPECIFIC = {"sm_90": "sm_90a"}  # which has instructions that no later one has: 
 DEBUG = os.environ.get("SPARSEKV_DEBUG") == "1"  # kernels that check how much shared memory they were given
 if DEBUG:
     OPTIONS["define_macro"] = "SPARSEKV_DEBUG"
+
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+# What picks an instantiation, divides its work and launches it.
+_PLANNED_BY = ("instances.py", "launch.py", "plans.py", "rooms.py")
 
 _log = logging.getLogger(__name__)
 
@@ -229,6 +234,15 @@ def _key(spec: KernelSpec, arch: str) -> str:
     contents = [(path.name, sha256(_read(spec, path)).hex()) for path in (*headers, *_own_headers(spec), *beside)]
     parts = (kernel_files.FORMAT, nvrtc_version(), OPTIONS, arch, spec, sha256(_text(spec).encode()).hex(), contents)
     return sha256(repr(parts).encode()).hex()
+
+
+def fingerprint() -> str:
+    """Twelve digits of a hash of all sources in `cuda/`, but for comments and blanks, and of the Python that picks,
+    plans and launches kernels. Measurements that have the same are of the same kernels."""
+    sources = sorted(path for path in sources_dir().rglob("*.cu*") if path.is_file())
+    texts = [_COMMENT.sub(" ", path.read_text(encoding="utf-8")).split() for path in sources]
+    planned = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _PLANNED_BY]
+    return sha256(repr(([path.name for path in sources], texts, planned)).encode()).hex()[:12]
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from torch import Tensor
 import sparsekv
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import SparseKVError
-from sparsekv.ops import StepArguments, reference
+from sparsekv.ops import StepArguments, compiler, reference
 from sparsekv.ops.formats import KEYS, VALUES, page_format
 from sparsekv.ops.formulas import formula, kernel_of
 from sparsekv.testing.cases import Case
@@ -295,7 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     command = "python -m sparsekv.testing.soak " + " ".join(argv if argv is not None else sys.argv[1:])
     versions = {"sparsekv": sparsekv.__version__, "torch": torch.__version__, "python": platform.python_version()}
     gpu = torch.cuda.get_device_name()
-    report = {"command": command, "date": date.today().isoformat(), "gpu": gpu, "versions": versions, **asdict(tally)}
+    here = {"command": command, "date": date.today().isoformat(), "gpu": gpu, "versions": versions}
+    report = {**here, "kernels": compiler.fingerprint(), **asdict(tally)}
     print(json.dumps(report, indent=1))
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n")

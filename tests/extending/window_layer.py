@@ -24,7 +24,7 @@ class Window(AttentionLayer):
         num_kept = self.keys.shape[2]
         return num_kept + query_length, self.length - num_kept
 
-    def prefill(self, *args: Any) -> tuple[Tensor, Tensor]:
+    def prefill(self, *args: Any) -> Tensor | tuple[Tensor, Tensor]:
         held = super().prefill(*args)
         self._forget()
         return held

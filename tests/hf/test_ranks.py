@@ -1,7 +1,7 @@
 """Several ranks that hold one model (tensor parallelism): the same answers, the same decisions, and no hang.
 
-`two_ranks.py` is run once for all tests, by torchrun; each test looks at what both ranks have written. What they have
-not written when the time is up, they hang in.
+`two_ranks/run.py` is run once for all tests, by torchrun; each test looks at what both ranks have written. What they
+have not written when the time is up, they hang in.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 LIMIT = 200  # seconds; a quiet core needs 20
 ROUNDING = 1e-4
-PROGRAM = Path(__file__).with_name("two_ranks.py")
+PROGRAM = Path(__file__).parent / "two_ranks" / "run.py"
 Found = Callable[[str], list[Any]]
 
 

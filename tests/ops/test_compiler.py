@@ -117,6 +117,17 @@ def test_what_decides_the_result_is_in_the_key(
     assert len(compiled) == len(entries(cache)) == 2
 
 
+def test_the_fingerprint_is_of_the_code(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiler.fingerprint()
+    (sources / "fill.cu").write_text(f"// What it fills\n{SOURCE}\n/* two\nlines */")
+    assert compiler.fingerprint() == first
+    (sources / "common" / "scale.cuh").write_text("constexpr float scale = 3;")
+    assert compiler.fingerprint() != first
+    (sources / "common" / "scale.cuh").write_text("constexpr float scale = 2;")
+    monkeypatch.setattr(compiler, "_PLANNED_BY", ("plans.py",))
+    assert compiler.fingerprint() != first
+
+
 def test_each_kernel_and_architecture_has_its_own_entry(
     sources: Path, cache: Path, compiled: list[KernelSpec]
 ) -> None:

@@ -306,7 +306,7 @@ def test_every_row_says_how_it_was_measured(tmp_path: Path) -> None:
     second, first, _ = (row["measured"] for row in result["rows"])
     assert "1x256" in first["command"]
     assert second["command"] == result["command"]
-    assert first.keys() == {"command", "date", "gpu", "torch"}
+    assert first.keys() == {"command", "date", "gpu", "kernels", "torch"}
     assert (result["settings"]["num_points"], result["settings"]["modes"]) == (3, ["default", "static"])
     for row in result["rows"]:
         del row["measured"]
