@@ -100,16 +100,16 @@ def split_ms(decoder: CapturedDecoder, ms_per_token: float, device: torch.device
     if step is None or ProfilerActivity.CUDA not in supported_activities():
         return None
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    step.graph.replay()
+    step.launch()
     start.record()
     for _ in range(REPLAYS):
-        step.graph.replay()
+        step.launch()
     end.record()
     torch.cuda.synchronize(device)
     ms_per_step = start.elapsed_time(end) / REPLAYS
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(REPLAYS):
-            step.graph.replay()
+            step.launch()
         torch.cuda.synchronize(device)
     kernels = [
         (event.name, event.time_range.elapsed_us())

@@ -29,7 +29,7 @@ class Played(CapturedStep):
     failure: Exception | None = None
     frozen = staticmethod(copy.deepcopy)
 
-    def record(self, forward: Any, site: Any) -> None:
+    def record(self, forward: Any, site: Any, cut: Any = None) -> None:
         """As CapturedStep's, but that it computes, and puts back what that changes."""
         step = forward.keywords[CACHE].step()
         step.save()

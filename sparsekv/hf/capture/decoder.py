@@ -1,4 +1,4 @@
-"""The decode step of `generate` as a CUDA graph: one launch for a whole forward pass.
+"""The decode step of `generate` as CUDA graphs: two launches for a whole forward pass.
 
 Everything a step needs from the host (room for its token, lengths, the page table) is done before the replay, in
 place; see `PagedCache.step`. A captured step is used for other prompts and other caches as long as it would read the
@@ -208,7 +208,7 @@ class CapturedDecoder:
             step = CapturedStep(tensors)
             step.weights = addresses(self.model)
             with begun.capturing() as step.reads, self._as_captured():
-                step.record(forward, self._site(tensors["input_ids"].device))
+                step.record(forward, self._site(tensors["input_ids"].device), self._cut())
         except Exception as error:
             failure = _told(error)
         failure = self.ranks.first(failure, "whether a step was captured")
@@ -217,6 +217,12 @@ class CapturedDecoder:
             return None
         self.captures += 1
         return step
+
+    def _cut(self) -> torch.nn.Module | None:
+        """Where a step is cut into two graphs: the third layer, if there is one."""
+        lists = (x for x in self.model.modules() if isinstance(x, torch.nn.ModuleList))
+        stacks = [x for x in lists if len(x) == len(self.layers) > 2]
+        return stacks[-1][2] if stacks else None
 
     def _site(self, device: torch.device) -> Site:
         if device not in self._sites:

@@ -70,6 +70,15 @@ def test_captured_equals_eager(family, model, ids) -> None:
         assert counted["sparse_steps"] == 39
 
 
+def test_a_step_of_many_layers_is_cut(model, ids) -> None:
+    made, inputs = model(num_hidden_layers=4), ids(300)
+    with sparsekv.patch(made, **SETTINGS) as patch:
+        captured = tokens(made, inputs)
+        (step,) = patch.decoder._steps.values()
+        assert len(step.graphs) == 2
+        assert torch.equal(captured, eager(made, inputs))
+
+
 @pytest.mark.parametrize("policy", list(POLICIES))
 @pytest.mark.parametrize("digest", list(DIGESTS))
 @pytest.mark.parametrize("budget", [64, 0.3])
