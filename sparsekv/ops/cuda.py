@@ -18,7 +18,7 @@ from sparsekv.ops import compiler, instances, reference, rooms
 from sparsekv.ops.formats import FORMATS, PageFormat, Plain, formats_with_kernels
 from sparsekv.ops.formulas import MAX_TENSORS, DigestKernel, kernel_of, with_kernels
 from sparsekv.ops.launch import launch, readable, usable
-from sparsekv.ops.plans import UNIT, Split, attend_plan, score_plan, selectable, step_plan
+from sparsekv.ops.plans import UNIT, Split, attend_plan, merge_ctas, score_plan, selectable, step_plan
 from sparsekv.ops.step import Result, StepArguments, step_by_step
 
 POOLINGS = {"max": 0, "sum": 1}
@@ -68,9 +68,12 @@ def _reads(kv_pool: Tensor, kind: type[PageFormat], dtype: torch.dtype, head_dim
     _, num_halves, _, page_size, record = kv_pool.shape
     if instances.why_not(dtype, head_dim, group, page_size) is not None:
         return False
-    if kind.kernel is None or not kv_pool.is_contiguous() or num_halves == 1:
+    if kind.kernel is None or not kv_pool.is_contiguous():
         return False
-    return kind().mean_record(page_size, head_dim, dtype) == (record, kv_pool.dtype)
+    is_latent = head_dim in instances.LATENT_DIMS
+    if is_latent != (num_halves == 1) or (is_latent and kind is not Plain):
+        return False
+    return kind().mean_record(page_size, head_dim, dtype, num_halves) == (record, kv_pool.dtype)
 
 
 def append_kv(
@@ -88,7 +91,7 @@ def append_kv(
     """See `reference.append_kv`."""
     kernel = _kernel(digest, summary, state, key) if summary else instances.NO_DIGEST
     kind = None if kernel is None else _served(key, kv_pool, format)
-    if kernel is None or kind is None:
+    if kernel is None or kind is None or key.shape[3] in instances.LATENT_DIMS:
         reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest, format)
         return
     key, value = readable(key), readable(value)
@@ -135,6 +138,7 @@ def score_pages(
     b, num_q_heads, head_dim = query.shape
     group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
     served, kernel = instances.why_not(query.dtype, head_dim, group, page_size) is None, None
+    served &= head_dim in instances.HEAD_DIMS
     if served and usable(query.device.index):
         kernel = _kernel(digest, summary, state, query)
     if kernel is None:
@@ -209,22 +213,46 @@ def attend_pages(
         where = (block_table, seq_lens)
         return reference.attend_pages(query, kv_pool, *where, slots, scaling, softcap, sinks, format, first)
     (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
-    group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
-    k = max_pages if slots is None else slots.shape[2]
-    units = k * page_size // UNIT
-    plan = attend_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, units, kind)
+    max_pages, k = block_table.shape[1], block_table.shape[1] if slots is None else slots.shape[2]
+    group = instances.heads_together(head_dim, num_q_heads // num_kv_heads)
+    rows, units = num_q_heads // group, k * page_size // UNIT
+    plan = attend_plan(query.device.index, query.dtype, b * rows, head_dim, group, units, kind)
     split = plan.split
     out, lse = _outputs(query)
-    partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
+    partials = None if split.clustered else _partials(query, b * rows, split, group)
     sinks, wide = _sink_logits(sinks, query)
     slots, first = (None if x is None else _int32s(x) for x in (slots, first))
-    args: list[Any] = [query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), first, slots, sinks]
-    args += [out, lse, partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide]
-    launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.cluster)
+    args: list[Any] = [query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), first, slots]
+    if head_dim in instances.LATENT_DIMS:
+        args += [
+            partials,
+            group,
+            rows // num_kv_heads,
+            _log2(page_size),
+            max_pages,
+            k,
+            float(scaling),
+            float(softcap),
+        ]
+    else:
+        args += [
+            sinks,
+            out,
+            lse,
+            partials,
+            group,
+            _log2(page_size),
+            max_pages,
+            k,
+            float(scaling),
+            float(softcap),
+            wide,
+        ]
+    launch(plan.spec, query, (split.ctas, rows, b), split.warps, args, plan.shared, split.cluster)
     if partials is not None:
         args = [partials, sinks, out, lse, split.ctas, group, wide]
         spec = instances.merge_attention(query.dtype, head_dim, group)
-        launch(spec, query, (4, num_kv_heads, b), 8, args)
+        launch(spec, query, (merge_ctas(head_dim, group), rows, b), 8, args)
     return out, lse
 
 
@@ -238,7 +266,7 @@ def sparse_decode(*args: Any) -> Result:
     kind = None if kernel is None else _served(query, kv_pool, step.format)
     shares = step.group_pooling == "share"
     is_fused = shares or (step.group_pooling in POOLINGS and step.min_score is None)
-    if kernel is not None and kind is not None and is_fused:
+    if kernel is not None and kind is not None and is_fused and head_dim in instances.HEAD_DIMS:
         shape, fits = (b * num_kv_heads, head_dim, group), not step.chooses
         plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k, kind, shares, fits)
     if plan is None:

@@ -39,6 +39,11 @@ class Case:
     format: str
     seed: int
 
+    @property
+    def num_halves(self) -> int:
+        """Of pages: 1 of latents, where keys are the values, too."""
+        return 1 if self.head_dim in instances.LATENT_DIMS else 2
+
     @staticmethod
     def draw(rng: random.Random) -> Case:
         """Odd sizes are likely: empty, one token, around a page and around the budget."""
@@ -72,4 +77,4 @@ class Case:
     def pages(self, lengths: Sequence[int], device: torch.device) -> Pages:
         """Shuffled pages of sequences with these lengths; what no token was written to is NaN."""
         shape = (self.num_kv_heads, self.head_dim, self.page_size)
-        return random_pages(lengths, *shape, self.dtype, seed=self.seed, device=device)
+        return random_pages(lengths, *shape, self.dtype, seed=self.seed, device=device, num_halves=self.num_halves)

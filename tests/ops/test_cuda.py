@@ -51,6 +51,37 @@ def test_grid(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> 
         check(case, CUDA, Tally())
 
 
+@pytest.mark.parametrize("page_size", instances.PAGE_SIZES)
+@pytest.mark.parametrize("group", [1, 8, 16, 20, 128])
+@pytest.mark.parametrize("head_dim", instances.LATENT_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid_of_latents(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
+    """The same of keys that are the values, too. Of these min/max are made and scored in plain torch."""
+    rng = random.Random(f"{dtype} {head_dim} {group} {page_size}")
+    for digest, k in (("sign_sketch", 3), ("sketch2", 128), ("minmax", 7)):
+        geometry = {"dtype": dtype, "head_dim": head_dim, "group": group, "page_size": page_size, "k": k}
+        geometry |= {"num_kv_heads": rng.choice([1, 1, 2]), "format": "plain", "digest": digest}
+        check(Case(**vars(Case.draw(rng)) | geometry | {"lengths": lengths(page_size)}), CUDA, Tally())
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("split", [Split(1, False, 4), Split(7, False, 4), Split(200, False, 4)], ids=str)
+def test_any_split_gives_the_same_attention_to_latents(
+    split: Split, with_sinks: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where tokens before the first one are not seen."""
+    pages = random_pages([300, 33, 16, 500], num_kv_heads=1, head_dim=576, dtype=torch.bfloat16, num_halves=1)
+    query, sinks = torch.randn(4, 20, 576).bfloat16(), torch.randn(20) if with_sinks else None
+    first = torch.tensor([0, 16, 3, 200], dtype=torch.int32)
+    monkeypatch.setattr(cuda, "attend_plan", lambda *args: plans.planned_latents(split, torch.bfloat16, 576, 10))
+    plain, _ = plain_attention(query, pages, None, 0.05, softcap, sinks, first)
+    exact, exact_lse = naive.attend_pages(query, pages, None, 0.05, softcap, sinks, first)
+    out, lse = on_gpu(OPS.attend_pages, query, pages, None, 0.05, softcap, sinks, "plain", first)
+    assert_as_good_as(out, plain, exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_soak() -> None:
     assert soak(200, seed=1).shapes == 200
 

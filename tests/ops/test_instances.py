@@ -39,11 +39,22 @@ def covering() -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
+def latents() -> list[tuple[str, tuple[Any, ...]]]:
+    """The same of latents: for each size every dtype, group, digest and architecture once."""
+    kernel, dtypes = kernel_of("sign_sketch"), list(instances.ELEMENTS)
+    return [
+        (ARCHS[(i + j) % 3], (dtypes[(i + j) % 2], head_dim, group, kernel))
+        for (i, head_dim), (j, group) in itertools.product(
+            enumerate(instances.LATENT_DIMS), enumerate(instances.GROUPS)
+        )
+    ]
+
+
 def test_any_two_choices_meet_in_what_is_compiled() -> None:
     rows = [(arch, *geometry) for arch, geometry in covering()]
     for one, other in itertools.combinations(zip(*rows, strict=True), 2):
         assert len(set(zip(one, other, strict=True))) == len(set(one)) * len(set(other))
-    promised = {spec for _, geometry in covering() for spec in instances.of_model(*geometry)}
+    promised = {spec for _, geometry in covering() + latents() for spec in instances.of_model(*geometry)}
     for part in (lambda x: x.source, lambda x: x.headers):
         assert {part(spec) for spec in promised} == {part(spec) for spec in instances.promised(FORMATS_MET)}
 
@@ -53,7 +64,7 @@ def test_any_two_choices_meet_in_what_is_compiled() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_for_every_architecture(arch: str) -> None:
     """To machine code, which takes seconds: those of `covering`. `sparsekv doctor --compile` compiles all."""
-    geometries = [geometry for on, geometry in covering() if on == arch]
+    geometries = [geometry for on, geometry in covering() + latents() if on == arch]
     assert compiled({spec for geometry in geometries for spec in instances.of_model(*geometry)}, arch)
 
 
@@ -107,11 +118,19 @@ def test_promised_are_all_shapes_that_are_served() -> None:
                     assert set(instances.of_model(dtype, head_dim, group, kernel)) <= set(instances.promised())
 
 
+def test_query_heads_that_share_latents_are_served_by_up_to_sixteen() -> None:
+    for group, together in [(1, 1), (16, 16), (17, 1), (20, 10), (40, 10), (64, 16), (128, 16)]:
+        assert instances.why_not(torch.bfloat16, 576, group, 16) is None
+        assert instances.heads_together(576, group) == together
+    assert instances.heads_together(128, 12) == 12
+
+
 @pytest.mark.parametrize(
     ("geometry", "reason"),
     [
         ((torch.float32, 128, 4, 16), "float32"),
         ((torch.bfloat16, 80, 4, 16), "head_dim 80"),
+        ((torch.bfloat16, 24, 4, 16), "of latents 288 and 576"),
         ((torch.bfloat16, 128, 17, 16), "17 query heads"),
         ((torch.bfloat16, 128, 4, 8), "page_size 8"),
     ],

@@ -1,9 +1,11 @@
 """How work is split over a GPU: from shapes alone, and within what the kernels can do."""
 
+import itertools
+
 import pytest
 
 from sparsekv.ops.launch import Gpu
-from sparsekv.ops.plans import MAX_SPLITS, Split, fitted, max_warps, split_attention, split_step
+from sparsekv.ops.plans import MAX_SPLITS, Split, fitted, max_warps, split_attention, split_latents, split_step
 
 H200, A100, B200, RTX = (
     Gpu(132, (9, 0), 220_000),
@@ -21,6 +23,16 @@ def test_attention_is_split_within_bounds(gpu: Gpu, rows: int, units: int) -> No
     assert 1 <= split.ctas <= (gpu.max_cluster if split.clustered else MAX_SPLITS)
     assert split.warps in (8, 16)
     assert split.clustered or split.ctas > 1  # else a second launch would have nothing to merge
+
+
+@pytest.mark.parametrize("gpu", [H200, A100, B200, RTX], ids=str)
+def test_latents_are_split_over_lone_ctas(gpu: Gpu) -> None:
+    for head_dim, rows in itertools.product((288, 576), (1, 8, 64, 5000)):
+        splits = [split_latents(gpu, rows, units, head_dim) for units in (1, 128, 8192)]
+        assert [split.cluster for split in splits] == [1] * 3
+        assert splits[0].ctas == 1  # which leaves its part to merge_attention like all others
+        assert splits[1].ctas * 2 <= max(128, 2)
+        assert splits[2].ctas * rows <= max(2 * gpu.sms, rows)
 
 
 def test_long_work_fills_the_gpu_and_short_work_merges_in_one_launch() -> None:
