@@ -39,8 +39,8 @@ struct LatentAttention : WeightedSums<HEAD_TILES, OF_WARP / 16> {
         constexpr int PIECES = OF_WARP / 8;
         const u16* const from = pool + i64(unit.block) * (UNIT * D) + warp_id() * OF_WARP;
 #pragma unroll
-        for (int i = lane_id(); i < UNIT * PIECES; i += WARP) {
-            const int token = i / PIECES, channel = i % PIECES * 8;
+        for (int i = 0; i < UNIT * PIECES / WARP; ++i) {
+            const int piece = i * WARP + lane_id(), token = piece / PIECES, channel = piece % PIECES * 8;
             u16* const to = shared.slots[slot][token] + warp_id() * OF_WARP + channel;
             if (token < unit.count)
                 copy_async<16>(to, from + token * D + channel);

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,11 +46,14 @@ def why_reference(
         return f"there are kernels for CUDA, and the device is {device.type}"
     head_dim, group = geometry or (instances.HEAD_DIMS[0], 1)
     reason = compiler.unavailable(device.index or 0) or instances.why_not(dtype, head_dim, group, page_size)
-    if reason is None and digest not in with_kernels():
-        known = ", ".join(map(repr, with_kernels()))
+    digests, formats = with_kernels(), formats_with_kernels()
+    if head_dim in instances.LATENT_DIMS:
+        digests, formats = [name for name in digests if cast(DigestKernel, kernel_of(name)).of_latents], ["plain"]
+    if reason is None and digest not in digests:
+        known = ", ".join(map(repr, digests))
         return f"digest {digest!r} is appended and scored in plain torch (kernels: {known})"
-    if reason is None and FORMATS.get(page_format).kernel is None:
-        known = ", ".join(map(repr, formats_with_kernels()))
+    if reason is None and page_format not in formats:
+        known = ", ".join(map(repr, formats))
         return f"pages of format {page_format!r} are written and read in plain torch (kernels: {known})"
     return reason
 
@@ -91,7 +94,7 @@ def append_kv(
     """See `reference.append_kv`."""
     kernel = _kernel(digest, summary, state, key) if summary else instances.NO_DIGEST
     kind = None if kernel is None else _served(key, kv_pool, format)
-    if kernel is None or kind is None or key.shape[3] in instances.LATENT_DIMS:
+    if kernel is None or kind is None:
         reference.append_kv(key, value, valid, block_table, seq_lens, kv_pool, summary, state, digest, format)
         return
     key, value = readable(key), readable(value)
@@ -101,8 +104,9 @@ def append_kv(
         num_new = valid.sum(1, dtype=torch.int32)
         columns = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     touched = max(t + page_size - 2, 0) // page_size + 1
-    warps = 4
-    grid = (-(-touched * num_kv_heads // warps), b, 1)
+    is_latent = head_dim in instances.LATENT_DIMS  # a CTA takes a page; else a warp does
+    warps = 8 if is_latent else 4
+    grid = (-(-touched * num_kv_heads // (1 if is_latent else warps)), b, 1)
     strides = [np.int64(stride) for tensor in (key, value) for stride in tensor.stride()[:3]]
     args: list[Any] = [key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool]
     args += [*_digests(summary, state), *strides, t, num_kv_heads, _log2(page_size), block_table.shape[1], touched]
@@ -138,30 +142,32 @@ def score_pages(
     b, num_q_heads, head_dim = query.shape
     group, pooling = num_q_heads // num_kv_heads, POOLINGS.get(group_pooling, PER_HEAD)
     served, kernel = instances.why_not(query.dtype, head_dim, group, page_size) is None, None
-    served &= head_dim in instances.HEAD_DIMS
     if served and usable(query.device.index):
         kernel = _kernel(digest, summary, state, query)
     if kernel is None:
         return reference.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
         )
-    rows = num_q_heads if pooling == PER_HEAD else num_kv_heads
-    scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
-    plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, kernel, max_pages)
+    group = instances.heads_together(head_dim, group)
+    rows = num_q_heads // group
+    of_heads = (b, num_q_heads if pooling == PER_HEAD else rows, max_pages)
+    scores = torch.empty(of_heads, dtype=torch.float32, device=query.device)
+    plan = score_plan(query.device.index, query.dtype, b, rows, head_dim, group, kernel, max_pages)
     args: list[Any] = [query.contiguous(), *_digests(summary, state), _int32s(block_table), _int32s(seq_lens), scores]
-    args += [num_kv_heads, plan.heads, group, _log2(page_size), max_pages, pooling, float(scaling)]
-    grid = (num_kv_heads // plan.heads, plan.chunks, b)
-    launch(plan.spec, query, grid, plan.warps, args, plan.shared)
-    if pooling != PER_HEAD:
-        return scores
-    by_head = scores.unflatten(1, (num_kv_heads, group))
-    return reference.pool_group(by_head, seq_lens, page_size, group_pooling)
+    args += [rows, plan.heads, group, rows // num_kv_heads, _log2(page_size), max_pages, pooling, float(scaling)]
+    launch(plan.spec, query, (rows // plan.heads, plan.chunks, b), plan.warps, args, plan.shared)
+    apart = scores.unflatten(1, (num_kv_heads, -1))  # by head, or by heads that were scored together
+    if pooling == PER_HEAD:
+        return reference.pool_group(apart, seq_lens, page_size, group_pooling)
+    return scores if rows == num_kv_heads else apart.amax(2) if group_pooling == "max" else apart.sum(2)
 
 
 def _kernel(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like: Tensor) -> DigestKernel | None:
     """How kernels keep and score these tensors of a digest, or None if they do not."""
     kernel = kernel_of(digest)
-    return kernel if kernel is not None and kernel.serves([*summary, *state], like) else None
+    if kernel is None or (like.shape[-1] in instances.LATENT_DIMS and not kernel.of_latents):
+        return None
+    return kernel if kernel.serves([*summary, *state], like) else None
 
 
 def _digests(summary: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:

@@ -117,6 +117,8 @@ class _Pages(NamedTuple):
 @functools.lru_cache(256)  # as tokens may be appended at every step
 def _pages(format: type[PageFormat], dtype: torch.dtype, head_dim: int) -> _Pages:
     kernel, claims = cast(FormatKernel, format.kernel), []
+    if head_dim in LATENT_DIMS:
+        return _Pages("Latents", str(kernel.header), "true")
     name = kernel.type_name
     for tiles in (1, 2):
         claims.append(f"{name}::query_words<{head_dim}>({tiles}) == {kernel.query_words(head_dim, tiles)}")
@@ -163,12 +165,12 @@ def of_model(
     dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel, format: type[PageFormat] = Plain
 ) -> list[KernelSpec]:
     """All kernels that one geometry can need; its windows are plain."""
+    around = [*(elementwise(name, dtype) for name in ("rotate", "rms_norm")), SELECT_PAGES]
     if head_dim in LATENT_DIMS:
-        return [attend_latents(dtype, head_dim, group), merge_attention(dtype, head_dim, group)]
+        return around + _of_latents(dtype, head_dim, group, kernel)
     return [
         *(append_kv(dtype, head_dim, kept, format) for kept in (kernel, NO_DIGEST)),
-        *(elementwise(name, dtype) for name in ("rotate", "rms_norm")),
-        SELECT_PAGES,
+        *around,
         score_pages(dtype, head_dim, group, kernel),
         sparse_decode(dtype, head_dim, group, kernel, format),
         attend_pages(dtype, head_dim, group, format),
@@ -176,6 +178,17 @@ def of_model(
         merge_attention(dtype, head_dim, group),
         prompt_attention(dtype, head_dim, prompt_rows(head_dim, 2 * PROMPT_TILE)),
         *([] if head_dim % PROMPT_TILE else [prompt_attention_sm90(dtype, head_dim)]),
+    ]
+
+
+def _of_latents(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> list[KernelSpec]:
+    """Those for pages of latents, which are plain."""
+    return [
+        append_kv(dtype, head_dim, NO_DIGEST),
+        *([append_kv(dtype, head_dim, kernel)] if kernel.of_latents else []),
+        *([score_pages(dtype, head_dim, group, kernel)] if kernel.of_latents else []),
+        attend_latents(dtype, head_dim, group),
+        merge_attention(dtype, head_dim, group),
     ]
 
 

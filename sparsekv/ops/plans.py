@@ -263,11 +263,12 @@ def score_plan(
     max_pages: int,
 ) -> ScorePlan:
     """score_pages for b sequences of up to `max_pages` pages."""
-    warps, (staged, room) = 8, (UNIT * words for words in instances.scorer_words(kernel, head_dim, group))
+    staged, room = (UNIT * words for words in instances.scorer_words(kernel, head_dim, group))
+    facts, warps = gpu(device), 4 if head_dim in instances.LATENT_DIMS else 8
     heads = math.gcd(num_kv_heads, warps)
-    while heads * staged > 64_000:
+    while heads > 1 and (heads * staged > 64_000 or heads * staged + warps * room > facts.shared):
         heads //= 2
     tiles = -(-max_pages * heads // (UNIT * warps))
-    chunks = min(tiles, max(1, 2 * gpu(device).sms * heads // (b * num_kv_heads)))
+    chunks = min(tiles, max(1, 2 * facts.sms * heads // (b * num_kv_heads)))
     spec = instances.score_pages(dtype, head_dim, group, kernel)
     return ScorePlan(spec, heads, chunks, warps, heads * staged + warps * room)

@@ -180,14 +180,18 @@ def test_selection_is_exact_for_any_scores(num_pages: int, k: int, kind: str) ->
 
 
 def test_what_no_kernel_serves_runs_in_plain_torch() -> None:
-    """float32, other head sizes and pages, other digests: the same results as on the CPU."""
-    for dtype, head_dim, page_size, digest in [
-        (torch.float32, 64, 16, "minmax"),
-        (torch.bfloat16, 40, 16, "minmax"),
-        (torch.bfloat16, 64, 8, "minmax"),
-        (torch.bfloat16, 40, 16, "sign_sketch"),
+    """float32, other head sizes, pages and latents, other digests: the same results as on the CPU."""
+    for dtype, head_dim, page_size, digest, num_halves in [
+        (torch.float32, 64, 16, "minmax", 2),
+        (torch.bfloat16, 40, 16, "minmax", 2),
+        (torch.bfloat16, 64, 8, "minmax", 2),
+        (torch.bfloat16, 40, 16, "sign_sketch", 2),
+        (torch.bfloat16, 24, 16, "sign_sketch", 1),
+        (torch.bfloat16, 64, 16, "minmax", 1),
+        (torch.bfloat16, 576, 16, "minmax", 1),
+        (torch.bfloat16, 576, 8, "sign_sketch", 1),
     ]:
-        pages = random_pages([70, 9], head_dim=head_dim, page_size=page_size, dtype=dtype)
+        pages = random_pages([70, 9], 2, head_dim, page_size, dtype, num_halves=num_halves)
         query = torch.randn(2, 4, head_dim).to(dtype)
         state = [] if digest == "minmax" else None
         if state is None:
@@ -227,7 +231,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sign_sketch", "sketch2"])
-@pytest.mark.parametrize("head_dim", instances.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", instances.HEAD_DIMS + instances.LATENT_DIMS)
 def test_a_sketchs_scores_are_exact_but_where_a_channel_is_half_way(head_dim: int, name: str) -> None:
     """Beyond what a soak may ask: most heads have no channel that could be rounded either way."""
     pages = random_pages([900] * 8, num_kv_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device=CUDA)
@@ -240,16 +244,17 @@ def test_a_sketchs_scores_are_exact_but_where_a_channel_is_half_way(head_dim: in
     assert error.max() < 2e-2
 
 
+@pytest.mark.parametrize(("halves", "heads", "head_dim"), [(2, 4, 128), (1, 1, 576)], ids=["128", "latents"])
 @pytest.mark.parametrize("digest", with_kernels())
-def test_a_captured_step_follows_growing_lengths(digest: str) -> None:
+def test_a_captured_step_follows_growing_lengths(digest: str, halves: int, heads: int, head_dim: int) -> None:
     """Captured once; lengths then change in place, and every replay equals the reference."""
     num_pages, table = 48, torch.randperm(48, device=CUDA).int().view(2, 24)
-    pool = torch.randn(num_pages, 2, 4, 16, 128, device=CUDA).bfloat16()
+    pool = torch.randn(num_pages, halves, heads, 16, head_dim, device=CUDA).bfloat16()
     seq_lens = torch.tensor([1, 1], dtype=torch.int32, device=CUDA)
     pages = Pages(pool, table, torch.full_like(seq_lens, 16 * 24))
     state = fitted_state(DIGESTS.get(digest)(), pages)
     summary = fresh_summary(digest, pages, state)  # of full pages; what it says of tokens yet to come is not read
-    query, key, value = (torch.randn(2, heads, 1, 128, device=CUDA).bfloat16() for heads in (16, 4, 4))
+    query, key, value = (torch.randn(2, n, 1, head_dim, device=CUDA).bfloat16() for n in (16, heads, heads))
 
     def step(namespace: Any, pool: Tensor, summary: list[Tensor]) -> tuple[Tensor, ...]:
         settings = (None, digest, "max", 4, 4, 16, 0.1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekv.ops import compiler, instances
+from sparsekv.ops import compiler, instances, why_reference
 from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.formats import FORMATS, formats_with_kernels
 from sparsekv.ops.formulas import kernel_of, with_kernels
@@ -102,6 +102,13 @@ def test_the_kernels_of_a_common_model_compile() -> None:
 
 
 @needs_nvrtc
+def test_the_kernels_of_common_latents_compile() -> None:
+    kernel = kernel_of("sign_sketch")
+    assert kernel is not None
+    assert compiled(instances.of_model(torch.bfloat16, 576, 16, kernel), "sm_80")
+
+
+@needs_nvrtc
 def test_hopper_has_a_kernel_of_its_own_for_prompts() -> None:
     """For sm_90 all its instructions are there; for another architecture nothing is."""
     spec = instances.prompt_attention_sm90(torch.float16, 64)
@@ -116,6 +123,29 @@ def test_promised_are_all_shapes_that_are_served() -> None:
                 assert all(instances.why_not(dtype, head_dim, group, page) is None for page in (16, 32, 64))
                 for kernel in map(kernel_of, with_kernels()):
                     assert set(instances.of_model(dtype, head_dim, group, kernel)) <= set(instances.promised())
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "digest", "kv", "said"),
+    [
+        (576, "sign_sketch", "plain", None),
+        (288, "sketch2", "plain", None),
+        (
+            576,
+            "minmax",
+            "plain",
+            "digest 'minmax' is appended and scored in plain torch (kernels: 'sign_sketch', 'sk",
+        ),
+        (576, "sign_sketch", "int8", "pages of format 'int8' are written and read in plain torch (kernels: 'plain')"),
+        (24, "sign_sketch", "plain", "head_dim 24"),
+    ],
+)
+def test_latents_are_served_in_part(head_dim: int, digest: str, kv: str, said: str | None, monkeypatch: Any) -> None:
+    """Plain pages, with sketches, of the widths that models have: the rest is in plain torch."""
+    monkeypatch.setattr(compiler, "unavailable", lambda device=None: None)
+    geometry = (torch.device("cuda", 0), torch.bfloat16, (head_dim, 128), 16, digest, kv)
+    reason = why_reference(*geometry)
+    assert reason is None if said is None else str(reason).startswith(said)
 
 
 def test_query_heads_that_share_latents_are_served_by_up_to_sixteen() -> None:
