@@ -1,5 +1,5 @@
 // append_kv: writes new tokens into their pages and brings the digests of the pages they touch up to date. A warp
-// takes one page of one kv head, for a prompt of any length and for one new token alike.
+// takes one page of one kv head, for a prompt of any length and for one new token alike; of latents, a CTA.
 #include "common/append.cuh"
 
 template <typename T, int D, typename Kind, typename Format>
@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(256)
               i64 value_token, int t, int num_kv_heads, int page_shift, int max_pages, int most_touched) {
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int row = blockIdx.y, item = blockIdx.x * num_warps() + warp_id();
+    constexpr bool TOGETHER = KeyLanes<D>::ROUNDS > 1;
+    const int row = blockIdx.y, item = TOGETHER ? blockIdx.x : blockIdx.x * num_warps() + warp_id();
     const int head = item % num_kv_heads, touched = item / num_kv_heads;
     const int length = seq_lens[row], start = length - (num_new ? num_new[row] : t);
     const int slot = (start >> page_shift) + touched, first = slot << page_shift;
@@ -24,5 +25,6 @@ __global__ void __launch_bounds__(256)
                                         block_table[i64(row) * max_pages + slot], head, num_kv_heads, page_shift);
     const NewTokens fresh = {key + row * key_batch + head * key_head, value + row * value_batch + head * value_head,
                              columns ? columns + i64(row) * t : nullptr, key_token, value_token};
-    append_to_page<Kind>(page, digests, fresh, first, start, length, 1 << page_shift);
+    append_to_page<Kind>(page, digests, fresh, first, start, length, 1 << page_shift, TOGETHER ? warp_id() : 0,
+                         TOGETHER ? num_warps() : 1);
 }

@@ -1,5 +1,6 @@
 // score_pages: a score per (sequence, kv head, page), -inf past a sequence's end. A warp takes sixteen pages at a
-// time; the CTAs split the pages of every sequence and head.
+// time; the CTAs split the pages of every sequence and head. Where more query heads share a kv head than are scored
+// at once, they are cut into slices, and what is a kv head here is a slice of one, with a score of its own.
 #include "common/digest.cuh"
 
 // What a warp scores: tiles first, first + stride, ... of one sequence and kv head. The digests of a page's heads lie
@@ -50,7 +51,8 @@ __global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
                 const int* block_table,  // [b, max_pages]
                 const int* seq_lens,     // [b]
                 float* scores,           // [b, hkv, max_pages]; POOL_NONE: [b, hq, max_pages]
-                int num_kv_heads, int heads, int group, int page_shift, int max_pages, int pooling, float scaling) {
+                int num_kv_heads, int heads, int group, int slices, int page_shift, int max_pages, int pooling,
+                float scaling) {
     extern __shared__ uint4 staged[];
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(256, D* HEAD_TILES <= 128 ? 2 : 1)
     const WarpShare share(staged, Scorer::STAGED, heads, num_kv_heads);
     uint4* const rooms = staged + heads * Scorer::STAGED;
     check_shared_end(rooms + num_warps() * Scorer::ROOM);
-    Scorer scorer(digests, num_kv_heads, share.head, page_shift, scaling, rooms + warp_id() * Scorer::ROOM);
+    Scorer scorer(digests, num_kv_heads / slices, share.head / slices, page_shift, scaling,
+                  rooms + warp_id() * Scorer::ROOM);
     const i64 item = share.item();
     const int count = (seq_lens[share.row] + (1 << page_shift) - 1) >> page_shift;
     const auto take = [&](int tile, const float (&by_head)[HEAD_TILES][4]) {

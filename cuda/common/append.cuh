@@ -1,5 +1,5 @@
 // New tokens into one page, and the digest of what it then holds. By one warp; a lane holds 8 channels of a token, so
-// D / 8 lanes hold a token.
+// D / 8 lanes hold a token. Of latents, which are wider, by all warps of a CTA.
 #pragma once
 #include "common/digest.cuh"
 #include "common/format.cuh"
@@ -53,12 +53,14 @@ struct NewTokens {
 };
 
 // Any number of tokens. The page holds positions [first, first + page_size); those from `start` on are new, the
-// sequence ends at `length`. The digest is made by `parts` warps, of which this is number `part`.
+// sequence ends at `length`. The digest is made by `parts` warps, of which this is number `part`; of latents all
+// those of a CTA.
 template <typename Kind, typename T, int D, typename Format>
 __device__ void append_to_page(const StoredPage<T, D, Format>& page, const Digests& digests, const NewTokens& fresh,
                                int first, int start, int length, int page_size, int part = 0, int parts = 1) {
-    constexpr int LANES = D / 8, TOKENS = WARP / LANES;  // TOKENS at once
-    constexpr int BATCH = Format::AS_IS ? 8 : 2;         // loads in flight; else instructions count
+    constexpr int LANES = KeyLanes<D>::COUNT, TOKENS = KeyLanes<D>::TOKENS, ROUNDS = KeyLanes<D>::ROUNDS;
+    constexpr bool TOGETHER = ROUNDS > 1;                         // all warps take all tokens, and each stores some
+    constexpr int BATCH = !Format::AS_IS ? 2 : TOGETHER ? 4 : 8;  // tokens in flight; else instructions count
     using Summary = typename Kind::template Summary<T, D>;
     const int token = lane_id() / LANES, channel = lane_id() % LANES * 8;
     const int end = min(first + page_size, length);
@@ -66,7 +68,7 @@ __device__ void append_to_page(const StoredPage<T, D, Format>& page, const Diges
     Summary summary;
 #pragma unroll 1
     for (int base = (Summary::WHOLE ? first : max(first, start)) + token; base < end; base += TOKENS * BATCH) {
-        uint4 loaded[BATCH];
+        uint4 loaded[BATCH][ROUNDS];
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
             const int position = base + j * TOKENS;
@@ -74,10 +76,13 @@ __device__ void append_to_page(const StoredPage<T, D, Format>& page, const Diges
             const bool is_new = position >= start;
             if constexpr (Format::AS_IS) {  // one load, from here or there
                 const u16* const old = page.keys + i64(position - first) * D;
-                loaded[j] =
-                    load16((is_new ? fresh.key + fresh.column(position - start) * fresh.key_stride : old) + channel);
+                const u16* const key = is_new ? fresh.key + fresh.column(position - start) * fresh.key_stride : old;
+#pragma unroll
+                for (int round = 0; round < ROUNDS; ++round)
+                    loaded[j][round] = load16(key + channel + round * LANES * 8);
             } else {
-                loaded[j] = is_new ? load16(fresh.key + fresh.column(position - start) * fresh.key_stride + channel)
+                loaded[j][0] = is_new
+                                   ? load16(fresh.key + fresh.column(position - start) * fresh.key_stride + channel)
                                    : page.key8(position - first, channel);
             }
         }
@@ -85,15 +90,26 @@ __device__ void append_to_page(const StoredPage<T, D, Format>& page, const Diges
         for (int j = 0; j < BATCH; ++j) {
             const int position = base + j * TOKENS;
             if (!active || position >= end) continue;
-            uint4 key = loaded[j];
-            if (position >= start) {
-                const u16* const value = fresh.value + fresh.column(position - start) * fresh.value_stride;
-                key = page.store(position - first, channel, key, load16(value + channel));
+#pragma unroll
+            for (int round = 0; round < ROUNDS; ++round) {
+                uint4 key = loaded[j][round], value = {0, 0, 0, 0};
+                const int at = channel + round * LANES * 8;
+                if (position >= start && (!TOGETHER || position % parts == part)) {
+                    if constexpr (Format::template value_record<D>(UNIT_SHIFT) > 0)
+                        value = load16(fresh.value + fresh.column(position - start) * fresh.value_stride + at);
+                    key = page.store(position - first, at, key, value);
+                }
+                if constexpr (TOGETHER)
+                    summary.take(key, round);
+                else
+                    summary.take(key);
             }
-            summary.take(key);
         }
     }
-    __syncwarp();
+    if constexpr (TOGETHER)
+        __syncthreads();
+    else
+        __syncwarp();
     summary.store(page, digests, end - first, page_size, part, parts);
 }
 

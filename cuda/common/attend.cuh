@@ -42,24 +42,13 @@ struct WeightsOf<Number, HEAD_TILES, true> {
 };
 
 // What a warp has gathered so far: of head lane / 4 of a tile the largest logit and this lane's share of the weights'
-// sum, and the weighted sum of the values as d [16 channels a time] x heads [8], not divided by the weights yet.
-template <typename T, int D, int HEAD_TILES, typename Format = Plain>
-struct Attention {
-    // Head sizes above 128 go in steps of 128 channels, so that loads in flight fit the registers.
-    static constexpr int STEP = D <= 128 ? D : 128, STEPS = D / STEP;
-    static constexpr int BLOCKS = STEP / 64;                    // of 64 channels; for d 96 there is one of 32, too
-    static constexpr int ROWS = D / 16, STEP_ROWS = STEP / 16;  // tiles of sixteen channels
-
-    using Keys = typename Format::template Keys<T, D, STEP>;
-    using Values = typename Format::template Values<T, D, STEP>;
-    using Weights = WeightsOf<typename Values::Number, HEAD_TILES, Values::SCALED>;
-
+// sum, and the weighted sum of the values as channels [16 to a row] x heads [8], not divided by the weights yet.
+template <int HEAD_TILES, int ROWS>
+struct WeightedSums {
     float out[HEAD_TILES][ROWS][4];
     float m[HEAD_TILES], l[HEAD_TILES];  // largest logit, share of the weights' sum
-    Keys keys;
-    Values values;
 
-    __device__ Attention() {
+    __device__ WeightedSums() {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
             m[tile] = LOWEST;
@@ -70,10 +59,10 @@ struct Attention {
         }
     }
 
-    // Turns dot products into weights relative to the largest logit so far, as the second product wants them. Weights
-    // that are still to be scaled for their values are relative to the largest that it makes, which is as good and
-    // keeps them within the range of 16 bits.
-    __device__ void weigh(Weights& weights, const Dots& dots, const Unit& unit, const Logits& logits) {
+    // Turns dot products into weights relative to the largest logit so far, as the second product wants them;
+    // `size(logit, i)` of a lane's i-th token is what that is the largest of.
+    template <typename Weights, typename Size>
+    __device__ void weigh(Weights& weights, const Dots& dots, const Unit& unit, const Logits& logits, Size size) {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
             float x[4];
@@ -82,10 +71,7 @@ struct Attention {
             for (int i = 0; i < 4; ++i) {
                 const bool is_seen = value_token(i) < unit.count && (unit.skip <= 0 || value_token(i) >= unit.skip);
                 x[i] = is_seen ? logits(dots.tiles[i / 2][tile * 2 + i % 2]) : -infinity();
-                if constexpr (Values::SCALED)
-                    largest = fmaxf(largest, x[i] + values.log2_scale(i));
-                else
-                    largest = fmaxf(largest, x[i]);
+                largest = fmaxf(largest, size(x[i], i));
             }
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
@@ -113,6 +99,48 @@ struct Attention {
         }
     }
 
+    // The sum of a head's weights, in all four lanes that have a share of it.
+    __device__ float mass(int tile) const {
+        float sum = l[tile];
+        sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+        return sum + __shfl_xor_sync(ALL_LANES, sum, 2);
+    }
+};
+
+// Head sizes above 128 go in steps of 128 channels, so that loads in flight fit the registers.
+template <int D>
+struct Steps {
+    static constexpr int CHANNELS = D <= 128 ? D : 128, COUNT = D / CHANNELS;
+    static constexpr int ROWS = CHANNELS / 16;  // tiles of sixteen channels
+};
+
+// The channel of `out[tile][row][0]`, and how far behind it that of [2] is.
+template <int D>
+struct OutputChannels {
+    static constexpr bool IS_LATENT = D > 256;
+    static constexpr int NEXT = IS_LATENT ? 8 : 1;
+
+    __device__ static int of(int row, int r /* lane / 4 */) {
+        if (IS_LATENT) return row * 16 + r;
+        constexpr int BLOCKS = Steps<D>::CHANNELS / 64;  // of 64 channels; for d 96 there is one of 32, too
+        const int step = row / Steps<D>::ROWS, inner = row % Steps<D>::ROWS;
+        const int channel = inner < BLOCKS * 4 ? inner / 4 * 64 + r * 8 + inner % 4 * 2
+                                               : BLOCKS * 64 + r * 4 + (inner - BLOCKS * 4) * 2;
+        return step * Steps<D>::CHANNELS + channel;
+    }
+};
+
+template <typename T, int D, int HEAD_TILES, typename Format = Plain>
+struct Attention : WeightedSums<HEAD_TILES, D / 16> {
+    static constexpr int STEP = Steps<D>::CHANNELS, STEPS = Steps<D>::COUNT, STEP_ROWS = Steps<D>::ROWS;
+
+    using Keys = typename Format::template Keys<T, D, STEP>;
+    using Values = typename Format::template Values<T, D, STEP>;
+    using Weights = WeightsOf<typename Values::Number, HEAD_TILES, Values::SCALED>;
+
+    Keys keys;
+    Values values;
+
     // Memory no token was written to may hold NaN, and 0 * NaN is NaN.
     __device__ void clear_missing_values(int count) {
 #pragma unroll
@@ -125,7 +153,7 @@ struct Attention {
         const auto add = [&](const u32(&scaled)[HEAD_TILES][2], int row, u32 a, u32 b, u32 c, u32 d) {
 #pragma unroll
             for (int tile = 0; tile < HEAD_TILES; ++tile)
-                Number::mma(out[tile][step * STEP_ROWS + row], a, b, c, d, scaled[tile][0], scaled[tile][1]);
+                Number::mma(this->out[tile][step * STEP_ROWS + row], a, b, c, d, scaled[tile][0], scaled[tile][1]);
         };
         if constexpr (Values::SCALED) {
 #pragma unroll
@@ -170,7 +198,12 @@ struct Attention {
             if (more) keys.load(pool, next.block, 0, page_shift);
             Weights weights;
             if (Values::SCALED && now.count < UNIT) clear_missing_values(now.count);
-            weigh(weights, dots, now, logits);
+            // Weights that are still to be scaled for their values are relative to the largest that this makes, which
+            // is as good and keeps them within the range of 16 bits.
+            this->weigh(weights, dots, now, logits, [&](float logit, int i) {
+                if constexpr (Values::SCALED) return logit + values.log2_scale(i);
+                return logit;
+            });
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 if (!Values::SCALED && now.count < UNIT) clear_missing_values(now.count);
@@ -185,17 +218,9 @@ struct Attention {
         if constexpr (Values::SCALED) {  // the scales are 2^EXPONENT times what they were taken for
 #pragma unroll
             for (int tile = 0; tile < HEAD_TILES; ++tile) {
-                m[tile] += Values::EXPONENT;
-                l[tile] *= 1.f / (1 << Values::EXPONENT);
+                this->m[tile] += Values::EXPONENT;
+                this->l[tile] *= 1.f / (1 << Values::EXPONENT);
             }
         }
-    }
-
-    // The channel of `out[tile][row][0]`; [2] holds the next one.
-    __device__ static int channel_of(int row, int r /* lane / 4 */) {
-        const int step = row / STEP_ROWS, inner = row % STEP_ROWS;
-        const int channel = inner < BLOCKS * 4 ? inner / 4 * 64 + r * 8 + inner % 4 * 2
-                                               : BLOCKS * 64 + r * 4 + (inner - BLOCKS * 4) * 2;
-        return step * STEP + channel;
     }
 };

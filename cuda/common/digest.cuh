@@ -3,8 +3,9 @@
 // are compiled into every kernel that keeps or scores digests. It has, for element type T and head size D,
 //
 // - `Summary<T, D>`, made by a warp while it appends to a page: `WHOLE`, whether all of the page's keys are needed,
-//   `SHARED`, whether several warps may share the work, `take(8 channels of a key)` and
-//   `store(page, digests, count, page_size, part, parts)`, part of what `parts` warps store together;
+//   `SHARED`, whether several warps may share the work, `take(8 channels of a key)`, of latents with their round
+//   (`KeyLanes`), and `store(page, digests, count, page_size, part, parts)`, part of what `parts` warps store
+//   together;
 // - `Scorer<T, D, HEAD_TILES>`, a warp that scores tiles of sixteen pages, one after the other: `stage` and `use` a
 //   query, which takes `STAGED` words of 16 bytes, `aim` at the next tile's pages, -1 for none, `load_first`, and
 //   `score`, which loads the next tile as it goes. Scores are on the scale of logits, products times the `scaling`
@@ -42,7 +43,7 @@ struct NoDigest {
     template <typename T, int D>
     struct Summary {
         static constexpr bool WHOLE = false, SHARED = false;
-        __device__ void take(uint4) const {}
+        __device__ void take(uint4, int = 0) const {}
         __device__ void store(const Page&, const Digests&, int, int, int, int) const {}
     };
 };
@@ -54,24 +55,32 @@ __device__ inline void unpack8(uint4 packed, float (&x)[8]) {
     for (int i = 0; i < 8; ++i) x[i] = T::to_float(words[i / 2] >> i % 2 * 16);
 }
 
-// For a `Summary` that wants a page's mean. A lane takes 8 channels of a token, so D / 8 lanes take a token.
+// How a warp takes keys: a lane 8 channels of a token at a time, so that COUNT lanes have a token after so many
+// rounds.
+template <int D>
+struct KeyLanes {
+    static constexpr int ROUNDS = D > 256 ? 3 : 1, COUNT = D / 8 / ROUNDS;
+    static constexpr int TOKENS = WARP / COUNT;  // at once
+};
+
+// For a `Summary` that wants a page's mean.
 template <typename T, int D>
 struct KeySums {
-    float sums[8] = {};  // of the tokens that this lane took
+    float sums[8 * KeyLanes<D>::ROUNDS] = {};  // of the tokens that this lane took
 
-    __device__ void take(uint4 packed) {
+    __device__ void take(uint4 packed, int round = 0) {
         float key[8];
         unpack8<T>(packed, key);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] += key[i];
+        for (int i = 0; i < 8; ++i) sums[round * 8 + i] += key[i];
     }
 
     // The sum of `x` over the lanes that hold the same channels, the same in all of them.
     __device__ static float total(float x) {
-        constexpr int LANES = D / 8, TOKENS = WARP / LANES;
+        constexpr int LANES = KeyLanes<D>::COUNT;
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < TOKENS; ++i) sum += __shfl_sync(ALL_LANES, x, lane_id() % LANES + i * LANES);
+        for (int i = 0; i < KeyLanes<D>::TOKENS; ++i) sum += __shfl_sync(ALL_LANES, x, lane_id() % LANES + i * LANES);
         return sum;
     }
 };

@@ -259,3 +259,15 @@ struct Plain : ByChannel<Plain, 16> {
         return v;
     }
 };
+
+// Keys as they are, which are the values, too.
+struct Latents : Plain {
+    static constexpr int PARTS = 1;
+
+    template <int D>
+    static __device__ constexpr int value_record(int /* page_shift */) {
+        return 0;
+    }
+    template <int D>
+    static __device__ void store_value(Element*, int, int, int, Eight) {}
+};

@@ -100,10 +100,19 @@ struct OutputFragments {
         if (result.partial) result.partial->out[fragment] = out;
         if (result.partial) return;
         const int head = head_of(fragment), row = fragment / columns;
-        const int channel = Attention<T, D, HEAD_TILES>::channel_of(row / 8 % ROWS, row % 8);
-        u32* const first = reinterpret_cast<u32*>(result.out + head * D + channel);
-        if (head < result.group) first[0] = T::pack(out.x, out.z);
-        if (head + 1 < result.group) first[D / 2] = T::pack(out.y, out.w);
+        u16* const first = result.out + head * D + OutputChannels<D>::of(row / 8 % ROWS, row % 8);
+        if (head < result.group) put(first, T::pack(out.x, out.z));
+        if (head + 1 < result.group) put(first + D, T::pack(out.y, out.w));
+    }
+
+  private:
+    __device__ static void put(u16* first, u32 two) {
+        if constexpr (OutputChannels<D>::NEXT == 1) {
+            *reinterpret_cast<u32*>(first) = two;
+        } else {
+            first[0] = two;
+            first[OutputChannels<D>::NEXT] = two >> 16;
+        }
     }
 };
 
@@ -209,11 +218,8 @@ struct MergeBuffers {
     __device__ void store_warp_stats(const Attention<T, D, HEAD_TILES, Format>& warp) const {
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
-            float l = warp.l[tile];  // the four lanes of a head have a share each
-            l += __shfl_xor_sync(ALL_LANES, l, 1);
-            l += __shfl_xor_sync(ALL_LANES, l, 2);
             warp_stats[warp_id()].m[tile * MMA_HEADS + lane_id() / 4] = warp.m[tile];
-            warp_stats[warp_id()].l[tile * MMA_HEADS + lane_id() / 4] = l;
+            warp_stats[warp_id()].l[tile * MMA_HEADS + lane_id() / 4] = warp.mass(tile);
         }
     }
 

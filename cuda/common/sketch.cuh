@@ -33,15 +33,16 @@ __device__ inline float largest_of_warp(float x) {
     return __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(x)));
 }
 
-// The rotation of one kv head: two rounds of flipped signs, a Hadamard transform of every 32 channels and one across
-// them (for d 96 a reflection). Lane l holds channels l, l + 32, ...
+// The rotation of one kv head: two rounds of flipped signs, a Hadamard transform of as many channels at a time as are
+// a power of two, and a reflection of what is odd. Lane l holds channels l, l + 32, ...
 template <int D>
 struct Rotation {
-    static constexpr int N = D / WARP;
-    static constexpr float SCALE = D == 64    ? 0.125f  // 1 / sqrt(channels that are transformed together)
-                                   : D == 96  ? 0.17677669529663687f
-                                   : D == 128 ? 0.08838834764831845f
-                                              : 0.0625f;
+    static constexpr int N = D / WARP, TRANSFORMED = D & -D;  // channels at a time
+    static constexpr int ACROSS = TRANSFORMED / WARP, ODD = N / ACROSS;
+    static constexpr float SCALE = TRANSFORMED == 32    ? 0.17677669529663687f  // 1 / sqrt(TRANSFORMED)
+                                   : TRANSFORMED == 64  ? 0.125f
+                                   : TRANSFORMED == 128 ? 0.08838834764831845f
+                                                        : 0.0625f;
 
     float flips[2 * N];
 
@@ -63,21 +64,23 @@ struct Rotation {
                     x[i] = lane_id() & step ? other - x[i] : other + x[i];
                 }
             }
-            if constexpr (N == 3) {
-                const float shared = (x[0] + x[1] + x[2]) * (2.f / 3.f);
 #pragma unroll
-                for (int i = 0; i < N; ++i) x[i] -= shared;
-            } else {
+            for (int step = 1; step < ACROSS; step *= 2) {
 #pragma unroll
-                for (int step = 1; step < N; step *= 2) {
-#pragma unroll
-                    for (int i = 0; i < N; ++i) {
-                        if (i & step) continue;
-                        const float a = x[i], b = x[i + step];
-                        x[i] = a + b;
-                        x[i + step] = a - b;
-                    }
+                for (int i = 0; i < N; ++i) {
+                    if (i & step) continue;
+                    const float a = x[i], b = x[i + step];
+                    x[i] = a + b;
+                    x[i + step] = a - b;
                 }
+            }
+#pragma unroll
+            for (int first = 0; ODD > 1 && first < ACROSS; ++first) {
+                float shared = 0.f;
+#pragma unroll
+                for (int i = first; i < N; i += ACROSS) shared += x[i];
+#pragma unroll
+                for (int i = first; i < N; i += ACROSS) x[i] -= shared * (2.f / ODD);
             }
         }
     }
@@ -87,20 +90,26 @@ __device__ constexpr int common_divisor(int a, int b) { return b == 0 ? a : comm
 
 // Where the parts of a page's record lie, in bytes. It is a record for every sixteen tokens, a block: a head, which
 // has their factors and, in the first block, the page's mean and its factor, then rows, the codes of TOKENS tokens
-// each, in which each of the four lanes has SHARE bytes. Heads and rows are whole PIECEs, and so is where they begin:
-// of 128 bytes, what the cache hands out at once, or half of that where it would be too much.
+// each, in which each of the four lanes has SHARE bytes. Heads and what is copied of rows AT_ONCE are whole PIECEs,
+// and so is where they begin: of 128 bytes, what the cache hands out at once, or half of that where it would be too
+// much; of latents, whose rows are no such, of the 32 bytes that memory hands out.
 template <int D, int BITS>
 struct SketchLayout {
     static constexpr int REGISTERS = D / 16, OF_WORD = 8 / BITS;  // of a token that a lane has; that a word has
-    static constexpr int SHARE = D == 96 ? 48 : 32, ROW = 4 * SHARE, TOKENS = SHARE * 32 / (BITS * D);
+    static constexpr bool IS_LATENT = D > 256;
+    static constexpr int SHARE = IS_LATENT ? 36
+                                 : D == 96 ? 48
+                                           : 32,
+                         ROW = 4 * SHARE, TOKENS = SHARE * 32 / (BITS * D);
     // Tokens that share words are made together: so many, in so many words of a lane.
     static constexpr int TOGETHER = OF_WORD / common_divisor(REGISTERS, OF_WORD);
     static constexpr int WORDS = TOGETHER * REGISTERS / OF_WORD;
 
-    static constexpr int BLOCK_TOKENS = 16, ROWS = BLOCK_TOKENS / TOKENS, PIECE = D < 128 ? 64 : 128;
+    static constexpr int BLOCK_TOKENS = 16, ROWS = BLOCK_TOKENS / TOKENS, AT_ONCE = IS_LATENT ? 2 : 1;
+    static constexpr int LINE = D < 128 ? 64 : 128, PIECE = IS_LATENT ? 32 : LINE;
     static constexpr int MEAN_WORDS = (D + 63) / 64;  // of a lane, one after the other
     static constexpr int UNIT = 16 * MEAN_WORDS, FACTORS = UNIT + 16;
-    static constexpr int HEAD = (FACTORS + 2 * BLOCK_TOKENS + PIECE - 1) / PIECE * PIECE, BLOCK = HEAD + ROWS * ROW;
+    static constexpr int HEAD = (FACTORS + 2 * BLOCK_TOKENS + LINE - 1) / LINE * LINE, BLOCK = HEAD + ROWS * ROW;
 
     __device__ static int bytes(int page_size) { return page_size / BLOCK_TOKENS * BLOCK; }
     // Where the codes of `TOGETHER` tokens of a lane begin, and where a token's factor lies.
@@ -224,13 +233,14 @@ struct SketchSummary : KeySums<T, D> {
     __device__ void take_mean(int count, float (&mean)[N]) const {
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = 0.f;
+        constexpr int ROUNDS = KeyLanes<D>::ROUNDS, OF_ROUND = N / ROUNDS;
 #pragma unroll
-        for (int channel = 0; channel < 8; ++channel) {
+        for (int channel = 0; channel < 8 * ROUNDS; ++channel) {
             const float sum = this->total(this->sums[channel]) / count;
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
+            for (int i = 0; i < OF_ROUND; ++i) {
                 const float channel_mean = __shfl_sync(ALL_LANES, sum, i * 4 + lane_id() / 8);
-                if (lane_id() % 8 == channel) mean[i] = channel_mean;
+                if (lane_id() % 8 == channel % 8) mean[channel / 8 * OF_ROUND + i] = channel_mean;
             }
         }
     }

@@ -72,10 +72,11 @@ struct SketchScorer {
     using Layout = SketchLayout<D, BITS>;
     using Query = SketchQuery<D, BITS>;
     static constexpr int N = Query::N, TILES = MAX_HEADS / 4, STAGED = HEAD_TILES * Query::WORDS;
+    static constexpr int AT_ONCE = Layout::AT_ONCE, STRETCHES = Layout::ROWS / AT_ONCE;  // rows copied at once
     static constexpr int TOKENS = Layout::TOKENS, SHARE_WORDS = Layout::SHARE / 4, MEAN_WORDS = Layout::MEAN_WORDS;
     static constexpr int PARTS = Layout::PIECE / 16, PAGES = WARP / PARTS;  // lanes of a piece; pages copied at once
     // From page to page in shared memory, so that lanes meet no other's banks.
-    static constexpr int PITCH = Layout::ROW + (D == 96 ? 0 : 16), FACTOR_WORDS = 12;
+    static constexpr int PITCH = AT_ONCE * Layout::ROW + (D == 96 ? 0 : 16), FACTOR_WORDS = 12;
 
     using Slot = char[TILE][PITCH];
     struct Room {
@@ -148,7 +149,11 @@ struct SketchScorer {
 #pragma unroll
         for (int i = 0; i < TILE / PAGES; ++i) {
             const int page = i * PAGES + lane_id() / PARTS;
-            const int id = __shfl_sync(ALL_LANES, i * PAGES < 8 ? low_id : high_id, page % 8 * 4);
+            int id = __shfl_sync(ALL_LANES, i * PAGES < 8 ? low_id : high_id, page % 8 * 4);
+            if constexpr (PAGES > 8) {
+                const int high = __shfl_sync(ALL_LANES, high_id, page % 8 * 4);
+                if (page >= 8) id = high;
+            }
             is_there[i] = id >= 0;
             from[i] =
                 tensors.records + i64(id) * stride + head * Layout::bytes(1 << page_shift) + lane_id() % PARTS * 16;
@@ -168,16 +173,16 @@ struct SketchScorer {
         const int blocks = (1 << page_shift) / Layout::BLOCK_TOKENS;
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
-            turn(next, block == blocks - 1 && Layout::ROWS == 1);
+            turn(next, block == blocks - 1 && STRETCHES == 1);
             if (block == 0) score_means(of_means);
             const bool missing = take_factors();
 #pragma unroll 1
-            for (int row = 0; row < Layout::ROWS; ++row) {
-                turn(next, block == blocks - 1 && row == Layout::ROWS - 2);
+            for (int stretch = 0; stretch < STRETCHES; ++stretch) {
+                turn(next, block == blocks - 1 && stretch == STRETCHES - 2);
                 if (missing)
-                    add_row<true>(sums, firsts, row, block + row == 0);
+                    add_rows<true>(sums, firsts, stretch, block + stretch == 0);
                 else
-                    add_row<false>(sums, firsts, row, block + row == 0);
+                    add_rows<false>(sums, firsts, stretch, block + stretch == 0);
             }
         }
 #pragma unroll
@@ -205,8 +210,8 @@ struct SketchScorer {
         if (coming == 0)
             copy<Layout::HEAD>(to);
         else
-            copy<Layout::ROW>(to);
-        coming = coming == Layout::ROWS ? 0 : coming + 1;
+            copy<AT_ONCE * Layout::ROW>(to);
+        coming = coming == STRETCHES ? 0 : coming + 1;
         commit_copies();
     }
     template <int BYTES>
@@ -251,31 +256,41 @@ struct SketchScorer {
     __device__ static u32 no_number(u32 pair) { return ((pair & 0x7FFF7FFF) + 0x04000400) & 0x80008000; }
 
     template <bool GUARDED>
-    __device__ void add_row(float (&sums)[TILES][2], float (&firsts)[TILES][2], int row, bool is_first) const {
+    __device__ void add_rows(float (&sums)[TILES][2], float (&firsts)[TILES][2], int stretch, bool is_first) const {
         const char* const codes = room.slots[slot][lane_id() / 4] + lane_id() % 4 * Layout::SHARE;
-        u32 low[SHARE_WORDS], high[SHARE_WORDS];
-#pragma unroll
-        for (int i = 0; i < SHARE_WORDS / 4; ++i) {
-            copy_words(low + 4 * i, codes + i * 16);
-            copy_words(high + 4 * i, codes + i * 16 + 8 * PITCH);
-        }
-        const u32* const low_factors = room.factors[lane_id() / 4] + row * (TOKENS / 2);
+        const u32* const low_factors = room.factors[lane_id() / 4] + stretch * (AT_ONCE * TOKENS / 2);
         const u32* const high_factors = low_factors + 8 * FACTOR_WORDS;
-        unrolled<TOKENS>([&](auto token) {
-            constexpr int TOKEN = token.value;
-            const float factors[2] = {half_of<TOKEN % 2>(low_factors[TOKEN / 2]),
-                                      half_of<TOKEN % 2>(high_factors[TOKEN / 2])};
-            Products products;
-            multiply<TOKEN * Layout::REGISTERS, BITS>(products, low, high);
+        unrolled<AT_ONCE>([&](auto row) {
+            constexpr int ROW = row.value;
+            u32 low[SHARE_WORDS], high[SHARE_WORDS];
+            copy_share(low, codes + ROW * Layout::ROW);
+            copy_share(high, codes + ROW * Layout::ROW + 8 * PITCH);
+            unrolled<TOKENS>([&](auto token) {
+                constexpr int TOKEN = ROW * TOKENS + token.value;
+                const float factors[2] = {half_of<TOKEN % 2>(low_factors[TOKEN / 2]),
+                                          half_of<TOKEN % 2>(high_factors[TOKEN / 2])};
+                Products products;
+                multiply<token.value * Layout::REGISTERS, BITS>(products, low, high);
 #pragma unroll
-            for (int i = 0; i < TILES * 2; ++i) {
-                float &sum = sums[i / 2][i % 2], &first = firsts[i / 2][i % 2];
-                const float factor = factors[i % 2], x = sum_of<BITS>(products, i / 2, i % 2);
-                if (TOKEN == 0 && is_first) first = fminf(factor * x, -LOWEST);
-                const float e = exp2_fast(fmaf(factor, x, -first));
-                sum += GUARDED ? fmaxf(e, 0.f) : e;  // NaN: 0
-            }
+                for (int i = 0; i < TILES * 2; ++i) {
+                    float &sum = sums[i / 2][i % 2], &first = firsts[i / 2][i % 2];
+                    const float factor = factors[i % 2], x = sum_of<BITS>(products, i / 2, i % 2);
+                    if (TOKEN == 0 && is_first) first = fminf(factor * x, -LOWEST);
+                    const float e = exp2_fast(fmaf(factor, x, -first));
+                    sum += GUARDED ? fmaxf(e, 0.f) : e;  // NaN: 0
+                }
+            });
         });
+    }
+    // In words as long as alignment allows.
+    __device__ static void copy_share(u32 (&to)[SHARE_WORDS], const char* from) {
+        if constexpr (Layout::SHARE % 16 == 0) {
+#pragma unroll
+            for (int i = 0; i < SHARE_WORDS; i += 4) copy_words(to + i, from + i * 4);
+        } else {
+#pragma unroll
+            for (int i = 0; i < SHARE_WORDS; ++i) to[i] = *reinterpret_cast<const u32*>(from + i * 4);
+        }
     }
     __device__ static void copy_words(u32* to, const char* from) {
         const uint4 v = *reinterpret_cast<const uint4*>(from);

@@ -50,8 +50,8 @@ def sketch_kernel(bits: int) -> DigestKernel:
     """
 
     def room(head_dim: int, heads: int) -> int:
-        pitch = 192 if head_dim == 96 else 144
-        return 3 * pitch + 48  # three heads or rows of sixteen pages, and their factors
+        pitch = 304 if head_dim > 256 else 192 if head_dim == 96 else 144
+        return 3 * pitch + 48  # three heads or rows, of latents pairs of rows, of sixteen pages, and their factors
 
     return DigestKernel(
         "common/sketch_score.cuh",
@@ -60,6 +60,7 @@ def sketch_kernel(bits: int) -> DigestKernel:
         staged=lambda head_dim, heads: (head_dim // 2 + 4) * -(-heads // 8),
         room=room,
         tolerance=2e-2,
+        of_latents=True,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sparsekv.ops import compiler, instances, reference, rooms
 from sparsekv.ops.formats import FORMATS, PageFormat, Plain, formats_with_kernels
 from sparsekv.ops.formulas import MAX_TENSORS, DigestKernel, kernel_of, with_kernels
 from sparsekv.ops.launch import launch, readable, usable
-from sparsekv.ops.plans import UNIT, Split, attend_plan, score_plan, selectable, step_plan
+from sparsekv.ops.plans import UNIT, Split, attend_plan, merge_ctas, score_plan, selectable, step_plan
 from sparsekv.ops.step import Result, StepArguments, step_by_step
 
 POOLINGS = {"max": 0, "sum": 1}
@@ -46,11 +46,14 @@ def why_reference(
         return f"there are kernels for CUDA, and the device is {device.type}"
     head_dim, group = geometry or (instances.HEAD_DIMS[0], 1)
     reason = compiler.unavailable(device.index or 0) or instances.why_not(dtype, head_dim, group, page_size)
-    if reason is None and digest not in with_kernels():
-        known = ", ".join(map(repr, with_kernels()))
+    digests, formats = with_kernels(), formats_with_kernels()
+    if head_dim in instances.LATENT_DIMS:
+        digests, formats = [name for name in digests if cast(DigestKernel, kernel_of(name)).of_latents], ["plain"]
+    if reason is None and digest not in digests:
+        known = ", ".join(map(repr, digests))
         return f"digest {digest!r} is appended and scored in plain torch (kernels: {known})"
-    if reason is None and FORMATS.get(page_format).kernel is None:
-        known = ", ".join(map(repr, formats_with_kernels()))
+    if reason is None and page_format not in formats:
+        known = ", ".join(map(repr, formats))
         return f"pages of format {page_format!r} are written and read in plain torch (kernels: {known})"
     return reason
 
@@ -68,9 +71,12 @@ def _reads(kv_pool: Tensor, kind: type[PageFormat], dtype: torch.dtype, head_dim
     _, num_halves, _, page_size, record = kv_pool.shape
     if instances.why_not(dtype, head_dim, group, page_size) is not None:
         return False
-    if kind.kernel is None or not kv_pool.is_contiguous() or num_halves == 1:
+    if kind.kernel is None or not kv_pool.is_contiguous():
         return False
-    return kind().mean_record(page_size, head_dim, dtype) == (record, kv_pool.dtype)
+    is_latent = head_dim in instances.LATENT_DIMS
+    if is_latent != (num_halves == 1) or (is_latent and kind is not Plain):
+        return False
+    return kind().mean_record(page_size, head_dim, dtype, num_halves) == (record, kv_pool.dtype)
 
 
 def append_kv(
@@ -98,8 +104,9 @@ def append_kv(
         num_new = valid.sum(1, dtype=torch.int32)
         columns = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     touched = max(t + page_size - 2, 0) // page_size + 1
-    warps = 4
-    grid = (-(-touched * num_kv_heads // warps), b, 1)
+    is_latent = head_dim in instances.LATENT_DIMS  # a CTA takes a page; else a warp does
+    warps = 8 if is_latent else 4
+    grid = (-(-touched * num_kv_heads // (1 if is_latent else warps)), b, 1)
     strides = [np.int64(stride) for tensor in (key, value) for stride in tensor.stride()[:3]]
     args: list[Any] = [key, value, columns, num_new, _int32s(block_table), _int32s(seq_lens), kv_pool]
     args += [*_digests(summary, state), *strides, t, num_kv_heads, _log2(page_size), block_table.shape[1], touched]
@@ -141,23 +148,26 @@ def score_pages(
         return reference.score_pages(
             query, summary, state, block_table, seq_lens, page_size, digest, group_pooling, scaling
         )
-    rows = num_q_heads if pooling == PER_HEAD else num_kv_heads
-    scores = torch.empty(b, rows, max_pages, dtype=torch.float32, device=query.device)
-    plan = score_plan(query.device.index, query.dtype, b, num_kv_heads, head_dim, group, kernel, max_pages)
+    group = instances.heads_together(head_dim, group)
+    rows = num_q_heads // group
+    of_heads = (b, num_q_heads if pooling == PER_HEAD else rows, max_pages)
+    scores = torch.empty(of_heads, dtype=torch.float32, device=query.device)
+    plan = score_plan(query.device.index, query.dtype, b, rows, head_dim, group, kernel, max_pages)
     args: list[Any] = [query.contiguous(), *_digests(summary, state), _int32s(block_table), _int32s(seq_lens), scores]
-    args += [num_kv_heads, plan.heads, group, _log2(page_size), max_pages, pooling, float(scaling)]
-    grid = (num_kv_heads // plan.heads, plan.chunks, b)
-    launch(plan.spec, query, grid, plan.warps, args, plan.shared)
-    if pooling != PER_HEAD:
-        return scores
-    by_head = scores.unflatten(1, (num_kv_heads, group))
-    return reference.pool_group(by_head, seq_lens, page_size, group_pooling)
+    args += [rows, plan.heads, group, rows // num_kv_heads, _log2(page_size), max_pages, pooling, float(scaling)]
+    launch(plan.spec, query, (rows // plan.heads, plan.chunks, b), plan.warps, args, plan.shared)
+    apart = scores.unflatten(1, (num_kv_heads, -1))  # by head, or by heads that were scored together
+    if pooling == PER_HEAD:
+        return reference.pool_group(apart, seq_lens, page_size, group_pooling)
+    return scores if rows == num_kv_heads else apart.amax(2) if group_pooling == "max" else apart.sum(2)
 
 
 def _kernel(digest: str, summary: Sequence[Tensor], state: Sequence[Tensor], like: Tensor) -> DigestKernel | None:
     """How kernels keep and score these tensors of a digest, or None if they do not."""
     kernel = kernel_of(digest)
-    return kernel if kernel is not None and kernel.serves([*summary, *state], like) else None
+    if kernel is None or (like.shape[-1] in instances.LATENT_DIMS and not kernel.of_latents):
+        return None
+    return kernel if kernel.serves([*summary, *state], like) else None
 
 
 def _digests(summary: Sequence[Tensor], state: Sequence[Tensor]) -> list[Any]:
@@ -209,22 +219,46 @@ def attend_pages(
         where = (block_table, seq_lens)
         return reference.attend_pages(query, kv_pool, *where, slots, scaling, softcap, sinks, format, first)
     (b, num_q_heads, head_dim), num_kv_heads, page_size = query.shape, kv_pool.shape[2], kv_pool.shape[3]
-    group, max_pages = num_q_heads // num_kv_heads, block_table.shape[1]
-    k = max_pages if slots is None else slots.shape[2]
-    units = k * page_size // UNIT
-    plan = attend_plan(query.device.index, query.dtype, b * num_kv_heads, head_dim, group, units, kind)
+    max_pages, k = block_table.shape[1], block_table.shape[1] if slots is None else slots.shape[2]
+    group = instances.heads_together(head_dim, num_q_heads // num_kv_heads)
+    rows, units = num_q_heads // group, k * page_size // UNIT
+    plan = attend_plan(query.device.index, query.dtype, b * rows, head_dim, group, units, kind)
     split = plan.split
     out, lse = _outputs(query)
-    partials = None if split.clustered else _partials(query, b * num_kv_heads, split, group)
+    partials = None if split.clustered else _partials(query, b * rows, split, group)
     sinks, wide = _sink_logits(sinks, query)
     slots, first = (None if x is None else _int32s(x) for x in (slots, first))
-    args: list[Any] = [query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), first, slots, sinks]
-    args += [out, lse, partials, group, _log2(page_size), max_pages, k, float(scaling), float(softcap), wide]
-    launch(plan.spec, query, (split.ctas, num_kv_heads, b), split.warps, args, plan.shared, split.cluster)
+    args: list[Any] = [query.contiguous(), kv_pool, _int32s(block_table), _int32s(seq_lens), first, slots]
+    if head_dim in instances.LATENT_DIMS:
+        args += [
+            partials,
+            group,
+            rows // num_kv_heads,
+            _log2(page_size),
+            max_pages,
+            k,
+            float(scaling),
+            float(softcap),
+        ]
+    else:
+        args += [
+            sinks,
+            out,
+            lse,
+            partials,
+            group,
+            _log2(page_size),
+            max_pages,
+            k,
+            float(scaling),
+            float(softcap),
+            wide,
+        ]
+    launch(plan.spec, query, (split.ctas, rows, b), split.warps, args, plan.shared, split.cluster)
     if partials is not None:
         args = [partials, sinks, out, lse, split.ctas, group, wide]
         spec = instances.merge_attention(query.dtype, head_dim, group)
-        launch(spec, query, (4, num_kv_heads, b), 8, args)
+        launch(spec, query, (merge_ctas(head_dim, group), rows, b), 8, args)
     return out, lse
 
 
@@ -238,7 +272,7 @@ def sparse_decode(*args: Any) -> Result:
     kind = None if kernel is None else _served(query, kv_pool, step.format)
     shares = step.group_pooling == "share"
     is_fused = shares or (step.group_pooling in POOLINGS and step.min_score is None)
-    if kernel is not None and kind is not None and is_fused:
+    if kernel is not None and kind is not None and is_fused and head_dim in instances.HEAD_DIMS:
         shape, fits = (b * num_kv_heads, head_dim, group), not step.chooses
         plan = step_plan(query.device.index, query.dtype, *shape, kernel, max_pages, step.k, kind, shares, fits)
     if plan is None:

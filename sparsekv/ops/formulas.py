@@ -41,6 +41,7 @@ class DigestKernel:
             `Scorer::ROOM`.
         tolerance: relative error of a score that is no fault; of two pages so near to each other, the kernel may
             choose another than the reference.
+        of_latents: whether it is for keys of `instances.LATENT_DIMS` channels, too.
 
     Raises:
         ConfigError: more than eight tensors.
@@ -52,6 +53,7 @@ class DigestKernel:
     staged: Callable[[int, int], int]
     room: Callable[[int, int], int] = no_words
     tolerance: float = 1e-4
+    of_latents: bool = False
 
     def __post_init__(self) -> None:
         if len(self.dtypes) > MAX_TENSORS:

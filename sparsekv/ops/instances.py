@@ -15,6 +15,8 @@ from sparsekv.ops.formulas import DigestKernel, kernel_of, with_kernels
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 96, 128, 256)
+LATENT_DIMS = (288, 576)  # of keys that are the values, too: ranks of 256 and 512, and a rotary part
+LATENT_CHANNELS = 144  # of a warp
 PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MMA_HEADS = 8  # query heads of one matrix product
@@ -27,6 +29,12 @@ NO_DIGEST = DigestKernel("common/digest.cuh", "NoDigest", (), staged=lambda head
 def head_tiles(group: int) -> int:
     """Matrix products that the query heads of one kv head need."""
     return -(-group // MMA_HEADS)
+
+
+def heads_together(head_dim: int, group: int) -> int:
+    """Query heads of a kv head that are served together: all, or of latents as many as divide them evenly."""
+    sizes = range(1, MAX_GROUP + 1) if head_dim in LATENT_DIMS else [group]
+    return max(size for size in sizes if group % size == 0)
 
 
 def _heads(group: int) -> int:
@@ -61,6 +69,12 @@ def attend_pages(dtype: torch.dtype, head_dim: int, group: int, format: type[Pag
     pages = _pages(format, dtype, head_dim)
     expression = f"attend_pages<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}, {pages.name}>"
     return KernelSpec("attend_pages.cu", expression, (pages.header,), pages.claim)
+
+
+def attend_latents(dtype: torch.dtype, head_dim: int, group: int) -> KernelSpec:
+    """Attending where keys are the values, too."""
+    expression = f"attend_latents<{ELEMENTS[dtype]}, {head_dim}, {head_tiles(group)}>"
+    return KernelSpec("attend_latents.cu", expression, claim=f"OF_WARP == {LATENT_CHANNELS}")
 
 
 def merge_attention(dtype: torch.dtype, head_dim: int, group: int) -> KernelSpec:
@@ -103,6 +117,8 @@ class _Pages(NamedTuple):
 @functools.lru_cache(256)  # as tokens may be appended at every step
 def _pages(format: type[PageFormat], dtype: torch.dtype, head_dim: int) -> _Pages:
     kernel, claims = cast(FormatKernel, format.kernel), []
+    if head_dim in LATENT_DIMS:
+        return _Pages("Latents", str(kernel.header), "true")
     name = kernel.type_name
     for tiles in (1, 2):
         claims.append(f"{name}::query_words<{head_dim}>({tiles}) == {kernel.query_words(head_dim, tiles)}")
@@ -149,10 +165,12 @@ def of_model(
     dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel, format: type[PageFormat] = Plain
 ) -> list[KernelSpec]:
     """All kernels that one geometry can need; its windows are plain."""
+    around = [*(elementwise(name, dtype) for name in ("rotate", "rms_norm")), SELECT_PAGES]
+    if head_dim in LATENT_DIMS:
+        return around + _of_latents(dtype, head_dim, group, kernel)
     return [
         *(append_kv(dtype, head_dim, kept, format) for kept in (kernel, NO_DIGEST)),
-        *(elementwise(name, dtype) for name in ("rotate", "rms_norm")),
-        SELECT_PAGES,
+        *around,
         score_pages(dtype, head_dim, group, kernel),
         sparse_decode(dtype, head_dim, group, kernel, format),
         attend_pages(dtype, head_dim, group, format),
@@ -163,6 +181,17 @@ def of_model(
     ]
 
 
+def _of_latents(dtype: torch.dtype, head_dim: int, group: int, kernel: DigestKernel) -> list[KernelSpec]:
+    """Those for pages of latents, which are plain."""
+    return [
+        append_kv(dtype, head_dim, NO_DIGEST),
+        *([append_kv(dtype, head_dim, kernel)] if kernel.of_latents else []),
+        *([score_pages(dtype, head_dim, group, kernel)] if kernel.of_latents else []),
+        attend_latents(dtype, head_dim, group),
+        merge_attention(dtype, head_dim, group),
+    ]
+
+
 def promised(formats: Sequence[str] = ("plain",)) -> list[KernelSpec]:
     """Every instantiation for pages of these formats, each once, for every digest that has a kernel.
 
@@ -170,7 +199,7 @@ def promised(formats: Sequence[str] = ("plain",)) -> list[KernelSpec]:
         UnknownNameError: there is no such format.
     """
     digests, kinds = filter(None, map(kernel_of, with_kernels())), map(FORMATS.get, formats)
-    geometries = itertools.product(ELEMENTS, HEAD_DIMS, GROUPS, digests, kinds)
+    geometries = itertools.product(ELEMENTS, HEAD_DIMS + LATENT_DIMS, GROUPS, digests, kinds)
     return list(dict.fromkeys(spec for geometry in geometries for spec in of_model(*geometry)))
 
 
@@ -178,9 +207,10 @@ def why_not(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> st
     """Why no kernel serves a geometry, or None if one does."""
     if dtype not in ELEMENTS:
         return f"{str(dtype).removeprefix('torch.')} (kernels: bfloat16, float16)"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim {head_dim} (kernels: {', '.join(map(str, HEAD_DIMS))})"
-    if group > MAX_GROUP:
+    if head_dim not in HEAD_DIMS + LATENT_DIMS:
+        latents = " and ".join(map(str, LATENT_DIMS))
+        return f"head_dim {head_dim} (kernels: {', '.join(map(str, HEAD_DIMS))}; of latents {latents})"
+    if group > MAX_GROUP and head_dim in HEAD_DIMS:
         return f"{group} query heads to a kv head (kernels: up to {MAX_GROUP})"
     if page_size not in PAGE_SIZES:
         return f"page_size {page_size} (kernels: {', '.join(map(str, PAGE_SIZES))})"

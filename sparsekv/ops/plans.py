@@ -62,6 +62,13 @@ def split_attention(facts: Gpu, rows: int, units: int, warps: int) -> Split:
     return Split(min(_power_of_two(wanted), facts.max_cluster), True, min(warps, 8))
 
 
+def split_latents(facts: Gpu, rows: int, units: int, head_dim: int) -> Split:
+    """How latents are attended to: by lone CTAs, of which up to two run on an SM at once, of two units or more."""
+    at_once = facts.sms * min(2, facts.shared // rooms.latent_bytes(head_dim))
+    ctas = max(1, min(at_once // rows, -(-units // 2)))
+    return Split(ctas, False, head_dim // instances.LATENT_CHANNELS)
+
+
 def fitted(split: Split, facts: Gpu, shared: Callable[[Split], int]) -> Split:
     """The same split with as many warps as shared memory has room for; `shared` says what a split needs, in bytes.
 
@@ -118,6 +125,11 @@ def planned_attention(
     return Plan(spec, split, rooms.attend_bytes(head_dim, group, split.cluster, split.warps, format))
 
 
+def planned_latents(split: Split, dtype: torch.dtype, head_dim: int, group: int) -> Plan:
+    """attend_latents over a given split."""
+    return Plan(instances.attend_latents(dtype, head_dim, group), split, rooms.latent_bytes(head_dim))
+
+
 @functools.lru_cache(1024)
 def attend_plan(
     device: int,
@@ -128,11 +140,19 @@ def attend_plan(
     units: int,
     format: type[PageFormat] = Plain,
 ) -> Plan:
-    """attend_pages for `rows` (sequence, kv head) pairs of up to `units` of sixteen tokens."""
+    """attend_pages for `rows` (sequence, kv head) pairs of up to `units` of sixteen tokens. Of latents it is
+    attend_latents, and rows are of a sequence and query heads that are served together."""
     facts = gpu(device)
+    if head_dim in instances.LATENT_DIMS:
+        return planned_latents(split_latents(facts, rows, units, head_dim), dtype, head_dim, group)
     split = split_attention(facts, rows, units, max_warps(head_dim, group))
     split = fitted(split, facts, lambda split: planned_attention(split, dtype, head_dim, group, format).shared)
     return planned_attention(split, dtype, head_dim, group, format)
+
+
+def merge_ctas(head_dim: int, group: int) -> int:
+    """CTAs that share what merge_attention merges of a row: of latents, so many that each does it at one go."""
+    return instances.head_tiles(group) * head_dim // 8 if head_dim in instances.LATENT_DIMS else 4
 
 
 def planned_step(
@@ -243,11 +263,12 @@ def score_plan(
     max_pages: int,
 ) -> ScorePlan:
     """score_pages for b sequences of up to `max_pages` pages."""
-    warps, (staged, room) = 8, (UNIT * words for words in instances.scorer_words(kernel, head_dim, group))
+    staged, room = (UNIT * words for words in instances.scorer_words(kernel, head_dim, group))
+    facts, warps = gpu(device), 4 if head_dim in instances.LATENT_DIMS else 8
     heads = math.gcd(num_kv_heads, warps)
-    while heads * staged > 64_000:
+    while heads > 1 and (heads * staged > 64_000 or heads * staged + warps * room > facts.shared):
         heads //= 2
     tiles = -(-max_pages * heads // (UNIT * warps))
-    chunks = min(tiles, max(1, 2 * gpu(device).sms * heads // (b * num_kv_heads)))
+    chunks = min(tiles, max(1, 2 * facts.sms * heads // (b * num_kv_heads)))
     spec = instances.score_pages(dtype, head_dim, group, kernel)
     return ScorePlan(spec, heads, chunks, warps, heads * staged + warps * room)

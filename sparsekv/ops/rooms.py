@@ -7,7 +7,7 @@ ends where its shared memory does (`check_shared_end` of cuda/common/device.cuh)
 from __future__ import annotations
 
 from sparsekv.ops.formats import PageFormat, Plain
-from sparsekv.ops.instances import MMA_HEADS, PROMPT_TILE, head_tiles
+from sparsekv.ops.instances import LATENT_CHANNELS, MMA_HEADS, PROMPT_TILE, head_tiles
 
 UNIT = 16  # tokens that a warp attends to at a time; pages that it scores at a time; bytes of a word
 
@@ -29,6 +29,11 @@ def attend_bytes(head_dim: int, group: int, ctas: int, warps: int, format: type[
     """Of cuda/attend_pages.cu, by `ctas` in a cluster."""
     own, sums = merge_bytes(head_dim, group, ctas, warps)
     return own + max(sums, query_bytes(head_dim, group, format))
+
+
+def latent_bytes(head_dim: int) -> int:
+    """Of cuda/attend_latents.cu: three units of keys, and the dot products of every warp, twice."""
+    return 3 * UNIT * 2 * (head_dim + 8) + 2 * head_dim // LATENT_CHANNELS * 4 * UNIT * UNIT
 
 
 def prompt_bytes(head_dim: int, rows: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,11 @@ class Case:
     format: str
     seed: int
 
+    @property
+    def num_halves(self) -> int:
+        """Of pages: 1 of latents, where keys are the values, too."""
+        return 1 if self.head_dim in instances.LATENT_DIMS else 2
+
     @staticmethod
     def draw(rng: random.Random) -> Case:
         """Odd sizes are likely: empty, one token, around a page and around the budget."""
@@ -46,7 +51,7 @@ class Case:
         k = rng.choice([1, 2, 3, 7, 16, 33, 128])
         edges = [1, page_size - 1, page_size, page_size + 1, k * page_size, k * page_size + 1, 2 * k * page_size + 3]
         lengths = [rng.choice([rng.choice(edges), rng.randint(1, 3000)]) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
-        return Case(
+        drawn = Case(
             dtype=rng.choice(list(instances.ELEMENTS)),
             head_dim=rng.choice(instances.HEAD_DIMS),
             num_kv_heads=rng.choice([1, 2, 3, 4, 8]),
@@ -68,8 +73,12 @@ class Case:
             format=rng.choice(formats_with_kernels()),
             seed=rng.randrange(1 << 31),
         )
+        if rng.random() < 0.9:
+            return drawn
+        head_dim, group = rng.choice(instances.LATENT_DIMS), rng.choice([1, 5, 16, 20, 128])
+        return replace(drawn, head_dim=head_dim, group=group, num_kv_heads=1, format="plain")
 
     def pages(self, lengths: Sequence[int], device: torch.device) -> Pages:
         """Shuffled pages of sequences with these lengths; what no token was written to is NaN."""
         shape = (self.num_kv_heads, self.head_dim, self.page_size)
-        return random_pages(lengths, *shape, self.dtype, seed=self.seed, device=device)
+        return random_pages(lengths, *shape, self.dtype, seed=self.seed, device=device, num_halves=self.num_halves)

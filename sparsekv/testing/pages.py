@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekv.digests import DIGESTS, Digest
-from sparsekv.ops.formats import KEYS, VALUES, PageFormat, page_format
+from sparsekv.ops.formats import PageFormat, halves, page_format
 
 NAN = float("nan")
 
@@ -28,7 +28,8 @@ class Pages:
     """What the ops are handed for one layer.
 
     Attributes:
-        kv_pool: `[num_pages, 2, hkv, p, d]`; block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32.
+        kv_pool: `[num_pages, 2, hkv, p, d]`, or `[num_pages, 1, ...]` of keys that are the values, too.
+        block_table: `[b, max_pages]` int32; seq_lens: `[b]` int32.
     """
 
     kv_pool: Tensor
@@ -49,8 +50,8 @@ class Pages:
         """Keys and values of one sequence, in order, each `[n, hkv, d]`."""
         p, n = self.page_size, self.lengths[row]
         ids = [int(page) for page in self.block_table[row, : -(-n // p)]]
-        kv = self.kv_pool[ids].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n]  # [2, n, hkv, d]
-        return kv[0], kv[1]
+        kv = self.kv_pool[ids].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n]  # [halves, n, hkv, d]
+        return kv[0], kv[-1]
 
     def used(self) -> Iterator[tuple[int, int, int]]:
         """Every used page as (row, slot, tokens in it)."""
@@ -76,11 +77,13 @@ def random_pages(
     spare: int = 2,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    num_halves: int = 2,
 ) -> Pages:
     """Pages of sequences with these lengths.
 
     Args:
         spare: pages of the pool, and columns of the table, that no sequence uses.
+        num_halves: 1 of keys that are the values, too.
     """
     generator = torch.Generator(device).manual_seed(seed)
     counts = [-(-n // page_size) for n in lengths]
@@ -88,8 +91,8 @@ def random_pages(
     used = ids[: sum(counts)] if sum(counts) else ids[:1]
     places = (len(lengths), max(counts, default=0) + spare)
     block_table = used[torch.randint(len(used), places, dtype=torch.int64, device=device, generator=generator)]
-    kv_pool = torch.full((len(ids), 2, num_kv_heads, page_size, head_dim), NAN, dtype=dtype, device=device)
-    shape = (sum(lengths), 2, num_kv_heads, head_dim)
+    kv_pool = torch.full((len(ids), num_halves, num_kv_heads, page_size, head_dim), NAN, dtype=dtype, device=device)
+    shape = (sum(lengths), num_halves, num_kv_heads, head_dim)
     tokens = torch.randn(shape, dtype=torch.float32, device=device, generator=generator).to(dtype)
     for row, new in enumerate(tokens.split(list(lengths))):
         own, position = ids[sum(counts[:row]) :][: counts[row]], torch.arange(len(new), device=device)
@@ -132,15 +135,15 @@ def fresh_summary(name: str, pages: Pages, state: Sequence[Tensor]) -> list[Tens
 
 def stored_as(kind: PageFormat, pages: Pages) -> Tensor:
     """The pool of plain pages in another format; what no token was written to is all ones."""
-    num_pages, _, num_kv_heads, p, d = pages.kv_pool.shape
-    size, dtype = kind.mean_record(p, d, pages.kv_pool.dtype)
+    num_pages, num_halves, num_kv_heads, p, d = pages.kv_pool.shape
+    size, dtype = kind.mean_record(p, d, pages.kv_pool.dtype, num_halves)
     ones = torch.full((), 0xFF, dtype=torch.uint8, device=pages.kv_pool.device).expand(dtype.itemsize).clone()
-    pool = ones.view(dtype).expand(num_pages, 2, num_kv_heads, p, size).clone()
+    pool = ones.view(dtype).expand(num_pages, num_halves, num_kv_heads, p, size).clone()
     slot = torch.arange(pages.block_table.shape[1], device=pool.device)
     row, column = (slot * p < pages.seq_lens[:, None]).nonzero(as_tuple=True)
     ids = pages.block_table[row, column].long()
     valid = column[:, None] * p + torch.arange(p, device=pool.device) < pages.seq_lens[row, None]
-    for which in (KEYS, VALUES):
+    for which in halves(pages.kv_pool):
         records = kind.encode(pages.kv_pool[ids, which], valid, which)
         page, offset = (
             valid.nonzero(as_tuple=True) if kind.by_token else torch.ones_like(valid).nonzero(as_tuple=True)
@@ -153,5 +156,5 @@ def in_format(name: str, pages: Pages) -> tuple[Tensor, Pages]:
     """The pool of plain pages in another format, and plain pages of what is left there of the tokens."""
     kind, (d, dtype) = page_format(name), (pages.kv_pool.shape[4], pages.kv_pool.dtype)
     pool = stored_as(kind, pages)
-    held = torch.stack([kind.read(kind.stored(pool, d, which), d, dtype, which) for which in (KEYS, VALUES)], 1)
+    held = torch.stack([kind.read(kind.stored(pool, d, which), d, dtype, which) for which in halves(pool)], 1)
     return pool, replace(pages, kv_pool=held)

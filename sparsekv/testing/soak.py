@@ -27,7 +27,7 @@ import sparsekv
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import SparseKVError
 from sparsekv.ops import StepArguments, compiler, reference
-from sparsekv.ops.formats import KEYS, VALUES, page_format
+from sparsekv.ops.formats import halves, page_format
 from sparsekv.ops.formulas import formula, kernel_of
 from sparsekv.testing.cases import Case
 from sparsekv.testing.pages import Pages, fitted_state, fresh_summary, in_format, stored_as
@@ -104,8 +104,9 @@ def check_append(case: Case, device: torch.device) -> None:
 def _check_read(case: Case, pool: Tensor) -> None:
     """All pages, as a batch of one sequence: also what was never written, of which nothing is said."""
     arguments = (pool, 1, case.head_dim, case.dtype, case.format)
+    names = ("keys", "values")[: case.num_halves]
     for name, actual, expected in zip(
-        ("keys", "values"), OPS.read_pages(*arguments), reference.read_pages(*arguments), strict=True
+        names, OPS.read_pages(*arguments), reference.read_pages(*arguments), strict=True
     ):
         _same(f"read_pages: {name}", actual, expected, case)
 
@@ -168,16 +169,16 @@ def check_step(inputs: Inputs, scores: Tensor, slots: Tensor, tally: Tally) -> N
     newest = pages.seq_lens.long() - 1
     page = pages.block_table.gather(1, (newest // case.page_size)[:, None])[:, 0].long()
     offset = newest % case.page_size
-    key, value = inputs.given.kv_pool[page, :, :, offset].unbind(1)  # [b, hkv, d]
+    newest_states = inputs.given.kv_pool[page, :, :, offset]  # [b, halves, hkv, d]
     pool, summary = inputs.pool.clone(), _summary_before(1, case, pages, inputs.state)
     empty = stored_as(kind, pages.emptied())
-    for which in (KEYS, VALUES):
+    for which in halves(pool):
         nothing = kind.stored(empty, case.head_dim, which)[:1, :, 0].expand(len(page), -1, -1)
         kind.write(nothing, pool, page, offset, case.head_dim, which)
     step = StepArguments(
         query=inputs.query,
-        key=key[:, :, None],
-        value=value[:, :, None],
+        key=newest_states[:, 0, :, None],
+        value=newest_states[:, -1, :, None],
         block_table=pages.block_table,
         seq_lens=pages.seq_lens,
         kv_pool=pool,

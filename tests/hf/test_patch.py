@@ -352,7 +352,7 @@ def test_a_compiled_patched_forward(tiny, prompt) -> None:
     ("sizes", "digest", "status"),
     [
         ({"head_dim": 64}, "minmax", "CUDA kernels"),
-        ({"head_dim": 40}, "minmax", "plain torch (head_dim 40 (kernels: 64, 96, 128, 256))"),
+        ({"head_dim": 40}, "minmax", "plain torch (head_dim 40 (kernels: 64, 96, 128, 256; of latents 288 and 576))"),
         ({"head_dim": 64}, "sign_sketch", "CUDA kernels"),
         ({"head_dim": 64}, "keys", "plain torch (digest 'keys' is appended and scored in plain torch (kernels: "),
         ({"num_key_value_heads": [8, 4]}, "minmax", "CUDA kernels, in layers whose head size they serve"),

@@ -51,6 +51,37 @@ def test_grid(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> 
         check(case, CUDA, Tally())
 
 
+@pytest.mark.parametrize("page_size", instances.PAGE_SIZES)
+@pytest.mark.parametrize("group", [1, 8, 16, 20, 128])
+@pytest.mark.parametrize("head_dim", instances.LATENT_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid_of_latents(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> None:
+    """The same of keys that are the values, too. Of these min/max are made and scored in plain torch."""
+    rng = random.Random(f"{dtype} {head_dim} {group} {page_size}")
+    for digest, k in (("sign_sketch", 3), ("sketch2", 128), ("minmax", 7)):
+        geometry = {"dtype": dtype, "head_dim": head_dim, "group": group, "page_size": page_size, "k": k}
+        geometry |= {"num_kv_heads": rng.choice([1, 1, 2]), "format": "plain", "digest": digest}
+        check(Case(**vars(Case.draw(rng)) | geometry | {"lengths": lengths(page_size)}), CUDA, Tally())
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("split", [Split(1, False, 4), Split(7, False, 4), Split(200, False, 4)], ids=str)
+def test_any_split_gives_the_same_attention_to_latents(
+    split: Split, with_sinks: bool, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where tokens before the first one are not seen."""
+    pages = random_pages([300, 33, 16, 500], num_kv_heads=1, head_dim=576, dtype=torch.bfloat16, num_halves=1)
+    query, sinks = torch.randn(4, 20, 576).bfloat16(), torch.randn(20) if with_sinks else None
+    first = torch.tensor([0, 16, 3, 200], dtype=torch.int32)
+    monkeypatch.setattr(cuda, "attend_plan", lambda *args: plans.planned_latents(split, torch.bfloat16, 576, 10))
+    plain, _ = plain_attention(query, pages, None, 0.05, softcap, sinks, first)
+    exact, exact_lse = naive.attend_pages(query, pages, None, 0.05, softcap, sinks, first)
+    out, lse = on_gpu(OPS.attend_pages, query, pages, None, 0.05, softcap, sinks, "plain", first)
+    assert_as_good_as(out, plain, exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_soak() -> None:
     assert soak(200, seed=1).shapes == 200
 
@@ -149,14 +180,18 @@ def test_selection_is_exact_for_any_scores(num_pages: int, k: int, kind: str) ->
 
 
 def test_what_no_kernel_serves_runs_in_plain_torch() -> None:
-    """float32, other head sizes and pages, other digests: the same results as on the CPU."""
-    for dtype, head_dim, page_size, digest in [
-        (torch.float32, 64, 16, "minmax"),
-        (torch.bfloat16, 40, 16, "minmax"),
-        (torch.bfloat16, 64, 8, "minmax"),
-        (torch.bfloat16, 40, 16, "sign_sketch"),
+    """float32, other head sizes, pages and latents, other digests: the same results as on the CPU."""
+    for dtype, head_dim, page_size, digest, num_halves in [
+        (torch.float32, 64, 16, "minmax", 2),
+        (torch.bfloat16, 40, 16, "minmax", 2),
+        (torch.bfloat16, 64, 8, "minmax", 2),
+        (torch.bfloat16, 40, 16, "sign_sketch", 2),
+        (torch.bfloat16, 24, 16, "sign_sketch", 1),
+        (torch.bfloat16, 64, 16, "minmax", 1),
+        (torch.bfloat16, 576, 16, "minmax", 1),
+        (torch.bfloat16, 576, 8, "sign_sketch", 1),
     ]:
-        pages = random_pages([70, 9], head_dim=head_dim, page_size=page_size, dtype=dtype)
+        pages = random_pages([70, 9], 2, head_dim, page_size, dtype, num_halves=num_halves)
         query = torch.randn(2, 4, head_dim).to(dtype)
         state = [] if digest == "minmax" else None
         if state is None:
@@ -196,7 +231,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sign_sketch", "sketch2"])
-@pytest.mark.parametrize("head_dim", instances.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", instances.HEAD_DIMS + instances.LATENT_DIMS)
 def test_a_sketchs_scores_are_exact_but_where_a_channel_is_half_way(head_dim: int, name: str) -> None:
     """Beyond what a soak may ask: most heads have no channel that could be rounded either way."""
     pages = random_pages([900] * 8, num_kv_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device=CUDA)
@@ -209,16 +244,17 @@ def test_a_sketchs_scores_are_exact_but_where_a_channel_is_half_way(head_dim: in
     assert error.max() < 2e-2
 
 
+@pytest.mark.parametrize(("halves", "heads", "head_dim"), [(2, 4, 128), (1, 1, 576)], ids=["128", "latents"])
 @pytest.mark.parametrize("digest", with_kernels())
-def test_a_captured_step_follows_growing_lengths(digest: str) -> None:
+def test_a_captured_step_follows_growing_lengths(digest: str, halves: int, heads: int, head_dim: int) -> None:
     """Captured once; lengths then change in place, and every replay equals the reference."""
     num_pages, table = 48, torch.randperm(48, device=CUDA).int().view(2, 24)
-    pool = torch.randn(num_pages, 2, 4, 16, 128, device=CUDA).bfloat16()
+    pool = torch.randn(num_pages, halves, heads, 16, head_dim, device=CUDA).bfloat16()
     seq_lens = torch.tensor([1, 1], dtype=torch.int32, device=CUDA)
     pages = Pages(pool, table, torch.full_like(seq_lens, 16 * 24))
     state = fitted_state(DIGESTS.get(digest)(), pages)
     summary = fresh_summary(digest, pages, state)  # of full pages; what it says of tokens yet to come is not read
-    query, key, value = (torch.randn(2, heads, 1, 128, device=CUDA).bfloat16() for heads in (16, 4, 4))
+    query, key, value = (torch.randn(2, n, 1, head_dim, device=CUDA).bfloat16() for n in (16, heads, heads))
 
     def step(namespace: Any, pool: Tensor, summary: list[Tensor]) -> tuple[Tensor, ...]:
         settings = (None, digest, "max", 4, 4, 16, 0.1)

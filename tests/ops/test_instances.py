@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekv.ops import compiler, instances
+from sparsekv.ops import compiler, instances, why_reference
 from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.formats import FORMATS, formats_with_kernels
 from sparsekv.ops.formulas import kernel_of, with_kernels
@@ -39,11 +39,22 @@ def covering() -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
+def latents() -> list[tuple[str, tuple[Any, ...]]]:
+    """The same of latents: for each size every dtype, group, digest and architecture once."""
+    kernel, dtypes = kernel_of("sign_sketch"), list(instances.ELEMENTS)
+    return [
+        (ARCHS[(i + j) % 3], (dtypes[(i + j) % 2], head_dim, group, kernel))
+        for (i, head_dim), (j, group) in itertools.product(
+            enumerate(instances.LATENT_DIMS), enumerate(instances.GROUPS)
+        )
+    ]
+
+
 def test_any_two_choices_meet_in_what_is_compiled() -> None:
     rows = [(arch, *geometry) for arch, geometry in covering()]
     for one, other in itertools.combinations(zip(*rows, strict=True), 2):
         assert len(set(zip(one, other, strict=True))) == len(set(one)) * len(set(other))
-    promised = {spec for _, geometry in covering() for spec in instances.of_model(*geometry)}
+    promised = {spec for _, geometry in covering() + latents() for spec in instances.of_model(*geometry)}
     for part in (lambda x: x.source, lambda x: x.headers):
         assert {part(spec) for spec in promised} == {part(spec) for spec in instances.promised(FORMATS_MET)}
 
@@ -53,7 +64,7 @@ def test_any_two_choices_meet_in_what_is_compiled() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_for_every_architecture(arch: str) -> None:
     """To machine code, which takes seconds: those of `covering`. `sparsekv doctor --compile` compiles all."""
-    geometries = [geometry for on, geometry in covering() if on == arch]
+    geometries = [geometry for on, geometry in covering() + latents() if on == arch]
     assert compiled({spec for geometry in geometries for spec in instances.of_model(*geometry)}, arch)
 
 
@@ -91,6 +102,13 @@ def test_the_kernels_of_a_common_model_compile() -> None:
 
 
 @needs_nvrtc
+def test_the_kernels_of_common_latents_compile() -> None:
+    kernel = kernel_of("sign_sketch")
+    assert kernel is not None
+    assert compiled(instances.of_model(torch.bfloat16, 576, 16, kernel), "sm_80")
+
+
+@needs_nvrtc
 def test_hopper_has_a_kernel_of_its_own_for_prompts() -> None:
     """For sm_90 all its instructions are there; for another architecture nothing is."""
     spec = instances.prompt_attention_sm90(torch.float16, 64)
@@ -108,10 +126,41 @@ def test_promised_are_all_shapes_that_are_served() -> None:
 
 
 @pytest.mark.parametrize(
+    ("head_dim", "digest", "kv", "said"),
+    [
+        (576, "sign_sketch", "plain", None),
+        (288, "sketch2", "plain", None),
+        (
+            576,
+            "minmax",
+            "plain",
+            "digest 'minmax' is appended and scored in plain torch (kernels: 'sign_sketch', 'sk",
+        ),
+        (576, "sign_sketch", "int8", "pages of format 'int8' are written and read in plain torch (kernels: 'plain')"),
+        (24, "sign_sketch", "plain", "head_dim 24"),
+    ],
+)
+def test_latents_are_served_in_part(head_dim: int, digest: str, kv: str, said: str | None, monkeypatch: Any) -> None:
+    """Plain pages, with sketches, of the widths that models have: the rest is in plain torch."""
+    monkeypatch.setattr(compiler, "unavailable", lambda device=None: None)
+    geometry = (torch.device("cuda", 0), torch.bfloat16, (head_dim, 128), 16, digest, kv)
+    reason = why_reference(*geometry)
+    assert reason is None if said is None else str(reason).startswith(said)
+
+
+def test_query_heads_that_share_latents_are_served_by_up_to_sixteen() -> None:
+    for group, together in [(1, 1), (16, 16), (17, 1), (20, 10), (40, 10), (64, 16), (128, 16)]:
+        assert instances.why_not(torch.bfloat16, 576, group, 16) is None
+        assert instances.heads_together(576, group) == together
+    assert instances.heads_together(128, 12) == 12
+
+
+@pytest.mark.parametrize(
     ("geometry", "reason"),
     [
         ((torch.float32, 128, 4, 16), "float32"),
         ((torch.bfloat16, 80, 4, 16), "head_dim 80"),
+        ((torch.bfloat16, 24, 4, 16), "of latents 288 and 576"),
         ((torch.bfloat16, 128, 17, 16), "17 query heads"),
         ((torch.bfloat16, 128, 4, 8), "page_size 8"),
     ],

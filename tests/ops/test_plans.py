@@ -1,9 +1,14 @@
 """How work is split over a GPU: from shapes alone, and within what the kernels can do."""
 
-import pytest
+import itertools
 
+import pytest
+import torch
+
+from sparsekv.ops import plans
+from sparsekv.ops.formulas import kernel_of, with_kernels
 from sparsekv.ops.launch import Gpu
-from sparsekv.ops.plans import MAX_SPLITS, Split, fitted, max_warps, split_attention, split_step
+from sparsekv.ops.plans import MAX_SPLITS, Split, fitted, max_warps, split_attention, split_latents, split_step
 
 H200, A100, B200, RTX = (
     Gpu(132, (9, 0), 220_000),
@@ -21,6 +26,29 @@ def test_attention_is_split_within_bounds(gpu: Gpu, rows: int, units: int) -> No
     assert 1 <= split.ctas <= (gpu.max_cluster if split.clustered else MAX_SPLITS)
     assert split.warps in (8, 16)
     assert split.clustered or split.ctas > 1  # else a second launch would have nothing to merge
+
+
+@pytest.mark.parametrize("gpu", [H200, A100, B200, RTX], ids=str)
+def test_latents_are_split_over_lone_ctas(gpu: Gpu) -> None:
+    for head_dim, rows in itertools.product((288, 576), (1, 8, 64, 5000)):
+        splits = [split_latents(gpu, rows, units, head_dim) for units in (1, 128, 8192)]
+        assert [split.cluster for split in splits] == [1] * 3
+        assert splits[0].ctas == 1  # which leaves its part to merge_attention like all others
+        assert splits[1].ctas * 2 <= max(128, 2)
+        assert splits[2].ctas * rows <= max(2 * gpu.sms, rows)
+
+
+@pytest.mark.parametrize("gpu", [H200, A100, B200, RTX], ids=str)
+@pytest.mark.parametrize("name", with_kernels())
+def test_scoring_fits_the_shared_memory(gpu: Gpu, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "gpu", lambda device: gpu)
+    kernel = kernel_of(name)
+    assert kernel is not None
+    for head_dim, group in itertools.product((64, 256, 576), (4, 16)):
+        if kernel.of_latents or head_dim < 576:
+            plan = plans.score_plan.__wrapped__(0, torch.bfloat16, 3, 8, head_dim, group, kernel, 4096)
+            assert plan.shared <= gpu.shared
+            assert 8 % plan.heads == plan.warps % plan.heads == 0
 
 
 def test_long_work_fills_the_gpu_and_short_work_merges_in_one_launch() -> None:

@@ -519,7 +519,7 @@ def test_sliding_windows_are_captured(family, lengths, model, ids) -> None:
 @pytest.mark.parametrize("digest", ["minmax", "sign_sketch"])
 @pytest.mark.parametrize("lengths", [(300,), (20,), (300, 41)], ids=str)
 def test_latents_are_captured(lengths, digest, model, ids) -> None:
-    """No kernel serves heads of so many channels, or so many of them: plain torch, and a kernel that selects."""
+    """Of real widths: in kernels; min/max, as no kernel makes or scores them there, partly in plain torch."""
     sizes = {"num_attention_heads": 32, "num_key_value_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     made, inputs = model("deepseek_v3", **sizes, head_dim=64), ids(*lengths)
     with sparsekv.patch(made, **SETTINGS, digest=digest) as patch:
