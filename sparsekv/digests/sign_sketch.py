@@ -168,15 +168,8 @@ class SignSketch(Digest):
         return [Field((page_size, -(-layout.blocks * layout.block // page_size)), torch.uint8)]
 
     def fit(self, keys: Tensor, valid: Tensor | None) -> list[Tensor]:
-        num_kv_heads, head_dim = keys.shape[1], _rotated(keys.shape[3])
-        generator = torch.Generator("cpu").manual_seed(ROTATION_SEED)
-        drawn = torch.randint(2, (ROUNDS, head_dim), generator=generator, dtype=torch.int64, device="cpu")
-        flips = (2 * drawn - 1).to(torch.float32)
-        rotation, mixing = _identity(head_dim), _mixing(head_dim)
-        for flip in flips:
-            rotation = mixing @ (flip[:, None] * rotation)
-        state = rotation[:, : keys.shape[3]], flips
-        return [x.to(keys.device).expand(num_kv_heads, -1, -1).contiguous() for x in state]
+        rotation, flips = _rotation(_rotated(keys.shape[3]), keys.device)
+        return [x.expand(keys.shape[1], -1, -1).clone() for x in (rotation[:, : keys.shape[3]], flips)]
 
     def summarize(self, keys: Tensor, valid: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
         exists = valid[:, None, :, None]
@@ -242,6 +235,19 @@ def _packing(page_size: int, head_dim: int, bits: int) -> tuple[int, int, int, i
     size = bits * head_dim // 8 // parts  # bytes of a token
     tokens = math.gcd(page_size, 1 << (-(-LANE_BYTES // size) - 1).bit_length())
     return page_size // tokens, parts, -(-tokens * size // 4), 4
+
+
+@functools.lru_cache(16)  # every layer of a model has the same, and a GPU would wait for each
+def _rotation(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rotation `[d, d]`, and the flips that it is made of `[rounds, d]`."""
+    with torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator("cpu").manual_seed(ROTATION_SEED)
+        drawn = torch.randint(2, (ROUNDS, head_dim), generator=generator, dtype=torch.int64, device="cpu")
+        flips = (2 * drawn - 1).to(torch.float32)
+        rotation, mixing = _identity(head_dim), _mixing(head_dim)
+        for flip in flips:
+            rotation = mixing @ (flip[:, None] * rotation)
+        return rotation.to(device), flips.to(device)
 
 
 def _mixing(head_dim: int) -> Tensor:
