@@ -136,28 +136,64 @@ def _is_like(row: Row, other: Row, *names: str) -> bool:
     return all(row[name] == other[name] for name in names)
 
 
-def _generate_cuda() -> str:
-    """A row per point: the modes side by side."""
+def _generate(name: str, mode: str, told: str) -> str:
+    """A row per point: the unpatched model, another mode, and ours."""
     columns = {
         "batch": "{batch}",
         "context": "{context:,}",
         "unpatched, ms": "{default}",
-        "static, ms": "{static}",
+        f"{told}, ms": f"{{{mode}}}",
         "sparsekv, ms": "{sparse}",
         "faster": "{speedup:.1f}x",
         "tokens/s": "{tokens_per_s:,.0f}",
     }
     points: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in _load(_GENERATE)["rows"]:
-        found = points.setdefault((row["batch"], row["context"]), {"batch": row["batch"], "context": row["context"]})
+    for row in _load(name)["rows"]:
+        start = {"batch": row["batch"], "context": row["context"], mode: "-"}
+        found = points.setdefault((row["batch"], row["context"]), start)
         ms = row["ms_per_token"]
         found[row["mode"]] = row.get("error", "-") if ms is None else f"{ms:.1f}"
         if row["mode"] == "sparse":
             found |= {name: row.get(name) for name in ("speedup", "tokens_per_s")}
-    return _table(columns, points.values()) + _source(_GENERATE)
+    return _table(columns, points.values()) + _source(name)
 
 
-def _default_cuda() -> str:
+def _formats_cuda() -> str:
+    """A layer's step over pages of each format, beside the same step over plain ones."""
+    names = "attention_cuda_plain_int8_int4_all", "attention_cuda_plain_int8_int4"
+    columns = {"batch": "{batch}", "context": "{context:,}"}
+    points: dict[tuple[int, int], Row] = {}
+    for name, told in zip(names, ("every page", "2,048 tokens"), strict=True):
+        for row in _load(name)["rows"]:
+            found = points.setdefault(
+                (row["batch"], row["context"]), {"batch": row["batch"], "context": row["context"]}
+            )
+            found[f"{told}, {row['kv']}"] = row["sparse_us"]
+            columns[f"{told}, {row['kv']}, us"] = f"{{{told}, {row['kv']}:.1f}}"
+    return _table(columns, points.values()) + "".join(map(_source, names))
+
+
+def _several_gpus() -> str:
+    """A token of one sequence on so many GPUs, and where it goes."""
+    names = ["generate_cuda", *(f"several_gpus/generate_cuda_{ranks}_ranks" for ranks in (2, 4))]
+    columns = {
+        "GPUs": "{ranks}",
+        "context": "{context:,}",
+        "sparsekv, ms": "{ms_per_token:.1f}",
+        "faster": "{speedup:.1f}x",
+    }
+    columns |= {part.replace("_", "-"): f"{{{part}:.1f}}" for part in ("attention", "gemm", "all_reduce", "host")}
+    columns["GB a GPU"] = "{gigabytes:.1f}"
+    rows = [row for name in names for row in _load(name)["rows"] if row["mode"] == "sparse"]
+    found = [
+        {**row, **row["split_ms"], "gigabytes": row["peak_bytes"] / 1e9}
+        for row in sorted(rows, key=lambda row: row["context"])
+        if row["batch"] == 1 and row["context"] > 1024
+    ]
+    return _table(columns, found) + "".join(map(_source, names))
+
+
+def _default_cuda(is_short: bool = False) -> str:
     """A layer's step by min/max beside the default's, at the same budget, in the first row's geometry."""
     columns = {
         "batch": "{batch}",
@@ -172,6 +208,7 @@ def _default_cuda() -> str:
     rows = [row for row in rows if _is_like(row, rows[0], "geometry")]
     minmax = {(row["batch"], row["context"]): row["sparse_us"] for row in rows if row["digest"] == "minmax"}
     found = [row | {"minmax": minmax[row["batch"], row["context"]]} for row in rows if row["digest"] != "minmax"]
+    found = [row for row in found if not is_short or row["context"] in (2048, 32768, 131072) and row["batch"] != 4]
     return _table(columns, found) + _source(_DEFAULT)
 
 
@@ -264,8 +301,12 @@ _TABLES: dict[str, Callable[[], str]] = {
     "demo": _demo,
     "attention_cpu": _attention_cpu,
     "attention_cuda": _attention_cuda,
-    "generate_cuda": _generate_cuda,
+    "generate_cuda": lambda: _generate(_GENERATE, "static", "static"),
+    "generate_default": lambda: _generate("generate_cuda", "all", "every page"),
     "default_cuda": _default_cuda,
+    "default_cuda_short": lambda: _default_cuda(is_short=True),
+    "several_gpus": _several_gpus,
+    "formats_cuda": _formats_cuda,
     "models_cuda": _models_cuda,
     "real_models": lambda: _real_models(4, "{lost:+.{digits}f}"),
     "all_real_models": lambda: _real_models(None, "{lost:+.{digits}f} ± {error:.{digits}f}"),
