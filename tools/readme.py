@@ -208,7 +208,7 @@ def _default_cuda(is_short: bool = False) -> str:
     rows = [row for row in rows if _is_like(row, rows[0], "geometry")]
     minmax = {(row["batch"], row["context"]): row["sparse_us"] for row in rows if row["digest"] == "minmax"}
     found = [row | {"minmax": minmax[row["batch"], row["context"]]} for row in rows if row["digest"] != "minmax"]
-    found = [row for row in found if not is_short or row["context"] in (2048, 32768, 131072) and row["batch"] != 4]
+    found = [row for row in found if not is_short or (row["context"] in (2048, 32768, 131072) and row["batch"] != 4)]
     return _table(columns, found) + _source(_DEFAULT)
 
 
