@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,12 +32,11 @@ class Step:
 
     def __init__(self, config: SparseConfig, store: PageStore, layers: Sequence[CacheLayer]) -> None:
         self.config, self._store, self._layers = config, store, layers
-        self._stored = {layer.layer_idx: layer for layer in layers if isinstance(layer, StoredLayer)}
         self._saved: list[tuple[Tensor, Tensor]] = []
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """Batch size and width of every page table, and the phase of the policy."""
+        """Batch size and width of every page table, and the phase of the policy, once it is entered."""
         tables = [part.table.on(device)[0] for part in self._store.parts for device in part.devices]
         return *(size for table in tables for size in table.shape), self._store.memory.phase
 
@@ -46,6 +46,10 @@ class Step:
         cache's tensors lie comes last."""
         states = [state.data_ptr() for layer in self._layers for state in layer.states]
         return self.config, self.shape, (*self._store.addresses(), *states)
+
+    @functools.cached_property  # not before it is launched: the GPU is waiting
+    def _stored(self) -> dict[int, StoredLayer]:
+        return {layer.layer_idx: layer for layer in self._layers if isinstance(layer, StoredLayer)}
 
     @torch.no_grad()
     def save(self) -> None:
