@@ -28,11 +28,14 @@ __device__ inline float squares(uint4 v) {
     return sum;
 }
 
-// Rounded where transformers' Llama rounds: the normalised channels, then their products with the weight.
+// Rounded where transformers' Llama rounds: the normalised channels, then their products with the weight; with an
+// offset once, as its Gemma does.
 template <typename T>
-__device__ inline u32 scaled(u32 x, u32 weight, float factor) {
+__device__ inline u32 scaled(u32 x, u32 weight, float factor, float offset) {
     const auto low = [](u32 word) { return T::to_float(u16(word)); };
     const auto high = [](u32 word) { return T::to_float(u16(word >> 16)); };
+    if (offset != 0.f)
+        return T::pack(low(x) * factor * (offset + low(weight)), high(x) * factor * (offset + high(weight)));
     const u32 normal = T::pack(low(x) * factor, high(x) * factor);
     return T::pack(low(normal) * low(weight), high(normal) * high(weight));
 }
@@ -41,7 +44,7 @@ template <typename T>
 __global__ void __launch_bounds__(1024) rms_norm(const u16* x,       // [rows, d], rows `stride` elements apart
                                                  const u16* weight,  // [d]
                                                  u16* out,           // [rows, d]
-                                                 i64 stride, int d, float epsilon) {
+                                                 i64 stride, int d, float epsilon, float offset) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int step = blockDim.x * 8;
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(1024) rms_norm(const u16* x,       // [rows, d
     for (int i = threadIdx.x * 8; i < d; i += step) {
         const uint4 v = load16(row + i), w = load16(weight + i);
         *reinterpret_cast<uint4*>(out + i64(blockIdx.x) * d + i) = {
-            scaled<T>(v.x, w.x, factor), scaled<T>(v.y, w.y, factor), scaled<T>(v.z, w.z, factor),
-            scaled<T>(v.w, w.w, factor)};
+            scaled<T>(v.x, w.x, factor, offset), scaled<T>(v.y, w.y, factor, offset),
+            scaled<T>(v.z, w.z, factor, offset), scaled<T>(v.w, w.w, factor, offset)};
     }
 }

@@ -35,8 +35,9 @@ def _quarter_turn(x: Tensor) -> Tensor:
     return torch.cat((-high, low), dim=-1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Channels divided by their root mean square in float32, times a weight, as transformers' Llama does it.
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
+    """Channels divided by their root mean square in float32, times a weight, as transformers' Llama does it, or with
+    an offset as its Gemma does.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), section 4.
 
@@ -44,12 +45,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x: `[..., d]`.
         weight: `[d]`, in the same dtype.
         epsilon: added to the mean of the squares.
+        offset: added to the weight; what is normalised is then not rounded before it meets the weight.
 
     Returns:
         `[..., d]`, contiguous.
     """
     wide = x.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    if offset:
+        return (normal * (offset + weight.float())).to(x.dtype).contiguous()
     return (weight * normal.to(x.dtype)).contiguous()
 
 
@@ -72,15 +76,15 @@ def rotate_on_gpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple
     return turned[0], turned[1]
 
 
-def rms_norm_on_gpu(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm_on_gpu(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
     """`rms_norm` in one launch."""
     d = x.shape[-1]
     served = x.dtype in instances.ELEMENTS and weight.dtype == x.dtype and d % 8 == 0 and weight.is_contiguous()
     if not served or not x.numel() or weight.data_ptr() % 16 or not usable(x.device.index):
-        return rms_norm(x, weight, epsilon)
+        return rms_norm(x, weight, epsilon, offset)
     rows = readable(x.reshape(-1, d))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    args = [rows, weight, out, np.int64(rows.stride(0)), d, float(epsilon)]
+    args = [rows, weight, out, np.int64(rows.stride(0)), d, float(epsilon), float(offset)]
     warps = min(max(-(-d // (8 * 32)), 1), 32)
     launch(instances.elementwise("rms_norm", x.dtype), x, (len(rows), 1, 1), warps, args)
     return out

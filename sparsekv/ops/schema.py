@@ -48,7 +48,7 @@ SCHEMAS = {
     ),
     "score_blocks": "(Tensor query, Tensor key, int[] positions, int block_size, float scaling) -> Tensor",
     "rotate": "(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-    "rms_norm": "(Tensor x, Tensor weight, float epsilon) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float epsilon, float offset=0.0) -> Tensor",
 }
 
 
@@ -99,7 +99,7 @@ def _fake_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def _fake_rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -1,8 +1,11 @@
 """`rotate` and `rms_norm`: the reference against float64 and transformers, the kernels against both."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from sparsekv.ops import around
@@ -44,28 +47,35 @@ def test_norm_reference_in_float64() -> None:
     x, weight = torch.randn(2, 3, 40, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
     expected = x / (x.square().sum(-1, keepdim=True) / 40 + 0.1).sqrt() * weight
     torch.testing.assert_close(around.rms_norm(x, weight, 0.1), expected, rtol=1e-6, atol=1e-6)
+    expected = expected / weight * (1 + weight)
+    torch.testing.assert_close(around.rms_norm(x, weight, 0.1, 1.0), expected, rtol=1e-6, atol=1e-6)
 
 
-def norm(d: int, dtype: torch.dtype) -> LlamaRMSNorm:
-    made = LlamaRMSNorm(d, eps=1e-5).to(dtype)
+NORMS = {LlamaRMSNorm: 0.0, Gemma3RMSNorm: 1.0}  # and what they add to their weights
+
+
+def norm(kind: Any, d: int, dtype: torch.dtype) -> Any:
+    made = kind(d, eps=1e-5).to(dtype)
     torch.nn.init.normal_(made.weight)
     return made
 
 
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_norm_reference_is_what_transformers_computes(dtype: torch.dtype) -> None:
-    made, x = norm(48, dtype), torch.randn(2, 3, 48, dtype=dtype)
-    assert torch.equal(around.rms_norm(x, made.weight, 1e-5), made(x))
+def test_norm_reference_is_what_transformers_computes(dtype: torch.dtype, kind: Any) -> None:
+    made, x = norm(kind, 48, dtype), torch.randn(2, 3, 48, dtype=dtype)
+    assert torch.equal(around.rms_norm(x, made.weight, 1e-5, NORMS[kind]), made(x))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("d", [8, 64, 100, 128, 1000, 4096, 20_000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_norm_kernel(d: int, dtype: torch.dtype) -> None:
+def test_norm_kernel(d: int, dtype: torch.dtype, kind: Any) -> None:
     """As transformers rounds, but for the order in which squares are added: seldom the next number."""
-    made, x = norm(d, dtype).cuda(), torch.randn(3, 2, d, dtype=dtype, device="cuda") * 5
+    made, x = norm(kind, d, dtype).cuda(), torch.randn(3, 2, d, dtype=dtype, device="cuda") * 5
     for given in (x, x[:, :1], x[:0], torch.cat((x, x), dim=-1)[..., :d], torch.zeros_like(x)):
-        ours, theirs = OPS.rms_norm(given, made.weight, 1e-5), made(given)
+        ours, theirs = OPS.rms_norm(given, made.weight, 1e-5, NORMS[kind]), made(given)
         torch.testing.assert_close(ours, theirs)
         assert ours.is_contiguous()
         assert ours.dtype == theirs.dtype

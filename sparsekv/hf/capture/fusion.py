@@ -9,6 +9,7 @@ else by the same name.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import threading
 from collections import Counter
@@ -24,6 +25,7 @@ from sparsekv.ops import for_backend
 Replacement = tuple[Any, str, Callable[..., Any]]  # of which attribute of a norm or a Python module, by what
 
 _ROTARY = "apply_rotary_pos_emb"  # as nearly all of transformers' models call it
+_OFFSETS = 0.0, 1.0  # that families of models add to the weights of their norms
 _TOLERANCE = 0.01  # of a result's norm: last bits in bf16; another meaning gives more
 _PLAIN = (int, float, str, type(None))
 _OPS = for_backend("auto")
@@ -99,7 +101,7 @@ def replacements(model: torch.nn.Module) -> Iterator[Replacement]:
 def _norms(model: torch.nn.Module) -> Iterator[Replacement]:
     """Each norm by itself, tried once for those that are made alike. Whoever has given a norm a forward of its own
     (accelerate to move weights, a kernel of the hub) knows why."""
-    tried: dict[Any, bool] = {}
+    tried: dict[Any, float | None] = {}  # the offset with which ours agrees, or None
     for module in model.modules():
         kind, weight = type(module), getattr(module, "weight", None)
         if not kind.__name__.endswith("RMSNorm") or kind is torch.nn.RMSNorm:
@@ -110,11 +112,21 @@ def _norms(model: torch.nn.Module) -> Iterator[Replacement]:
         if type(weight) not in (Tensor, torch.nn.Parameter):  # divided among ranks, say
             continue
         original, alike = MethodType(kind.forward, module), _alike(module, weight)
-        ours = _norm(module, original)
         if alike not in tried:
-            tried[alike] = _agree(ours, original, _numbers(weight, 1, 1, len(weight)))
-        if tried[alike]:
-            yield module, "forward", ours
+            tried[alike] = _offset(module, weight)
+        offset = tried[alike]
+        if offset is not None:
+            yield module, "forward", _norm(module, original, offset)
+
+
+def _offset(module: torch.nn.Module, weight: Tensor) -> float | None:
+    """What a norm adds to its weights, if ours does the same; tried on one with weights that hide nothing, as ones or
+    zeros would."""
+    numbers, twin = _numbers(weight, 2, 1, len(weight)), copy.copy(module)
+    twin._parameters = {**module._parameters, "weight": torch.nn.Parameter(numbers[1, 0], requires_grad=False)}
+    original = MethodType(type(module).forward, twin)
+    agreeing = (offset for offset in _OFFSETS if _agree(_norm(twin, original, offset), original, numbers[:1]))
+    return next(agreeing, None)
 
 
 def _alike(module: torch.nn.Module, weight: Tensor) -> Any:
@@ -137,7 +149,7 @@ def _rotaries(model: torch.nn.Module) -> Iterator[Replacement]:
             yield file, _ROTARY, _rotary(original)
 
 
-def _norm(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def _norm(module: Any, original: Callable[..., Any], offset: float) -> Callable[..., Any]:
     """An RMS norm's forward by the op `rms_norm`."""
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +157,7 @@ def _norm(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         unlike = epsilon is None or hidden_states.dtype != weight.dtype
         if args or kwargs or unlike or _wants_gradient(hidden_states, weight):
             return original(hidden_states, *args, **kwargs)
-        return _OPS.rms_norm(hidden_states, weight, epsilon)
+        return _OPS.rms_norm(hidden_states, weight, epsilon, offset)
 
     return forward
 

@@ -54,7 +54,8 @@ def in_another_thread(function: Callable[[], Any]) -> Any:
         ("llama", ["LlamaRMSNorm"], 1),
         ("qwen3", ["Qwen3RMSNorm"], 1),
         ("olmo2", ["Olmo2RMSNorm"], 1),
-        ("gemma2", [], 1),  # its norms multiply by one plus the weight
+        ("gemma2", ["Gemma2RMSNorm"], 1),  # they multiply by one plus the weight
+        ("gemma3_text", ["Gemma3RMSNorm"], 1),
         ("gemma4_text", ["Gemma4RMSNorm"], 0),  # it turns queries and keys in separate calls
         ("glm4", ["Glm4RMSNorm"], 0),  # its channels turn with their neighbours
         ("opt", [], 0),
@@ -157,7 +158,7 @@ def test_hooks_of_a_norm_run_and_are_not_called_to_try_it(tiny, prompt) -> None:
 def test_a_kernel_that_fails_is_heard(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not taken for a norm that computes something else."""
 
-    def fail(module: object, original: object) -> object:
+    def fail(module: object, original: object, offset: float) -> object:
         def forward(x: object) -> None:
             raise KernelError("a test")
 
