@@ -16,12 +16,12 @@ template <typename T>
 __global__ void __launch_bounds__(256)
     rotate(const u16* query,  // [b, hq, d], strides in elements
            const u16* key,    // [b, hkv, d], strides in elements
-           const u16* cos,    // [b, d], strides in elements
-           const u16* sin,    // [b, d]
+           const u16* cos,    // [b, d], strides in elements, or [b, d / 2] for both halves
+           const u16* sin,    // the same
            u16* query_out,    // [b, hq, d]
            u16* key_out,      // [b, hkv, d]
            i64 query_batch, i64 query_head, i64 key_batch, i64 key_head, i64 cos_batch, i64 sin_batch,
-           int num_q_heads, int num_kv_heads, int d) {
+           int num_q_heads, int num_kv_heads, int d, int turns) {  // turns: channels of cos
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int row = blockIdx.y, item = blockIdx.x * num_warps() + warp_id(), half = d / 4;  // in words
@@ -36,9 +36,10 @@ __global__ void __launch_bounds__(256)
     const u32* const c = reinterpret_cast<const u32*>(cos + row * cos_batch);
     const u32* const s = reinterpret_cast<const u32*>(sin + row * sin_batch);
     u32* const out = reinterpret_cast<u32*>(to);
+    const int other = turns == d ? half : 0;
     for (int i = lane_id(); i < half; i += WARP) {
         const u32 first = x[i], second = x[i + half];
         out[i] = turned<T>(first, second, c[i], s[i], -1.f);
-        out[i + half] = turned<T>(second, first, c[i + half], s[i + half], 1.f);
+        out[i + half] = turned<T>(second, first, c[i + other], s[i + other], 1.f);
     }
 }

@@ -20,12 +20,13 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
     Args:
         query, key: `[b, hq, t, d]`, `[b, hkv, t, d]`.
-        cos, sin: `[b or 1, t, d]` of each token's position, in the same dtype.
+        cos, sin: `[b or 1, t, d]` of each token's position, in the same dtype; or `[b or 1, t, d / 2]` for both halves.
 
     Returns:
         The turned query and key, in new contiguous tensors.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    copies = query.shape[3] // cos.shape[2]
+    cos, sin = (x.repeat(1, 1, copies).unsqueeze(1) for x in (cos, sin))
     first, second = (x * cos + _quarter_turn(x) * sin for x in (query, key))
     return first.contiguous(), second.contiguous()
 
@@ -70,7 +71,7 @@ def rotate_on_gpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple
     turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
     rows = [0 if len(x) == 1 else x.stride(0) for x in (cos, sin)]
     strides = [np.int64(n) for n in (*query.stride()[:2], *key.stride()[:2], *rows)]
-    args, warps = [*tensors, *turned, *strides, num_q_heads, num_kv_heads, d], 8
+    args, warps = [*tensors, *turned, *strides, num_q_heads, num_kv_heads, d, cos.shape[2]], 8
     grid = (-(-(num_q_heads + num_kv_heads) // warps), b, 1)
     launch(instances.elementwise("rotate", query.dtype), query, grid, warps, args)
     return turned[0], turned[1]

@@ -21,6 +21,11 @@ def inputs(b: int, hq: int, hkv: int, t: int, d: int, dtype: torch.dtype = torch
     return [query, key, angles.cos().to(dtype), angles.sin().to(dtype)]
 
 
+def for_both(tensors: list[Tensor]) -> list[Tensor]:
+    """The same with the cosines and sines of one half of the channels."""
+    return [*tensors[:2], *(x.chunk(2, dim=-1)[0].contiguous() for x in tensors[2:])]
+
+
 @pytest.mark.parametrize("t", [1, 5])
 def test_reference_turns_complex_numbers(t: int) -> None:
     query, key, cos, sin = inputs(2, 4, 2, t, 8)
@@ -36,6 +41,11 @@ def test_reference_is_what_transformers_computes(dtype: torch.dtype) -> None:
     for ours, theirs in zip(around.rotate(*tensors), apply_rotary_pos_emb(*tensors), strict=True):
         assert torch.equal(ours, theirs)
         assert ours.is_contiguous()
+    query, key, *turns = tensors
+    for ours, theirs in zip(
+        around.rotate(query, key, *(x[..., :8] for x in turns)), apply_rotary_pos_emb(*tensors), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_opcheck() -> None:
@@ -91,6 +101,8 @@ def test_kernel(b: int, hq: int, hkv: int, t: int, d: int, dtype: torch.dtype) -
     """Rounded where plain torch rounds, so bit for bit; what is not served falls to the reference."""
     tensors = [x.cuda() for x in inputs(b, hq, hkv, t, d, dtype)]
     one_position = [*tensors[:2], *(x[:1] for x in tensors[2:])]
+    for ours, theirs in zip(OPS.rotate(*for_both(tensors)), apply_rotary_pos_emb(*tensors), strict=True):
+        assert torch.equal(ours, theirs)
     apart = [torch.cat((x, x), dim=-1)[..., :d] for x in tensors]  # strides that are not those of a projection
     for given in (tensors, one_position, apart):
         for ours, theirs in zip(OPS.rotate(*given), apply_rotary_pos_emb(*given), strict=True):

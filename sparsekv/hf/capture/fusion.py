@@ -140,12 +140,14 @@ def _rotaries(model: torch.nn.Module) -> Iterator[Replacement]:
     attentions = {
         type(module).__module__ for module in model.modules() if type(module).__name__.endswith("Attention")
     }
-    inputs = _turns(next(model.parameters()))
+    like = next(model.parameters())
     for file in (sys.modules[name] for name in sorted(attentions)):
         original = getattr(file, _ROTARY, None)
         if isinstance(original, StandIn):
             original = original.original
-        if original is not None and _agree(_rotary(original), original, *inputs):
+        if original is None:
+            continue
+        if any(_agree(_rotary(original), original, *_turns(like, copies)) for copies in (2, 1)):
             yield file, _ROTARY, _rotary(original)
 
 
@@ -166,7 +168,7 @@ def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     """`apply_rotary_pos_emb` by the op `rotate`."""
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole = q.ndim == 4 and cos.ndim == 3 and cos.shape[1:] == (q.shape[2], q.shape[3])
+        whole = q.ndim == 4 and cos.ndim == 3 and cos.shape[1] == q.shape[2] and q.shape[3] / cos.shape[2] in (1, 2)
         if args or kwargs or not whole or cos.dtype != q.dtype or _wants_gradient(q, k):
             return original(q, k, cos, sin, *args, **kwargs)
         return _OPS.rotate(q, k, cos, sin)
@@ -196,9 +198,10 @@ def _tensors(result: Any) -> list[Tensor]:
     return [x.float() for x in (result if isinstance(result, tuple) else (result,))]
 
 
-def _turns(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A query, a key, and the cosines and sines of a position, for heads of 8 channels."""
-    angles = _numbers(like, 1, 1, 4).repeat(1, 1, 2)
+def _turns(like: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A query, a key, and the cosines and sines of a position, for heads of 8 channels: twice, for each half of them,
+    or once, for both."""
+    angles = _numbers(like, 1, 1, 4).repeat(1, 1, copies)
     return _numbers(like, 1, 2, 1, 8), _numbers(like, 1, 1, 1, 8), angles.cos(), angles.sin()
 
 

@@ -56,6 +56,7 @@ def in_another_thread(function: Callable[[], Any]) -> Any:
         ("olmo2", ["Olmo2RMSNorm"], 1),
         ("gemma2", ["Gemma2RMSNorm"], 1),  # they multiply by one plus the weight
         ("gemma3_text", ["Gemma3RMSNorm"], 1),
+        ("gpt_oss", ["GptOssRMSNorm"], 1),  # it has cosines of half the channels
         ("gemma4_text", ["Gemma4RMSNorm"], 0),  # it turns queries and keys in separate calls
         ("glm4", ["Glm4RMSNorm"], 0),  # its channels turn with their neighbours
         ("opt", [], 0),
