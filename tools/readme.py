@@ -162,7 +162,7 @@ def _formats_cuda() -> str:
     """A layer's step over pages of each format, beside the same step over plain ones."""
     names = "attention_cuda_plain_int8_int4_all", "attention_cuda_plain_int8_int4"
     columns = {"batch": "{batch}", "context": "{context:,}"}
-    points: dict[tuple[int, int], Row] = {}
+    points: dict[tuple[int, int], dict[str, Any]] = {}
     for name, told in zip(names, ("every page", "2,048 tokens"), strict=True):
         for row in _load(name)["rows"]:
             found = points.setdefault(

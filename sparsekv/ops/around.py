@@ -20,7 +20,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
     Args:
         query, key: `[b, hq, t, d]`, `[b, hkv, t, d]`.
-        cos, sin: `[b or 1, t, d]` of each token's position, in the same dtype; or `[b or 1, t, d / 2]` for both halves.
+        cos, sin: `[b or 1, t, d]` of each position, in the same dtype; or `[b or 1, t, d / 2]` for both halves.
 
     Returns:
         The turned query and key, in new contiguous tensors.
