@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same where a text repeats itself (default 3 times)",
     )
     add("--length", type=tokens, metavar="TOKENS", help="of a document (default: up to 8k, as model and text allow)")
-    known, pooling = with_kernels(), SparseConfig.group_pooling
+    known = sorted(with_kernels(), key=lambda name: name != SparseConfig.digest)  # the default gives the first answer
+    pooling = SparseConfig.group_pooling
     digests, poolings = ", ".join(known), ", ".join(GROUP_POOLINGS)
     add("--digests", nargs="+", choices=known, default=known, metavar="D", help=f"default: {digests}")
     add(

@@ -111,12 +111,17 @@ class Search:
             if (x := self.outcomes.get(config)) and x.verdict is Verdict.UNDECIDED and self._is_cheaper(config)
         ]
 
-    def by_digest(self) -> Iterator[int]:
-        """Bisects every line; yields the number of documents after each look, until all is decided."""
+    def by_digest(self, tell: Callable[[int], None] = lambda count: None) -> Iterator[int]:
+        """Bisects every line; yields the number of documents after each look, until all is decided.
+
+        Args:
+            tell: is called with it after every line, of which the first gives an answer soon.
+        """
         for count in self.looks:
             self.known.measure([outcome.config for outcome in self.open], count)
             for line in self.lines:
                 self._bisect(line, count)
+                tell(count)
             yield count
             if not self.open:
                 return

@@ -110,10 +110,7 @@ class Session:
             bar = _Bar(progress)
             ledger.tell = bar.tell
             bar.expect(per_look * search.looks[0] / self._at_once)
-            for count in search.by_digest():
-                if search.best is not None:
-                    search.best.config.save(self.out)
-                self.console.print(f"{count} documents: {_told(search.best or search.closest)}")
+            for count in search.by_digest(lambda count: self._tell_best(search, count)):
                 bar.expect(per_look / 2 * count / self._at_once)  # fewer and fewer are open
             bar.expect(2 * math.log2(len(layers) + 1) * search.looks[0] / self._at_once)
             search.by_layer(layers)
@@ -121,6 +118,12 @@ class Session:
             if self._of_prompts is not None:
                 bar.expect(2 * math.ceil(search.looks[0] / self._at_once))
                 list(self._of_prompts.by_digest())
+
+    def _tell_best(self, search: Search, count: int) -> None:
+        """The best so far; also written, if it is known to meet the tolerance."""
+        if search.best is not None:
+            search.best.config.save(self.out)
+        self.console.print(f"{count} documents: {_told(search.best or search.closest)}")
 
     def _show(self, search: Search, ledger: Ledger) -> None:
         """The table, and the picture beside the settings."""
