@@ -4,8 +4,8 @@ Every mode generates greedily from the same random tokens. The device is waited 
 one past capture and warm-up, the last), so a token takes what it takes without a clock. A short call in every mode
 comes first and counts for nothing; the unpatched model is then measured before the patched one and after it, and its
 faster time counts. On a GPU the patched one reads the prompt once before, for nothing, too: PyTorch's attention plans
-for a length when it first sees it. The counters must say that the sparse path ran, and on a GPU that captured steps were replayed;
-else no speed is printed.
+for a length when it first sees it. The counters must say that the sparse path ran, and on a GPU that captured steps
+were replayed; else no speed is printed.
 """
 
 from __future__ import annotations
