@@ -25,6 +25,9 @@ from sparsekv.cache.masks import is_left_out, visible_columns, window_of
 from sparsekv.hf import masks
 
 LARGE_MASK = 1 << 24  # elements (of a batch) beyond which no mask is made
+# Over so many keys, fewer queries than these count as so many: with a mask, all that comes before them is copied out
+# of the pages at once.
+LONG_KEYS, FEW_QUERIES = 1 << 14, 64
 
 _needs_masks: ContextVar[bool] = ContextVar("sparsekv_needs_masks", default=True)
 
@@ -126,7 +129,8 @@ def sparsekv_mask(
     if not _needs_masks.get():
         return None
     original = original_implementation(config)
-    large = q_length > 1 and batch_size * q_length * kv_length > LARGE_MASK
+    counted = max(q_length, FEW_QUERIES if kv_length >= LONG_KEYS else 0)
+    large = q_length > 1 and batch_size * counted * kv_length > LARGE_MASK
     served = original == "sdpa" or _is_special_eager(config)
     if large and served and not args and masks.is_causal_only(q_length, kv_length, **kwargs):
         return masks.left_out(original, batch_size, q_length, kv_length, **kwargs)

@@ -279,6 +279,16 @@ def test_large_is_a_matter_of_elements(tiny, prompt, decode, monkeypatch, attend
     assert attended == [(3, 4, 25, 16)] * 4
 
 
+def test_few_queries_over_long_rows_have_no_mask(tiny, prompt, decode, monkeypatch, attended, masks_made) -> None:
+    """It would take a copy of every row's keys at once."""
+    monkeypatch.setattr(attention, "LARGE_MASK", 3 * 25 * 25)
+    monkeypatch.setattr(attention, "LONG_KEYS", 40)
+    with sparsekv.patch(model := tiny("llama"), **FULL):
+        decode(model, prompt(*PADDED), prefill_chunk_size=25)
+    assert masks_made == [(3, 25, 25)]
+    assert attended == [(3, 4, 15, 16)] * 4
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
