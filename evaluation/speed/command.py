@@ -204,23 +204,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "generate", help="a token of a whole model's generate", description=generate_bench.__doc__
     )
     generate_points.add_arguments(generate)
-    prompt = commands.add_parser(
-        "prompt",
-        help="one layer's attention of a prompt over listed blocks",
-        description=prompt_bench.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    prompt_bench.add_arguments(prompt)
-    prompt.set_defaults(run=with_json(prompt_bench.run), measure=prompt_bench.run)
     generate.set_defaults(run=by_all_ranks(with_json(generate_bench.run)), measure=generate_bench.run)
-    documents = commands.add_parser(
-        "documents",
-        help="saving and loading a document's cache",
-        description=documents_bench.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    documents_bench.add_arguments(documents)
-    documents.set_defaults(run=with_json(documents_bench.run), measure=documents_bench.run)
+    for name, bench, told in (
+        ("prompt", prompt_bench, "one layer's attention of a prompt over listed blocks"),
+        ("documents", documents_bench, "saving and loading a document's cache"),
+    ):
+        timed = commands.add_parser(
+            name, help=told, description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        bench.add_arguments(timed)
+        timed.set_defaults(run=with_json(bench.run), measure=bench.run)
 
 
 def measure(command: str) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def launch(
 
     device, values = like.device.index, packed(args)
     kernel = _ready(spec, device)
+    # Room for the padding that a struct may end in.
     buffer, size = ctypes.create_string_buffer(values, len(values) + 4), ctypes.c_size_t(len(values))
     # CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END, each but the last followed by what it names.
     extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)

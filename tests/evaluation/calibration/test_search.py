@@ -78,9 +78,10 @@ def test_the_smallest_budget_that_meets_is_found_by_bisection() -> None:
 
 def test_a_digest_that_would_read_more_is_not_measured_on() -> None:
     """Once 512 tokens of the sketch meet, min/max is tried with less alone: all of it fails."""
-    made = Made(noise=1e-4)
-    for _ in (found := search(made, digests=["sign_sketch", "minmax"])).by_digest():
-        pass
+    made, told = Made(noise=1e-4), []
+    found = search(made, digests=["sign_sketch", "minmax"])
+    list(found.by_digest(lambda count: told.append((count, {config.digest for config in found.outcomes}))))
+    assert told == [(8, {"sign_sketch"}), (8, {"sign_sketch", "minmax"})]  # an answer after each
     assert found.best.config.digest == "sign_sketch"
     assert max(config.budget for config, _ in made.measured if config.digest == "minmax") < 512
 
