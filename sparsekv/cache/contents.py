@@ -76,9 +76,9 @@ class ReadableLayer(AttentionLayer):
         """Tokens of one sequence, padding not counted."""
         return int(self.store.table.lengths[row])
 
-    def sequence(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
-        keys, values = self._untracked(*self.store.sequence(self.layer_idx, row))
+    def sequences(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of sequences as long as one another, without padding, `[rows, hkv, length, d]` each."""
+        keys, values = self._untracked(*self.store.sequences(self.layer_idx, rows))
         return keys, values
 
     # -- how

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,15 @@ from torch import Tensor
 # The rest of it is causal.
 COLUMNS_ONLY = torch.int32
 _ALL = torch.iinfo(COLUMNS_ONLY).max
+_TOLD = "_sparsekv_told"
+
+
+class Told(NamedTuple):
+    """What such a mask says. Its tensor has it as an attribute, so that no layer waits for the device to tell; a
+    slice or a copy of it has not."""
+
+    window: int | None
+    is_padded: bool
 
 
 def columns_only(visible: Tensor, window: int | None = None) -> Tensor:
@@ -18,7 +29,9 @@ def columns_only(visible: Tensor, window: int | None = None) -> Tensor:
         visible: `[b, n]` bool, False for padding.
         window: how many tokens see a column, its own included; None: all that come after it.
     """
-    return visible[:, None, None].to(COLUMNS_ONLY) * (window or _ALL)
+    mask = visible[:, None, None].to(COLUMNS_ONLY) * (window or _ALL)
+    setattr(mask, _TOLD, Told(window, not bool(visible.all())))
+    return mask
 
 
 def is_left_out(attention_mask: Tensor | None) -> bool:
@@ -28,8 +41,20 @@ def is_left_out(attention_mask: Tensor | None) -> bool:
 
 def window_of(attention_mask: Tensor | None) -> int | None:
     """How many tokens a query sees at most, by a mask that is not made whole; None: all before it."""
-    window = _ALL if attention_mask is None or not is_left_out(attention_mask) else int(attention_mask.max())
-    return window if 0 < window < _ALL else None
+    return _told(attention_mask).window if attention_mask is not None and is_left_out(attention_mask) else None
+
+
+def padded_columns(attention_mask: Tensor) -> Tensor | None:
+    """As `visible_columns`, of a mask that is not made whole; None: there is no padding."""
+    return visible_columns(attention_mask) if _told(attention_mask).is_padded else None
+
+
+def _told(attention_mask: Tensor) -> Told:
+    told = cast("Told | None", getattr(attention_mask, _TOLD, None))
+    if told is not None:
+        return told
+    least, most = (int(x) for x in attention_mask.aminmax())
+    return Told(most if 0 < most < _ALL else None, least == 0)
 
 
 def visible_columns(attention_mask: Tensor | None) -> Tensor | None:

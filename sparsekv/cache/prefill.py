@@ -17,7 +17,9 @@ from torch import Tensor
 
 from sparsekv.cache import attention_blocks
 from sparsekv.cache.contents import ReadableLayer
-from sparsekv.cache.masks import visible_columns, window_of
+from sparsekv.cache.masks import padded_columns, window_of
+
+MAX_TOGETHER = 1 << 17  # tokens of several sequences whose keys and values are copied out of the pages at once
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # as `causal`
 
@@ -32,21 +34,22 @@ def attend(
 ) -> Tensor:
     """Causal attention of a layer's newest tokens, which are in its pages already: query `[b, hq, t, d]`, key and
     value `[b, hkv, t, d]` -> `[b, hq, t, d]`; zero where there is padding. `attention` (default: `causal`) gets
-    sequences without padding, and all keys and values of each."""
+    sequences without padding, as long as one another, and all keys and values of each."""
     attention = attention or causal
     num_new = query.shape[2]
     past, valid = layer.length - num_new, layer.valid
     if valid is None and not past:
         return attention(query, key, value, scaling)
     out = _as_models_want_it(query, value)
-    for row in range(len(out)):
-        columns = _columns(valid, row, past, num_new)
+    together = 1 if valid is not None else max(1, MAX_TOGETHER // layer.length)
+    for first in range(0, len(out), together):
+        columns, rows = _columns(valid, first, past, num_new), slice(first, first + together)
         if columns is None:
             continue
-        own = [x[row : row + 1, :, columns] for x in (query, key, value)]
-        if layer.row_length(row) > own[0].shape[2]:
-            own[1:] = layer.sequence(row)
-        out[row, :, columns] = attention(own[0], own[1], own[2], scaling)[0]
+        own = [x[rows, :, columns] for x in (query, key, value)]
+        if layer.row_length(first) > own[0].shape[2]:
+            own[1:] = layer.sequences(rows)
+        out[rows, :, columns] = attention(own[0], own[1], own[2], scaling)
     return out
 
 
@@ -66,9 +69,7 @@ def attend_all(
         mask: as `columns_only` makes it.
         scaling, softcap, sinks: as in `attention_blocks.attend`.
     """
-    (t, n), window, visible = (query.shape[2], key.shape[2]), window_of(mask), visible_columns(mask)
-    if visible is None or bool(visible.all()):
-        visible = None
+    (t, n), window, visible = (query.shape[2], key.shape[2]), window_of(mask), padded_columns(mask)
     if softcap or (window or n) < n:
         return attention_blocks.attend(query, key, value, scaling, softcap, sinks, window, visible)
     if visible is None:

@@ -98,14 +98,18 @@ class OnDevice(Residency):
 
     def read(self, pages: PageIds) -> Tensor:
         run = run_of(pages)
-        return self.pool[torch.from_numpy(pages).to(self.pool.device) if run is None else run]
+        return self.pool[self._ids(pages) if run is None else run]
 
     def write(self, pages: PageIds, content: Tensor) -> None:
         run = run_of(pages)
         if run is not None:  # another part of the pool at most
             self.pool[run].copy_(content, non_blocking=True)
         else:
-            self.pool[torch.from_numpy(pages).to(self.pool.device)] = content.clone()  # it may be a part of the pool
+            self.pool[self._ids(pages)] = content.clone()  # it may be a part of the pool
+
+    def _ids(self, pages: PageIds) -> Tensor:
+        """On the pool's device, which nothing waits for: memory that is not pinned is copied before it is sent."""
+        return torch.from_numpy(pages).to(self.pool.device, non_blocking=True)
 
 
 def run_of(pages: PageIds) -> slice | None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -242,10 +243,11 @@ class StorePart:
         )
         return keys, values
 
-    def sequence(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one sequence, without padding, `[1, hkv, length, d]` each."""
-        keys, values = self.layers[layer_idx].tokens(self.table.pages_of(row)[None], self.ops)
-        length = int(self.table.lengths[row])
+    def sequences(self, layer_idx: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of sequences as long as one another, without padding, `[rows, hkv, length, d]` each."""
+        pages = [self.table.pages_of(row) for row in range(self.table.batch_size)[rows]]
+        keys, values = self.layers[layer_idx].tokens(np.stack(pages), self.ops)
+        length = int(self.table.lengths[rows][0])
         return keys[:, :, :length], values[:, :, :length]
 
     def _ensure(self, pages: LayerPages) -> None:

@@ -52,7 +52,7 @@ USES: dict[str, Callable[[PagedCache], object]] = {
     "check_room": lambda cache: cache.check_room(2, 1),
     "append": lambda cache: cache.layers[0].store.accept(0, 11, *torch.randn(2, 2, 2, 1, 8), None, True),
     "dense": lambda cache: cache._store.dense(0),
-    "sequence": lambda cache: cache.layers[0].sequence(0),
+    "sequence": lambda cache: cache.layers[0].sequences(slice(0, 1)),
 }
 
 

@@ -92,7 +92,7 @@ def test_a_fork_and_a_sequence_know_it_too() -> None:
     fork = cache.fork()
     with pytest.raises(CacheStateError, match=REFUSED):
         forward(fork, 1, needs_grad=False).backward()
-    keys, _ = fork.layers[0].sequence(0)
+    keys, _ = fork.layers[0].sequences(slice(0, 1))
     with pytest.raises(CacheStateError, match=REFUSED):
         keys.sum().backward()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekv.cache import attention_blocks, prefill
-from sparsekv.cache.masks import columns_only
+from sparsekv.cache.masks import columns_only, padded_columns, window_of
 
 SIZES = [(1, 1), (9, 9), (1, 9), (2, 9), (8, 9), (5, 50), (33, 70)]
 
@@ -70,6 +70,17 @@ def test_attention_is_what_its_formula_says(t, n, softcap, has_sinks, dv, block_
         ):
             assert out.isfinite().all()
             torch.testing.assert_close(out * real, expected * real, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_what_a_mask_left_out_says(window, is_padded) -> None:
+    """The same of a copy of it, which has to ask its device."""
+    visible = padding(5, 9) if is_padded else torch.ones(2, 9, dtype=torch.bool)
+    for mask in (columns_only(visible, window), columns_only(visible, window).clone()):
+        assert window_of(mask) == window
+        columns = padded_columns(mask)
+        assert torch.equal(columns, visible) if is_padded else columns is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -421,9 +421,13 @@ def test_nothing_of_a_prompts_size_squared_is_made(
 
 @pytest.mark.parametrize("reading", ["dense", "sparse"])
 @pytest.mark.parametrize("kv", ["int8", "int4"])
-def test_of_earlier_pages_a_chunk_unpacks_a_row_at_a_time(kv, reading, tiny, prompt, no_masks, monkeypatch) -> None:
-    """Nothing that it makes is larger than the keys of a row in one layer: they are decoded by blocks."""
+@pytest.mark.parametrize("rows", [1, 2])
+def test_of_earlier_pages_a_chunk_unpacks_some_rows_at_a_time(
+    rows, kv, reading, tiny, prompt, no_masks, monkeypatch
+) -> None:
+    """Nothing that it makes is larger than the keys of these rows in one layer: they are decoded by blocks."""
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(prefill, "MAX_TOGETHER", 1500 * rows)
     wide = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
     model, inputs = tiny("llama", **wide, max_position_embeddings=2048), prompt(*[1500] * 4)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -434,7 +438,7 @@ def test_of_earlier_pages_a_chunk_unpacks_a_row_at_a_time(kv, reading, tiny, pro
         with Largest() as largest:
             model(ids[:, 1360:], attention_mask=mask, past_key_values=past, logits_to_keep=1)
         assert (patch.stats.prefill.causal > 0) == (reading == "sparse")
-    assert largest.nbytes == 1504 * 4 * 64 * 4  # in whole pages, in float32
+    assert largest.nbytes == rows * 1504 * 4 * 64 * 4  # in whole pages, in float32
 
 
 CAUSAL: dict[str, Any] = {"q_offset": 4, "mask_function": causal_mask_function}
