@@ -95,6 +95,16 @@ def test_the_same_logits_and_nothing_stays(family: str, tiny, prompt, state_of, 
     assert torch.equal(torch.get_rng_state(), state)  # sampling goes on with the numbers it would have had
 
 
+def test_channels_that_are_not_turned_stay(tiny, prompt, calls) -> None:
+    """Cosines of half the channels: the other half has no positions, where gpt-oss turns all."""
+    model = tiny("phi3", partial_rotary_factor=0.5)
+    expected = logits(model, prompt(9))
+    with fusion.fused(model):
+        calls.clear()
+        torch.testing.assert_close(logits(model, prompt(9)), expected)
+    assert set(calls) == {"rms_norm"}
+
+
 def test_norms_of_a_class_that_are_not_made_alike_are_told_apart(tiny, prompt) -> None:
     """One that computes something else does not keep the others from being replaced, nor is it replaced with them."""
     model = tiny("llama")
