@@ -203,9 +203,9 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _turns(like: Tensor, ratio: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A query, a key, and the cosines and sines of a position, for heads of 8 channels."""
-    angles = _numbers(like, 1, 1, 4).repeat(1, 1, 2 // ratio)
-    return _numbers(like, 1, 2, 1, 8), _numbers(like, 1, 1, 1, 8), angles.cos(), angles.sin()
+    """A query, a key, and the cosines and sines of three positions, for heads of 8 channels."""
+    angles = _numbers(like, 1, 3, 4).repeat(1, 1, 2 // ratio)
+    return _numbers(like, 1, 2, 3, 8), _numbers(like, 1, 1, 3, 8), angles.cos(), angles.sin()
 
 
 def _numbers(like: Tensor, *shape: int) -> Tensor:
