@@ -1,9 +1,9 @@
-"""Small operators of a decode step in one kernel each: at batch 1 a token's time is matrices and launches.
+"""Small operators in one kernel each: a token's time is matrices and launches at batch 1, a long prompt's also bytes.
 
-RMS norms and rotary embeddings are half a dozen kernels each as transformers writes them, with hardly a byte to
-move. They are replaced only while a step is captured or compared with a captured one, for the thread that does that,
-and only where the replacement is seen to give the same: every model family writes its own, and some mean something
-else by the same name.
+RMS norms and rotary embeddings are half a dozen kernels each as transformers writes them, of which each reads and
+writes everything anew. They are replaced only while a step is captured or compared with a captured one, or a long
+prompt is read, for the thread that does that, and only where the replacement is seen to give the same: every model
+family writes its own, and some mean something else by the same name.
 """
 
 from __future__ import annotations
