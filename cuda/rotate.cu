@@ -1,5 +1,5 @@
-// rotate: rotary position embedding of one new token's query and key heads. A warp takes one head; a lane, two
-// channels of its first half and the two of the second half that they turn with.
+// rotate: rotary position embedding of query and key heads. A warp takes one head of a token; a lane, two channels of
+// its first half and the two of the second half that they turn with.
 #include "common/device.cuh"
 
 // Rounded where plain torch rounds: both products, then their sum.
@@ -14,27 +14,30 @@ __device__ inline u32 turned(u32 x, u32 other, u32 cos, u32 sin, float sign) {
 
 template <typename T>
 __global__ void __launch_bounds__(256)
-    rotate(const u16* query,  // [b, hq, d], strides in elements
-           const u16* key,    // [b, hkv, d], strides in elements
-           const u16* cos,    // [b, d], strides in elements, or [b, d / 2] for both halves
+    rotate(const u16* query,  // [b, hq, t, d], strides in elements
+           const u16* key,    // [b, hkv, t, d], strides in elements
+           const u16* cos,    // [b or 1, t, d], or [b or 1, t, d / 2] for both halves
            const u16* sin,    // the same
-           u16* query_out,    // [b, hq, d]
-           u16* key_out,      // [b, hkv, d]
-           i64 query_batch, i64 query_head, i64 key_batch, i64 key_head, i64 cos_batch, i64 sin_batch,
+           u16* query_out,    // [b, hq, t, d]
+           u16* key_out,      // [b, hkv, t, d]
+           i64 query_batch, i64 query_head, i64 query_token, i64 key_batch, i64 key_head, i64 key_token,
+           i64 cos_batch,  // 0: the same for all rows
            int num_q_heads, int num_kv_heads, int d, int turns) {  // turns: channels of cos
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int row = blockIdx.y, item = blockIdx.x * num_warps() + warp_id(), half = d / 4;  // in words
+    const int row = blockIdx.z, item = blockIdx.y * num_warps() + warp_id(), half = d / 4;  // in words
+    const i64 token = blockIdx.x, num_tokens = gridDim.x;
     if (item >= num_q_heads + num_kv_heads) return;
     const bool is_query = item < num_q_heads;
     const int head = is_query ? item : item - num_q_heads;
-    const u16* const from =
-        is_query ? query + row * query_batch + head * query_head : key + row * key_batch + head * key_head;
-    u16* const to =
-        is_query ? query_out + (i64(row) * num_q_heads + head) * d : key_out + (i64(row) * num_kv_heads + head) * d;
+    const u16* const from = is_query ? query + row * query_batch + head * query_head + token * query_token
+                                     : key + row * key_batch + head * key_head + token * key_token;
+    const i64 heads_before = is_query ? i64(row) * num_q_heads + head : i64(row) * num_kv_heads + head;
+    u16* const to = (is_query ? query_out : key_out) + (heads_before * num_tokens + token) * d;
+    const i64 turn = row * cos_batch + token * turns;
     const u32* const x = reinterpret_cast<const u32*>(from);
-    const u32* const c = reinterpret_cast<const u32*>(cos + row * cos_batch);
-    const u32* const s = reinterpret_cast<const u32*>(sin + row * sin_batch);
+    const u32* const c = reinterpret_cast<const u32*>(cos + turn);
+    const u32* const s = reinterpret_cast<const u32*>(sin + turn);
     u32* const out = reinterpret_cast<u32*>(to);
     const int other = turns == d ? half : 0;
     for (int i = lane_id(); i < half; i += WARP) {

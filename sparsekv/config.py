@@ -58,8 +58,9 @@ class SparseConfig:
             hold less than this share of every head's attention are not read even if the budget has room; 0: they are.
         backend: what runs the ops: `auto` (kernels where there are any) or `reference` (plain torch on any device).
         capture: whether `generate` on a GPU replays its decode step as a CUDA graph where it can.
-        fuse: whether the norms and rotary embeddings of a captured step run as one kernel each, where that gives
-            the same but for the last bits: a millisecond a token less for 32 layers. Not with `backend="reference"`.
+        fuse: whether the norms and rotary embeddings of a captured step, and on a GPU of a long prompt, run as one
+            kernel each, where that gives the same but for the last bits: a millisecond a token less for 32 layers.
+            Not with `backend="reference"`.
         max_tokens: the most tokens the page pool of a cache may hold over all its sequences; None: no limit.
         kv: what pages of keys and values look like in memory (`sparsekv.pages.formats`): `plain`, as they are;
             `int8`, a byte to a channel; `int4`, six bits to one of a key and four of a value. A pair, for keys and

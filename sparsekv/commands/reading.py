@@ -49,7 +49,7 @@ def cache_of(
             print(f"{error} The document is read anew.", file=sys.stderr)
     cache = patch.new_cache(reserve_tokens)
     with _bar(f"reading {len(ids):,} tokens", len(ids)) as advance:
-        documents.read(patch.model, document, cache, CHUNK, advance)
+        documents.read(patch, document, cache, CHUNK, advance)
     if shelf is not None and path is not None:
         try:
             with _bar("keeping what was read", cache.nbytes) as advance:

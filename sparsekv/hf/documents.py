@@ -72,12 +72,12 @@ def prefix(
     if not ids.shape[1]:
         raise ConfigError("A document must have at least one token.")
     cache = patch.new_cache(reserve_tokens=ids.shape[1] + reserve_tokens)
-    read(patch.model, ids, cache, progress=progress)
+    read(patch, ids, cache, progress=progress)
     return Prefix(ids, cache, patch.model.device, tokenizer)
 
 
 def read(
-    model: Any, ids: Tensor, cache: PagedCache, chunk: int = CHUNK, progress: Progress = lambda num_tokens: None
+    patch: Patch, ids: Tensor, cache: PagedCache, chunk: int = CHUNK, progress: Progress = lambda num_tokens: None
 ) -> None:
     """Reads tokens into an empty cache, a chunk at a time.
 
@@ -85,11 +85,12 @@ def read(
         ids: `[b, n]`, which the cache is told.
         progress: called with the number of tokens of each chunk.
     """
-    step = without_single(chunk, ids.shape[1])
-    for part in ids.split(step, 1):
-        with torch.inference_mode():
-            model(input_ids=part.to(model.device), use_cache=True, logits_to_keep=1, **{support.CACHE: cache})
-        progress(part.shape[1])
+    step, model = without_single(chunk, ids.shape[1]), patch.model
+    with patch.decoder.around_prompt(ids.numel()):
+        for part in ids.split(step, 1):
+            with torch.inference_mode():
+                model(input_ids=part.to(model.device), use_cache=True, logits_to_keep=1, **{support.CACHE: cache})
+            progress(part.shape[1])
     cache.ids = ids.cpu()
 
 

@@ -90,9 +90,7 @@ def _chunk_prefill(
 ) -> None:
     """Lets generate prefill a long prompt of nothing but text in chunks, so that what lies between the layers stays
     small. `generation_config` is this call's own."""
-    cache = model_kwargs.get(CACHE)
-    past = cache.get_seq_length() if cache is not None else 0
-    columns = _columns(model_kwargs)
+    columns, past = _columns(model_kwargs), _past(model_kwargs)
     only_text = not {name for name, x in model_kwargs.items() if isinstance(x, Tensor)} - _TEXT
     if generation_config.prefill_chunk_size is not None or not only_text or columns is None:
         return
@@ -102,6 +100,12 @@ def _chunk_prefill(
         return
     rows = max(batch_size, columns.shape[-2])  # expanded for beams already
     generation_config.prefill_chunk_size = chunk_size(rows, columns.shape[-1] - past)
+
+
+def _past(model_kwargs: dict[str, Any]) -> int:
+    """How many columns are in the cache already."""
+    cache = model_kwargs.get(CACHE)
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _columns(model_kwargs: dict[str, Any]) -> Tensor | None:
@@ -133,6 +137,23 @@ def _reserved(
     else:
         prompt = max(0, max_cache_length + 1 - (generation_config.max_new_tokens or max_cache_length + 1))
     return int(rows * min(max_cache_length, prompt + AHEAD))
+
+
+def prefill(
+    own: Method,
+    decoder: CapturedDecoder,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The model's `_prefill`: a long prompt that a PagedCache takes runs fused where that is allowed."""
+    columns, num_new = _columns(model_kwargs), 0
+    if columns is not None and isinstance(model_kwargs.get(CACHE), PagedCache):
+        num_new = columns.shape[-2] * (columns.shape[-1] - _past(model_kwargs))
+    with decoder.around_prompt(num_new):
+        return own(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def may_capture(own: Method, config: SparseConfig, model_kwargs: dict[str, Any], generation_config: Any) -> bool:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "_sparsekv_patch"
 _PREPARE = "_prepare_cache_for_generation"
+_PREFILL = "_prefill"
 _MAY_COMPILE = "_valid_auto_compile_criteria"
 _COMPILED = "get_compiled_call"
 _GENERATE = "generate"
@@ -196,9 +197,11 @@ class Patch:
     def _apply(self) -> None:
         # Partials of bound methods, not closures: a deep copy of the model gets its own, and they can be pickled.
         model, decoder, ranks = self.model, support.decoder_of(self.model), Ranks.of(self.model)
-        own = {name: getattr(model, name) for name in (_PREPARE, _MAY_COMPILE, _COMPILED, _GENERATE, _CRITERIA)}
+        names = _PREPARE, _PREFILL, _MAY_COMPILE, _COMPILED, _GENERATE, _CRITERIA
+        own = {name: getattr(model, name) for name in names}
         methods = {
             _PREPARE: partial(generation.prepare_cache, model, own[_PREPARE], self.new_cache, self.notices),
+            _PREFILL: partial(generation.prefill, own[_PREFILL], self.decoder),
             _MAY_COMPILE: partial(generation.may_capture, own[_MAY_COMPILE], self.config),
             _COMPILED: partial(generation.decode_call, own[_COMPILED], self.decoder),
         }

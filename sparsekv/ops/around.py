@@ -60,19 +60,20 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> 
 
 def rotate_on_gpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rotate` in one launch."""
-    tensors = (query, key, cos, sin)
-    (b, num_q_heads, _, d), num_kv_heads = query.shape, key.shape[1]
+    tensors = (query, key, cos.contiguous(), sin.contiguous())  # gpt-oss has turns whose channels lie apart
+    (b, num_q_heads, t, d), num_kv_heads, turns = query.shape, key.shape[1], cos.shape[2]
     aligned = all(
-        x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(n % 2 for n in x.stride()[:2]) for x in tensors
+        x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and not any(n % 2 for n in x.stride()[:-1]) for x in tensors
     )
-    served = aligned and query.dtype in instances.ELEMENTS and all(x.dtype == query.dtype for x in tensors)
-    if not served or d % 4 or query.shape[2] != 1 or not usable(query.device.index):
+    alike = query.dtype in instances.ELEMENTS and all(x.dtype == query.dtype for x in tensors)
+    whole = cos.shape == sin.shape and query.shape[2] == key.shape[2] == cos.shape[1] and query.numel()
+    if not (aligned and alike and whole) or d % 4 or not usable(query.device.index):
         return rotate(query, key, cos, sin)
     turned = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
-    rows = [0 if len(x) == 1 else x.stride(0) for x in (cos, sin)]
-    strides = [np.int64(n) for n in (*query.stride()[:2], *key.stride()[:2], *rows)]
-    args, warps = [*tensors, *turned, *strides, num_q_heads, num_kv_heads, d, cos.shape[2]], 8
-    grid = (-(-(num_q_heads + num_kv_heads) // warps), b, 1)
+    rows = 0 if len(cos) == 1 else t * turns
+    strides = [np.int64(n) for n in (*query.stride()[:3], *key.stride()[:3], rows)]
+    args, warps = [*tensors, *turned, *strides, num_q_heads, num_kv_heads, d, turns], 8
+    grid = (t, -(-(num_q_heads + num_kv_heads) // warps), b)  # a prompt may have more tokens than y and z allow
     launch(instances.elementwise("rotate", query.dtype), query, grid, warps, args)
     return turned[0], turned[1]
 

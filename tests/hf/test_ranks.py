@@ -78,10 +78,11 @@ def test_each_rank_keeps_its_own_heads(found: Found) -> None:
 
 
 def test_more_is_patched_only_where_there_are_several(found: Found) -> None:
-    three = ["_prepare_cache_for_generation", "_sparsekv_patch", "_valid_auto_compile_criteria", "get_compiled_call"]
+    methods = ["_prefill", "_prepare_cache_for_generation", "_valid_auto_compile_criteria", "get_compiled_call"]
+    always = [*methods, "_sparsekv_patch"]
     for during, after, alone in found("what_a_patch_changes"):
-        assert during == sorted([*three, "_get_stopping_criteria", "generate"])
-        assert (after, alone) == ([], sorted(three))
+        assert during == sorted([*always, "_get_stopping_criteria", "generate"])
+        assert (after, alone) == ([], sorted(always))
 
 
 @pytest.mark.parametrize(

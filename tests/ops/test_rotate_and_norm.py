@@ -96,15 +96,33 @@ def test_norm_kernel(d: int, dtype: torch.dtype, kind: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("d", [4, 8, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("b", "hq", "hkv", "t"), [(1, 32, 8, 1), (3, 5, 1, 1), (2, 1, 1, 1), (2, 4, 2, 3)])
+@pytest.mark.parametrize(
+    ("b", "hq", "hkv", "t"), [(1, 32, 8, 1), (3, 5, 1, 1), (2, 1, 1, 1), (2, 4, 2, 3), (3, 9, 4, 301)]
+)
 def test_kernel(b: int, hq: int, hkv: int, t: int, d: int, dtype: torch.dtype) -> None:
     """Rounded where plain torch rounds, so bit for bit; what is not served falls to the reference."""
     tensors = [x.cuda() for x in inputs(b, hq, hkv, t, d, dtype)]
     one_position = [*tensors[:2], *(x[:1] for x in tensors[2:])]
-    for ours, theirs in zip(OPS.rotate(*for_both(tensors)), apply_rotary_pos_emb(*tensors), strict=True):
-        assert torch.equal(ours, theirs)
+    for given in (for_both(tensors), [x.mT.contiguous().mT for x in for_both(tensors)]):  # the latter as gpt-oss's
+        for ours, theirs in zip(OPS.rotate(*tensors[:2], *given[2:]), apply_rotary_pos_emb(*tensors), strict=True):
+            assert torch.equal(ours, theirs)
     apart = [torch.cat((x, x), dim=-1)[..., :d] for x in tensors]  # strides that are not those of a projection
     for given in (tensors, one_position, apart):
         for ours, theirs in zip(OPS.rotate(*given), apply_rotary_pos_emb(*given), strict=True):
             assert torch.equal(ours, theirs)
             assert ours.is_contiguous()
+
+
+@pytest.mark.gpu
+def test_the_end_of_what_no_32_bits_can_count() -> None:
+    """More channels than 2^31, and more tokens than the smaller dimensions of a grid take; 13 GB."""
+    t, h, d = 131_073, 128, 128
+    query = torch.ones(1, t, h, d, dtype=torch.bfloat16, device="cuda")
+    query[:, -2:].normal_()
+    key, (cos, sin) = torch.randn_like(query[:, :, :1]), torch.randn(2, 1, t, d, device="cuda").bfloat16()
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    turned = [x[:, :, -2:].clone() for x in OPS.rotate(query, key, cos, sin)]
+    theirs = apply_rotary_pos_emb(query[:, :, -2:], key[:, :, -2:], cos[:, -2:], sin[:, -2:])
+    assert all(torch.equal(a, b) for a, b in zip(turned, theirs, strict=True))
+    weight, rows = torch.randn(d, device="cuda").bfloat16(), query.transpose(1, 2)
+    torch.testing.assert_close(OPS.rms_norm(rows, weight, 1e-5)[:, -2:], around.rms_norm(rows[:, -2:], weight, 1e-5))

@@ -27,10 +27,13 @@ from sparsekv.hf.capture.fusion import fused
 from sparsekv.hf.capture.graphs import CapturedStep, Site, addresses
 from sparsekv.hf.ranks import Ranks
 from sparsekv.hf.support import CACHE, LayerStatus
+from sparsekv.ops.instances import ELEMENTS
+from sparsekv.ops.launch import usable
 from sparsekv.pages import RESIDENCIES
 from sparsekv.policies import POLICIES
 
 MAX_GRAPHS = 8  # batch sizes and widths of tables that are kept ready, in every phase of a policy
+MIN_FUSED = 4096  # new tokens of a prompt, over the batch, that save more than the milliseconds which `fused` takes
 # What is asked for by these would be overwritten by the next replay.
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -94,6 +97,21 @@ class CapturedDecoder:
     def fuse(self) -> bool:
         """Whether norms and rotary embeddings run as one kernel each, where that is the same."""
         return self.config.fuse and self.config.backend == "auto"
+
+    @property
+    def fuses_prompts(self) -> bool:
+        """Whether they do in a long prompt, too, which takes a GPU with kernels for this model, and one rank."""
+        device, is_served = self.model.device, self.model.dtype in ELEMENTS and self.ranks.size == 1
+        return self.fuse and is_served and device.type == "cuda" and usable(device.index)
+
+    def around_prompt(self, num_new: int) -> contextlib.AbstractContextManager[None]:
+        """Within it so many new tokens of a prompt, over the batch, are read: fused as a step is, if they are many.
+
+        Raises:
+            KernelCompileError, KernelError: a kernel cannot be built or launched.
+        """
+        is_worth_it = num_new >= MIN_FUSED and self.fuses_prompts
+        return fused(self.model) if is_worth_it else contextlib.nullcontext()
 
     def clear(self) -> None:
         """Forgets all captured steps, and that some could not be captured: the next decode loop tries again."""

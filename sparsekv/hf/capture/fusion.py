@@ -1,9 +1,9 @@
-"""Small operators of a decode step in one kernel each: at batch 1 a token's time is matrices and launches.
+"""Small operators in one kernel each: a token's time is matrices and launches at batch 1, a long prompt's also bytes.
 
-RMS norms and rotary embeddings are half a dozen kernels each as transformers writes them, with hardly a byte to
-move. They are replaced only while a step is captured or compared with a captured one, for the thread that does that,
-and only where the replacement is seen to give the same: every model family writes its own, and some mean something
-else by the same name.
+RMS norms and rotary embeddings are half a dozen kernels each as transformers writes them, of which each reads and
+writes everything anew. They are replaced only while a step is captured or compared with a captured one, or a long
+prompt is read, for the thread that does that, and only where the replacement is seen to give the same: every model
+family writes its own, and some mean something else by the same name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -26,6 +26,7 @@ Replacement = tuple[Any, str, Callable[..., Any]]  # of which attribute of a nor
 
 _ROTARY = "apply_rotary_pos_emb"  # as nearly all of transformers' models call it
 _OFFSETS = 0.0, 1.0  # that families of models add to the weights of their norms
+_RATIOS = 1, 2  # of a head's channels to those of its cosines: these are for all channels, or for each half of them
 _TOLERANCE = 0.01  # of a result's norm: last bits in bf16; another meaning gives more
 _PLAIN = (int, float, str, type(None))
 _OPS = for_backend("auto")
@@ -147,8 +148,9 @@ def _rotaries(model: torch.nn.Module) -> Iterator[Replacement]:
             original = original.original
         if original is None:
             continue
-        if any(_agree(_rotary(original), original, *_turns(like, copies)) for copies in (2, 1)):
-            yield file, _ROTARY, _rotary(original)
+        agreeing = [x for x in _RATIOS if _agree(_rotary(original, [x]), original, *_turns(like, x))]
+        if agreeing:
+            yield file, _ROTARY, _rotary(original, agreeing)
 
 
 def _norm(module: Any, original: Callable[..., Any], offset: float) -> Callable[..., Any]:
@@ -164,12 +166,14 @@ def _norm(module: Any, original: Callable[..., Any], offset: float) -> Callable[
     return forward
 
 
-def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply_rotary_pos_emb` by the op `rotate`."""
+def _rotary(original: Callable[..., Any], ratios: Sequence[int]) -> Callable[..., Any]:
+    """`apply_rotary_pos_emb` by the op `rotate`, for the ratios with which it means the same: cosines of half the
+    channels may also mean that the other half is not turned."""
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole = q.ndim == 4 and cos.ndim == 3 and cos.shape[1] == q.shape[2] and q.shape[3] / cos.shape[2] in (1, 2)
-        if args or kwargs or not whole or cos.dtype != q.dtype or _wants_gradient(q, k):
+        whole = q.ndim == 4 and cos.ndim == 3 and cos.shape[1] == q.shape[2]
+        served = whole and q.shape[3] / cos.shape[2] in ratios
+        if args or kwargs or not served or cos.dtype != q.dtype or _wants_gradient(q, k):
             return original(q, k, cos, sin, *args, **kwargs)
         return _OPS.rotate(q, k, cos, sin)
 
@@ -198,11 +202,10 @@ def _tensors(result: Any) -> list[Tensor]:
     return [x.float() for x in (result if isinstance(result, tuple) else (result,))]
 
 
-def _turns(like: Tensor, copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A query, a key, and the cosines and sines of a position, for heads of 8 channels: twice, for each half of them,
-    or once, for both."""
-    angles = _numbers(like, 1, 1, 4).repeat(1, 1, copies)
-    return _numbers(like, 1, 2, 1, 8), _numbers(like, 1, 1, 1, 8), angles.cos(), angles.sin()
+def _turns(like: Tensor, ratio: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A query, a key, and the cosines and sines of three positions, for heads of 8 channels."""
+    angles = _numbers(like, 1, 3, 4).repeat(1, 1, 2 // ratio)
+    return _numbers(like, 1, 2, 3, 8), _numbers(like, 1, 1, 3, 8), angles.cos(), angles.sin()
 
 
 def _numbers(like: Tensor, *shape: int) -> Tensor:

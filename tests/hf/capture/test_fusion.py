@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsekv
+from sparsekv import SparseConfig
 from sparsekv.errors import KernelError
-from sparsekv.hf.capture import fusion
+from sparsekv.hf.capture import decoder, fusion
+from sparsekv.hf.capture.decoder import CapturedDecoder
+from sparsekv.hf.support import CACHE
 
 
 @pytest.fixture
@@ -93,6 +98,16 @@ def test_the_same_logits_and_nothing_stays(family: str, tiny, prompt, state_of, 
     assert state_of(model) == before
     assert file.apply_rotary_pos_emb is rotary
     assert torch.equal(torch.get_rng_state(), state)  # sampling goes on with the numbers it would have had
+
+
+def test_channels_that_are_not_turned_stay(tiny, prompt, calls) -> None:
+    """Cosines of half the channels: the other half has no positions, where gpt-oss turns all."""
+    model = tiny("phi3", partial_rotary_factor=0.5)
+    expected = logits(model, prompt(9))
+    with fusion.fused(model):
+        calls.clear()
+        torch.testing.assert_close(logits(model, prompt(9)), expected)
+    assert set(calls) == {"rms_norm"}
 
 
 def test_norms_of_a_class_that_are_not_made_alike_are_told_apart(tiny, prompt) -> None:
@@ -240,6 +255,81 @@ def test_what_was_exchanged_meanwhile_stays(tiny) -> None:
     with fusion.fused(model):
         norm.forward = mine
     assert norm.forward is mine
+
+
+# -- prompts
+
+FORWARD = {"rms_norm": 9, "rotate": 4}  # of a Llama of four layers, each tried once before
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 20 tokens or more are fused where there is no GPU, too."""
+    monkeypatch.setattr(decoder, "MIN_FUSED", 20)
+    monkeypatch.setattr(CapturedDecoder, "fuses_prompts", CapturedDecoder.fuse)
+
+
+@pytest.mark.parametrize(
+    ("settings", "forwards"), [({}, 1), ({"prefill_chunk_size": 8}, 5), ({"num_beams": 2}, 1)], ids=str
+)
+def test_a_long_prompt_is_fused(
+    settings, forwards, tiny, prompt, decode, assert_same, state_of, calls, anywhere
+) -> None:
+    """By generate, and none of its steps; nothing stays."""
+    model = tiny("llama")
+    before = state_of(model)
+    with sparsekv.patch(model, fuse=False):
+        expected = decode(model, prompt(40, 33), **settings)
+        assert calls == []
+    with sparsekv.patch(model):
+        during = state_of(model)
+        assert_same(decode(model, prompt(40, 33), **settings), expected)
+        assert Counter(calls) == {name: 1 + forwards * n for name, n in FORWARD.items()}
+        assert state_of(model) == during
+    assert state_of(model) == before
+
+
+def test_a_short_prompt_is_not_though_much_was_before(tiny, prompt, decode, calls, anywhere) -> None:
+    """Of several rows all are counted."""
+    model = tiny("llama")
+    with sparsekv.patch(model):
+        decode(model, prompt(9))
+        assert calls == []
+        first = decode(model, prompt(40))
+        calls.clear()
+        ids = torch.cat((first.sequences, prompt(9)["input_ids"]), dim=1)
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        decode(model, again, **{CACHE: first[CACHE]})
+        assert calls == []
+        decode(model, prompt(9, 9, 9))
+        assert calls
+
+
+def test_a_document_is_fused(tiny, prompt, calls, anywhere) -> None:
+    with sparsekv.patch(tiny("llama")) as patch:
+        patch.prefix(prompt(40)["input_ids"])
+    assert Counter(calls) == {name: 1 + n for name, n in FORWARD.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "fuses"),
+    [
+        ({}, True),
+        ({"device": "cpu"}, False),
+        ({"dtype": torch.float32}, False),
+        ({"fuse": False}, False),
+        ({"ranks": 2}, False),
+        ({"kernels": False}, False),
+    ],
+    ids=str,
+)
+def test_only_where_kernels_run_and_one_rank_holds_the_model(given, fuses, monkeypatch) -> None:
+    known = {"device": "cuda:0", "dtype": torch.bfloat16, "fuse": True, "ranks": 1, "kernels": True} | given
+    monkeypatch.setattr(decoder, "usable", lambda device: known["kernels"])
+    model = SimpleNamespace(device=torch.device(known["device"]), dtype=known["dtype"])
+    made = CapturedDecoder(model, SparseConfig(fuse=known["fuse"]), [])
+    made.ranks = SimpleNamespace(size=known["ranks"])
+    assert made.fuses_prompts is fuses
 
 
 # -- settings
