@@ -20,6 +20,7 @@ from sparsekv.cache.contents import ReadableLayer
 from sparsekv.cache.masks import padded_columns, window_of
 
 MAX_TOGETHER = 1 << 17  # tokens of several sequences whose keys and values are copied out of the pages at once
+FEW_QUERIES = 512  # for fewer, cuDNN plans longer (50 ms and more, for every length) than it computes
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # as `causal`
 
@@ -111,7 +112,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, sinks: Ten
             query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
         )
     is_tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    for kernel in () if is_tracked else _kernels(query.device, query.dtype):  # a log-sum-exp has no gradient
+    kernels = _kernels(query.device, query.dtype, query.shape[2] < FEW_QUERIES)
+    for kernel in () if is_tracked else kernels:  # a log-sum-exp has no gradient
         try:
             return _by_kernel(kernel, query, key, value, scaling, sinks)
         except RuntimeError as error:  # a head size it does not serve, or a library that is not there
@@ -136,13 +138,15 @@ def _by_kernel(
 
 
 @functools.cache
-def _kernels(device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """Attention kernels that also return log-sum-exps `[b, hq, t, 1]`, the fastest first."""
+def _kernels(device: torch.device, dtype: torch.dtype, few: bool) -> list[Any]:
+    """Attention kernels that also return log-sum-exps `[b, hq, t, 1]`, the fastest for so many queries first."""
     if device.type == "cpu":
         return [_flash_cpu]
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return []
-    return [_cudnn, _flash] if torch.cuda.get_device_capability(device) >= (9, 0) else [_flash]
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return [_flash]
+    return [_flash, _cudnn] if few else [_cudnn, _flash]
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scaling: float) -> tuple[Tensor, Tensor]:

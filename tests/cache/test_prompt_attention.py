@@ -96,6 +96,12 @@ def test_causal_attention_by_log_sum_exps(t, n, dtype, monkeypatch) -> None:
             assert float((out - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(of[2].abs().max())
 
 
+def test_few_queries_wait_for_no_plan(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernels = [prefill._kernels.__wrapped__(torch.device("cuda"), torch.bfloat16, few) for few in (True, False)]
+    assert kernels == [[prefill._flash, prefill._cudnn], [prefill._cudnn, prefill._flash]]
+
+
 @pytest.mark.parametrize("gives_out", [RuntimeError("no such head size"), torch.OutOfMemoryError("a test")])
 def test_where_no_kernel_serves_it_goes_block_by_block(gives_out, monkeypatch) -> None:
     """But out of memory is out of memory."""
@@ -103,7 +109,7 @@ def test_where_no_kernel_serves_it_goes_block_by_block(gives_out, monkeypatch) -
     def kernel(*args: Any) -> Any:
         raise gives_out
 
-    monkeypatch.setattr(prefill, "_kernels", lambda device, dtype: [kernel])
+    monkeypatch.setattr(prefill, "_kernels", lambda *asked: [kernel])
     of = tensors(5, 9, 2)
     if isinstance(gives_out, torch.OutOfMemoryError):
         with pytest.raises(torch.OutOfMemoryError):
