@@ -79,7 +79,7 @@ struct PromptTiles {
     __device__ void look_ahead() { following = left > 0 ? list[left - 1] : 0; }
 };
 
-// Keys behind the query itself. By how much this lane's two rows are later than its first column.
+// Keys behind the query itself. `first`, `second`: by how much this lane's two rows are later than its first column.
 template <int N>
 __device__ inline void hide_later_keys(float (&dots)[N][4], int first, int second) {
 #pragma unroll

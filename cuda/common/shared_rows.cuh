@@ -24,7 +24,8 @@ struct SharedRows {
         static_assert(ROWS * WORDS % THREADS == 0);
 #pragma unroll 4  // the addresses of more would not fit the registers
         for (int i = 0; i < ROWS * WORDS / THREADS; ++i) {
-            const int index = i * THREADS + threadIdx.x, row = index / WORDS, word = index % WORDS;
+            const u32 index = i * THREADS + threadIdx.x;  // divided by shifts, being unsigned
+            const int row = index / WORDS, word = index % WORDS;
             copy_async<16>(words + place(row, word), at(row) + word * 8);
         }
     }

@@ -142,7 +142,7 @@ def prompt_attention(dtype: torch.dtype, head_dim: int, rows: int) -> KernelSpec
 
 
 def score_blocks(dtype: torch.dtype, head_dim: int, rows: int) -> KernelSpec:
-    """Scores of a prompt's blocks, which so many rows of a CTA are made for as there would be queries."""
+    """Scores of a prompt's blocks; a row of a CTA is a query of one head."""
     expression = f"score_blocks<{ELEMENTS[dtype]}, {head_dim}, {rows // PROMPT_TILE}>"
     return KernelSpec("score_blocks.cu", expression, claim=f"PROMPT_TILE == {PROMPT_TILE}")
 

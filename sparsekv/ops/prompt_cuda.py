@@ -19,7 +19,7 @@ from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.launch import STATIC_SHARED, Gpu, gpu, launch, readable, usable
 
 PANEL = 64  # channels of a box of a tensor
-SCORED_TOKENS = 2048  # keys that a CTA scores: enough to read queries for, and CTAs for every SM
+SCORED_TOKENS = 2048  # keys that a CTA scores: enough to be worth reading queries, few enough to occupy all SMs
 
 
 class PromptPlan(NamedTuple):
