@@ -7,8 +7,6 @@
 #include "common/prompt.cuh"
 #include "common/shared_rows.cuh"
 
-constexpr int PROMPT_WARPS = 4, PROMPT_TILE = 64;
-
 template <typename T, int D, int TILES /* of sixteen queries, of a warp */>
 struct PromptProducts {
     static constexpr int KEY_TILES = PROMPT_TILE / 8;
@@ -19,24 +17,6 @@ struct PromptProducts {
     __device__ PromptProducts() {
 #pragma unroll
         for (int i = 0; i < TILES * D / 2; ++i) (&out[0][0][0])[i] = 0.f;
-    }
-    __device__ void multiply_keys(const SharedRows<D>& queries, const SharedRows<D>& keys, int first_row) {
-#pragma unroll
-        for (int i = 0; i < TILES * KEY_TILES * 4; ++i) (&dots[0][0][0])[i] = 0.f;
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k) {
-            u32 a[TILES][4];
-#pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) queries.left(a[tile], first_row + tile * 16, k);
-#pragma unroll
-            for (int j = 0; j < PROMPT_TILE / 16; ++j) {
-                u32 b[4];
-                keys.right(b, j * 16, k);
-#pragma unroll
-                for (int tile = 0; tile < TILES; ++tile)
-                    multiply(dots[tile][j * 2], dots[tile][j * 2 + 1], a[tile], b);
-            }
-        }
     }
     __device__ void weigh(float factor) {
 #pragma unroll
@@ -62,13 +42,10 @@ struct PromptProducts {
                 u32 b[4];
                 values.right_transposed(b, k * 16, j);
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) multiply(out[tile][j * 2], out[tile][j * 2 + 1], a[tile], b);
+                for (int tile = 0; tile < TILES; ++tile)
+                    multiply<T>(out[tile][j * 2], out[tile][j * 2 + 1], a[tile], b);
             }
         }
-    }
-    __device__ static void multiply(float (&c)[4], float (&d)[4], const u32 (&a)[4], const u32 (&b)[4]) {
-        T::mma(c, a[0], a[1], a[2], a[3], b[0], b[1]);
-        T::mma(d, a[0], a[1], a[2], a[3], b[2], b[3]);
     }
 };
 
@@ -105,11 +82,13 @@ __global__ void __launch_bounds__(PROMPT_WARPS* WARP, D <= 128 ? 2 : 1) prompt_a
         wait_for_copies();
         __syncthreads();  // the keys are here, and nobody reads the values of before
         values.template ask<PROMPT_TILE, THREADS>(value, params.strides[2][2], start, params.n);
-        products.multiply_keys(queries, keys, first_row);
+        multiply_rows<T>(products.dots, queries, keys, first_row);
         if (start >= share.first)
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
-                hide_later_keys(products.dots[tile], share.first + own_row + tile * 16 - start);
+            for (int tile = 0; tile < TILES; ++tile) {
+                const int ahead = share.first + own_row + tile * 16 - start;
+                hide_later_keys(products.dots[tile], ahead, ahead + 8);
+            }
         products.weigh(params.factor);
         wait_for_copies();
         __syncthreads();  // the values are here, and nobody reads the keys

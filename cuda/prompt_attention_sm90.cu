@@ -125,7 +125,7 @@ struct PromptWarpgroup {
     // `ahead`: by how much the lane's first row is later than the tile's first column.
     __device__ void weigh(float factor, int ahead, bool is_masked, float (&shrink)[2]) {
         hold(dots);
-        if (is_masked) hide_later_keys(dots, ahead);
+        if (is_masked) hide_later_keys(dots, ahead, ahead + 8);
         rows.weigh(dots, factor, shrink);
     }
     __device__ void end_values(const float (&shrink)[2]) {

@@ -8,6 +8,8 @@
 #pragma once
 #include "common/device.cuh"
 
+constexpr int PROMPT_WARPS = 4, PROMPT_TILE = 64;  // of a CTA; keys at a time. (Hopper's own kernel has others.)
+
 struct PromptParams {
     const u16* query;      // [b, hq, t, d]
     const u16* key;        // [b, hkv, n, d]
@@ -77,14 +79,14 @@ struct PromptTiles {
     __device__ void look_ahead() { following = left > 0 ? list[left - 1] : 0; }
 };
 
-// Keys behind the query itself. `ahead`: by how much this lane's first row is later than its first column.
+// Keys behind the query itself. `first`, `second`: by how much this lane's two rows are later than its first column.
 template <int N>
-__device__ inline void hide_later_keys(float (&dots)[N][4], int ahead) {
+__device__ inline void hide_later_keys(float (&dots)[N][4], int first, int second) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (j * 8 + i % 2 > ahead + i / 2 * 8) dots[j][i] = -infinity();
+            if (j * 8 + i % 2 > (i < 2 ? first : second)) dots[j][i] = -infinity();
 }
 
 // Of a lane's two rows the largest logit so far, in base 2, and this lane's share of the weights' sum.

@@ -141,6 +141,12 @@ def prompt_attention(dtype: torch.dtype, head_dim: int, rows: int) -> KernelSpec
     return KernelSpec("prompt_attention.cu", expression, claim=f"PROMPT_TILE == {PROMPT_TILE}")
 
 
+def score_blocks(dtype: torch.dtype, head_dim: int, rows: int) -> KernelSpec:
+    """Scores of a prompt's blocks; a row of a CTA is a query of one head."""
+    expression = f"score_blocks<{ELEMENTS[dtype]}, {head_dim}, {rows // PROMPT_TILE}>"
+    return KernelSpec("score_blocks.cu", expression, claim=f"PROMPT_TILE == {PROMPT_TILE}")
+
+
 def prompt_tile(head_dim: int) -> int:
     """Keys of a prompt that come at a time on sm_90."""
     return 2 * PROMPT_TILE if head_dim <= 128 else PROMPT_TILE
@@ -176,7 +182,7 @@ def of_model(
         attend_pages(dtype, head_dim, group, format),
         *([] if format is Plain else [read_pages(dtype, head_dim, format)]),
         merge_attention(dtype, head_dim, group),
-        prompt_attention(dtype, head_dim, prompt_rows(head_dim, 2 * PROMPT_TILE)),
+        *(of(dtype, head_dim, prompt_rows(head_dim, 2 * PROMPT_TILE)) for of in (prompt_attention, score_blocks)),
         *([] if head_dim % PROMPT_TILE else [prompt_attention_sm90(dtype, head_dim)]),
     ]
 
@@ -218,8 +224,10 @@ def why_not(dtype: torch.dtype, head_dim: int, group: int, page_size: int) -> st
 
 
 def why_not_blocks(dtype: torch.dtype, head_dim: int, value_dim: int, block_size: int) -> str | None:
-    """Why no kernel serves a prompt's attention to listed blocks, or None if one does."""
+    """Why no kernel serves a prompt's attention to listed blocks, or their scores, or None if one does."""
     reason = why_not(dtype, head_dim, 1, PAGE_SIZES[0])
+    if head_dim in LATENT_DIMS:
+        return f"head_dim {head_dim} (kernels: {', '.join(map(str, HEAD_DIMS))})"
     if reason is None and value_dim != head_dim:
         return f"values of {value_dim} channels beside keys of {head_dim} (kernels: as many)"
     if reason is None and block_size % PROMPT_TILE:

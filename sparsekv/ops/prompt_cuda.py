@@ -1,9 +1,12 @@
-"""`prompt_attention` on a CUDA device: our own kernel where it serves a call, else FlexAttention or plain torch."""
+"""`prompt_attention` and `score_blocks` on a CUDA device: our own kernels where they serve a call, else what Triton
+compiles or plain torch."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.launch import STATIC_SHARED, Gpu, gpu, launch, readable, usable
 
 PANEL = 64  # channels of a box of a tensor
+SCORED_TOKENS = 2048  # keys that a CTA scores: enough to be worth reading queries, few enough to occupy all SMs
 
 
 class PromptPlan(NamedTuple):
@@ -75,6 +79,29 @@ def prompt_attention(
     grid = (num_blocks * (block_size // plan.rows), num_q_heads, b)
     launch(plan.spec, query, grid, plan.warps, args, plan.shared, maps=maps)
     return out.transpose(1, 2)
+
+
+def score_blocks(query: Tensor, key: Tensor, positions: Sequence[int], block_size: int, scaling: float) -> Tensor:
+    """See `prompt.score_blocks`."""
+    (b, num_q_heads, m, d), (num_kv_heads, n) = query.shape, key.shape[1:3]
+    alike = query.dtype == key.dtype and scaling > 0 and query.numel() > 0
+    # It takes no more shared memory than `prompt_attention` of such blocks.
+    if not alike or why_not(query, d, block_size) is not None:
+        return flex.score_blocks(query, key, positions, block_size, scaling)
+    rows, group, num_blocks = instances.prompt_rows(d, block_size), num_q_heads // num_kv_heads, -(-n // block_size)
+    out = torch.empty(b, num_q_heads, m, num_blocks, dtype=torch.float32, device=query.device)
+    tensors, blocks = [readable(query), readable(key)], max(1, SCORED_TOKENS // block_size)
+    args: list[Any] = [*tensors, _on_device(tuple(positions), query.device), out]
+    args += [np.int64(stride) for x in tensors for stride in x.stride()[:3]]
+    args += [m, n, block_size, num_kv_heads, group, blocks, scaling / math.log(2)]
+    grid = (-(-m * group // rows), -(-num_blocks // blocks), b * num_kv_heads)
+    launch(instances.score_blocks(query.dtype, d, rows), query, grid, 4, args, rooms.prompt_bytes(d, rows))
+    return out
+
+
+@functools.lru_cache(16)  # every layer asks for the same ones
+def _on_device(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(positions, dtype=torch.int32, device=device)
 
 
 def tensor_map(tokens: Tensor, rows: int) -> bytes:

@@ -37,7 +37,7 @@ def latent_bytes(head_dim: int) -> int:
 
 
 def prompt_bytes(head_dim: int, rows: int) -> int:
-    """Of cuda/prompt_attention.cu: so many queries, a tile of keys and one of values."""
+    """Of cuda/prompt_attention.cu and score_blocks.cu: so many queries, and two tiles of keys or values."""
     return 2 * head_dim * (rows + 2 * PROMPT_TILE)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv.ops import around, cuda, flex, prompt, prompt_cuda, reference, step
+from sparsekv.ops import around, cuda, prompt, prompt_cuda, reference, step
 
 NAMESPACE = "sparsekv"
 
@@ -138,7 +138,7 @@ _ON_GPU: dict[str, Callable[..., Any]] = {
     "attend_pages": cuda.attend_pages,
     "sparse_decode": cuda.sparse_decode,
     "prompt_attention": prompt_cuda.prompt_attention,
-    "score_blocks": flex.score_blocks,
+    "score_blocks": prompt_cuda.score_blocks,
     "rotate": around.rotate_on_gpu,
     "rms_norm": around.rms_norm_on_gpu,
 }

@@ -12,7 +12,8 @@ where a passage of the beginning comes again, at the density that it takes:
     means of blocks                         .040,  .098 at .41
 
 For n tokens it is n / 32 queries by n keys: 1 / 64 of the products that attention takes, and n^2 / 64 logits of each
-head that are written and read once. At 128k tokens of 32 layers and 32 heads these are .28 T, 1.1 TB in 16 bits.
+head. At 128k tokens of 32 layers and 32 heads these are .28 T: 1.1 TB in 16 bits, where no kernel keeps them to
+itself.
 """
 
 from __future__ import annotations

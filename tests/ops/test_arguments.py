@@ -11,7 +11,7 @@ import torch
 from sparsekv import ops
 from sparsekv.digests import DIGESTS
 from sparsekv.errors import ConfigError
-from sparsekv.ops import around, compiler, cuda, launch, plans, prompt_cuda, reference
+from sparsekv.ops import around, compiler, cuda, flex, launch, plans, prompt_cuda, reference
 from sparsekv.ops.compiler import KernelSpec
 from sparsekv.ops.formulas import MAX_TENSORS, kernel_of, with_kernels
 from sparsekv.ops.launch import Gpu
@@ -147,6 +147,34 @@ def test_arguments_of_a_prompt_are_those_of_the_source(
     assert prompt_cuda.prompt_attention(*tokens, *lists, size, 0.1).shape == (1, 4, 70, head_dim)
     by_wgmma = capability == (9, 0) and head_dim != 96 and size == 128
     assert launches.made == ["prompt_attention_sm90" if by_wgmma else "prompt_attention"]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "head_dim", "queries", "size", "by"),
+    [
+        ((torch.bfloat16, torch.bfloat16), 128, 9, 128, "score_blocks"),
+        ((torch.float16, torch.float16), 256, 9, 64, "score_blocks"),
+        ((torch.bfloat16, torch.float16), 128, 9, 128, "flex"),
+        ((torch.bfloat16, torch.bfloat16), 80, 9, 128, "flex"),
+        ((torch.bfloat16, torch.bfloat16), 128, 0, 128, "flex"),
+        ((torch.bfloat16, torch.bfloat16), 128, 9, 96, "flex"),
+    ],
+)
+def test_arguments_of_scores_of_a_prompt_are_those_of_the_source(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    head_dim: int,
+    queries: int,
+    size: int,
+    by: str,
+    launches: Launches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prompt_cuda, "gpu", lambda device: Gpu(132, (9, 0), 220_000))
+    monkeypatch.setattr(flex, "score_blocks", lambda *args: launches.made.append("flex"))
+    query, key = torch.randn(1, 4, queries, head_dim), torch.randn(1, 2, 300, head_dim)
+    found = prompt_cuda.score_blocks(query.to(dtypes[0]), key.to(dtypes[1]), range(queries), size, 0.1)
+    assert launches.made == [by]
+    assert by == "flex" or (found.shape, found.dtype) == ((1, 4, queries, -(-300 // size)), torch.float32)
 
 
 def test_long_dense_attention_is_two_launches(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:

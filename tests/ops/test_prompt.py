@@ -1,4 +1,5 @@
-"""prompt_attention: attention to listed blocks against masked attention in float64, FlexAttention and the kernel."""
+"""prompt_attention: attention to listed blocks against masked attention in float64, FlexAttention and the kernel;
+score_blocks: the same against single logits."""
 
 import shutil
 from typing import Any
@@ -94,14 +95,51 @@ def test_where_flex_attention_fails_plain_torch_goes_on(monkeypatch: pytest.Monk
     assert flex.why_plain(torch.device("cuda"), 32) == "Triton is not installed"
 
 
+def scored(query: Tensor, key: Tensor, positions: list[int], size: int) -> Tensor:
+    """Scores of blocks by all logits, in float64."""
+    logits = query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT * SCALING
+    logits.masked_fill_(torch.arange(key.shape[2]) > torch.tensor(positions)[:, None], float("-inf"))
+    return torch.stack([part.logsumexp(-1) for part in logits.split(size, dim=-1)], dim=-1).float()
+
+
 def test_scores_of_blocks() -> None:
-    """Of single queries, against float64."""
     query, key, positions = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 75, 16), [5, 40, 74]
     found = torch.ops.sparsekv.score_blocks(query, key, positions, 32, SCALING)
-    logits = query.double() @ key.double().repeat_interleave(2, 1).mT * SCALING
-    logits.masked_fill_(torch.arange(75) > torch.tensor(positions)[:, None], float("-inf"))
-    expected = torch.stack([part.logsumexp(-1) for part in logits.split(32, dim=-1)], dim=-1)
-    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, scored(query, key, positions, 32), rtol=0, atol=1e-5)
+
+
+# batch, query heads, kv heads, queries, all tokens, tokens behind the last query, tokens of a block
+SCORED = {
+    "by blocks": (1, 8, 2, 128, 4096, 0, 128),
+    "ragged": (2, 6, 2, 37, 1111, 400, 128),
+    "without groups": (2, 3, 3, 70, 333, 1, 64),
+    "a large group": (1, 40, 1, 5, 5000, 3000, 192),
+    "one query": (2, 4, 1, 1, 7, 2, 64),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SCORED.values(), ids=SCORED)
+def test_the_kernel_gives_the_same_scores(shape: tuple[int, ...], dtype: torch.dtype, dim: int) -> None:
+    """Of views of `[b, t, h, d]`, with NaN in all keys that are later than every query."""
+    b, hq, hkv, m, n, behind, size = shape
+    query, key = torch.randn(b, m, hq, dim, dtype=dtype), torch.randn(b, n, hkv, dim, dtype=dtype)
+    positions = sorted([*torch.randperm(n - behind - 1)[: m - 1].tolist(), n - behind - 1])
+    expected = scored(query.transpose(1, 2), key.transpose(1, 2), positions, size)
+    key[:, n - behind :] = float("nan")
+    on_gpu = [x.cuda().transpose(1, 2) for x in (query, key)]
+    assert prompt_cuda.why_not(on_gpu[0], dim, size) is None
+    found = torch.ops.sparsekv.score_blocks(*on_gpu, positions, size, SCALING)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_scores_that_no_kernel_serves_are_the_same_on_a_gpu() -> None:
+    query, key, positions = torch.randn(2, 4, 3, 80), torch.randn(2, 2, 75, 80), [5, 40, 74]
+    found = torch.ops.sparsekv.score_blocks(query.cuda(), key.cuda(), positions, 32, SCALING)
+    torch.testing.assert_close(found.cpu(), scored(query, key, positions, 32), rtol=0, atol=2e-2)
 
 
 def poisoned(arguments: tuple[Any, ...], blocks: Tensor) -> list[Any]:
@@ -148,6 +186,7 @@ def test_flex_attention_does_the_same_on_a_gpu(dim: int, size: int) -> None:
     [
         (torch.float32, (128, 128), 128, "float32"),
         (torch.bfloat16, (80, 80), 128, "head_dim 80"),
+        (torch.bfloat16, (576, 576), 128, "head_dim 576 (kernels: 64, 96, 128, 256)"),
         (torch.bfloat16, (128, 64), 128, "values of 64 channels"),
         (torch.float16, (128, 128), 96, "blocks of 96 tokens"),
     ],
