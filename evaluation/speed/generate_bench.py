@@ -117,8 +117,8 @@ class GenerateBench:
     def _measure(self, where: Point, name: str, patch: Patch | None) -> Row:
         options = self.options
         if patch is not None and self.device.type == "cuda":
-            first = replace(where, context=min(where.context, _MAX_READ_TWICE // where.batch))
-            self._generate(first, 1, Clock(self.device, (), dict))
+            beginning = replace(where, context=min(where.context, _MAX_READ_TWICE // where.batch))
+            self._generate(beginning, 1, Clock(self.device, (), dict))
         at = (1, options.first_tokens, options.new_tokens)
         clock = Clock(self.device, at, lambda: _count(patch))
         peak = self._generate(where, options.new_tokens, clock, **MODES[name].options)

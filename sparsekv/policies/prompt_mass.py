@@ -19,6 +19,7 @@ itself.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekv.ops import for_backend
@@ -57,7 +58,8 @@ def block_shares(chunk: PromptChunk) -> Tensor:
     block = torch.arange(chunk.first_block, chunk.num_key_blocks, device=chunk.query.device)
     if not asked:
         return chunk.query.new_zeros(*chunk.query.shape[:2], len(block), chunk.num_key_blocks, dtype=torch.float32)
-    place = torch.tensor(asked, dtype=torch.int64, device=block.device)
+    place = torch.arange(asked[0], asked[-1] + 1, _step(size), device=block.device)  # made there: nobody waits
+    place = F.pad(place, (0, len(asked) - len(place)), value=asked[-1])
     query, ops = chunk.query[:, :, place - chunk.past], for_backend(chunk.config.backend)
     scores = ops.score_blocks(query, chunk.key, asked, size, chunk.scaling)
     scores[..., 0] = float("-inf")
@@ -69,9 +71,14 @@ def block_shares(chunk: PromptChunk) -> Tensor:
 def _asked(chunk: PromptChunk) -> list[int]:
     """The tokens whose queries are asked: in every block the same ones, and the last of all. None in the first block,
     which sees nothing but itself."""
-    step, n = max(1, chunk.block_size // NUM_ASKED), chunk.key.shape[2]
+    step, n = _step(chunk.block_size), chunk.key.shape[2]
     first = max(chunk.past, chunk.block_size)
     return sorted({*range(first + (-first - 1) % step, n, step), n - 1}) if first < n else []
+
+
+def _step(block_size: int) -> int:
+    """From one query that is asked to the next."""
+    return max(1, block_size // NUM_ASKED)
 
 
 def _always(chunk: PromptChunk) -> Tensor:
