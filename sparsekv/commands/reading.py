@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from sparsekv import PagedCache, Patch
 from sparsekv.errors import CacheFileError, CacheStateError, ConfigError
-from sparsekv.hf import documents
+from sparsekv.hf import chunks, documents
 from sparsekv.pages import pieces
 
 from .shelf import Shelf
 
-CHUNK = 4096  # tokens of a document that are read at once, so that progress can be shown
+CHUNK = 4096  # tokens of a document that a CPU reads at once, so that progress can be shown
 
 
 def start_ids(tokenizer: Any) -> list[int]:
@@ -49,7 +49,8 @@ def cache_of(
             print(f"{error} The document is read anew.", file=sys.stderr)
     cache = patch.new_cache(reserve_tokens)
     with _bar(f"reading {len(ids):,} tokens", len(ids)) as advance:
-        documents.read(patch, document, cache, CHUNK, advance)
+        chunk = CHUNK if patch.model.device.type == "cpu" else chunks.CHUNK
+        documents.read(patch, document, cache, chunk, advance)
     if shelf is not None and path is not None:
         try:
             with _bar("keeping what was read", cache.nbytes) as advance:

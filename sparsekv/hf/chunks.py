@@ -7,9 +7,13 @@ WHOLE = 2 * CHUNK  # up to here a prompt goes in one piece
 MIN_CHUNK = 1024  # tokens of each sequence, however many there are
 
 
-def chunk_size(batch_size: int, num_new: int) -> int | None:
-    """Tokens of each sequence to prefill at once; None: all."""
-    size = max(CHUNK // batch_size, MIN_CHUNK)
+def chunk_size(batch_size: int, num_new: int, expands: bool = False) -> int | None:
+    """Tokens of each sequence to prefill at once; None: all.
+
+    Args:
+        expands: whether every chunk expands anew all that comes before it, as latents want it: then chunks are fewer.
+    """
+    size = max((WHOLE if expands else CHUNK) // batch_size, MIN_CHUNK)
     if batch_size * num_new <= WHOLE or num_new <= size:
         return None
     return without_single(size, num_new)

@@ -21,6 +21,7 @@ from transformers.generation import (
 )
 
 from sparsekv.cache import PagedCache
+from sparsekv.cache.layer_kinds import latent_dims
 from sparsekv.cache.masks import visible_columns
 from sparsekv.config import SparseConfig
 from sparsekv.errors import CacheStateError
@@ -29,7 +30,7 @@ from sparsekv.hf.capture.decoder import CapturedDecoder, Run
 from sparsekv.hf.chunks import chunk_size
 from sparsekv.hf.notices import Notices, Reason, reason_in_cache, reason_in_model
 from sparsekv.hf.ranks import Ranks
-from sparsekv.hf.support import CACHE, CACHE_NAMES
+from sparsekv.hf.support import CACHE, CACHE_NAMES, text_config
 
 AHEAD = 8192  # new tokens of a sequence that memory is reserved for before the first: a captured step need not move
 MakeCache = Callable[[int], PagedCache]  # tokens to reserve over all sequences -> cache
@@ -71,7 +72,8 @@ def prepare_cache(
     reason = None if is_paged else _reason_for_dense(model, generation_config, model_kwargs, is_assisted)
     reason = Ranks.of(model).first(reason, "the choice of a cache")
     if reason is None:  # an assistant takes over the chunks of the model that it helps, for all its turns
-        _chunk_prefill(generation_config, model_kwargs, batch_size, is_assisted)
+        expands = latent_dims(text_config(model)) is not None
+        _chunk_prefill(generation_config, model_kwargs, batch_size, is_assisted, expands)
         if getattr(generation_config, "assistant_early_exit", None) is not None:
             make_cache(0).check_room(batch_size, max_cache_length)  # of the draft
     elif given is None or not _wants_attentions(model, vars(generation_config)):
@@ -86,7 +88,7 @@ def prepare_cache(
 
 
 def _chunk_prefill(
-    generation_config: Any, model_kwargs: dict[str, Any], batch_size: int, has_later_turns: bool
+    generation_config: Any, model_kwargs: dict[str, Any], batch_size: int, has_later_turns: bool, expands: bool
 ) -> None:
     """Lets generate prefill a long prompt of nothing but text in chunks, so that what lies between the layers stays
     small. `generation_config` is this call's own."""
@@ -99,7 +101,7 @@ def _chunk_prefill(
     if (past or has_later_turns) and not _CHUNKS_LATER_TURNS:
         return
     rows = max(batch_size, columns.shape[-2])  # expanded for beams already
-    generation_config.prefill_chunk_size = chunk_size(rows, columns.shape[-1] - past)
+    generation_config.prefill_chunk_size = chunk_size(rows, columns.shape[-1] - past, expands)
 
 
 def _past(model_kwargs: dict[str, Any]) -> int:

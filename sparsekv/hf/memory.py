@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sparsekv.cache.prefill import MAX_TOGETHER
 from sparsekv.config import SparseConfig
 from sparsekv.errors import ConfigError
 from sparsekv.hf import forecast, support
@@ -142,10 +143,10 @@ def _taken(model: Needs, config: SparseConfig, context: int, batch: int) -> Memo
     for layer in model.layers:
         count = _num_pages(layer.window, config, context, batch)
         pages, digests = pages + count * layer.page, digests + count * layer.digest + layer.fitted
-    chunk = chunk_size(batch, context)
+    chunk = chunk_size(batch, context, bool(model.expanded))
     rest = _RUNTIME + batch * ((chunk or context) * model.in_pass + context * model.expanded + model.logits)
-    if chunk is not None:  # a sequence's keys and values as they are
-        rest += context * model.read
+    if chunk is not None:  # keys and values of a sequence, or of several short ones, as they are
+        rest += max(context, min(batch * context, MAX_TOGETHER)) * model.read
     states = batch * model.states
     return Memory(context, batch, config.page_format, model.weights, pages, digests, states, rest, model.not_counted)
 

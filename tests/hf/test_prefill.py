@@ -63,6 +63,8 @@ def test_chunks_are_of_a_bounded_size_and_never_end_with_one_token(batch: int, n
     wanted = max(chunks.CHUNK // batch, 1024)
     assert wanted <= size <= wanted + 16 * 16
     assert size < num_new or num_new == wanted + 1  # in two, the second would be of one token
+    of_latents = chunks.chunk_size(batch, num_new, expands=True)
+    assert of_latents is None or max(chunks.WHOLE // batch, 1024) <= of_latents
 
 
 # -- prompts whose mask would be large
