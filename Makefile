@@ -29,8 +29,8 @@ venv: $(READY) ## make .venv: pinned dependencies and sparsekv, editable
 # The stamp is what makes a second run install nothing. torch goes first and alone, so that only it can come from
 # another index; pip then sees it installed and fetches what it depends on.
 $(READY): pyproject.toml setup.cfg constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "sparsekv is set up with Python 3.10 to 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { \
+	  echo "sparsekv is set up with Python 3.10 to 3.14; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." >&2; \
 	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = re.compile(
-    r"^(?:<!--\s*(?P<comment>.*?)\s*-->\n\n?)?^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```\s*$", re.M | re.S
+    r"^(?:<!--\s*(?P<comment>(?:(?!-->).)*?)\s*-->\n\n?)?^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```\s*$",
+    re.M | re.S,
 )
 SECTION = re.compile(r"^## (?P<title>.*)$", re.M)
 

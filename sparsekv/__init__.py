@@ -34,7 +34,7 @@ from sparsekv.errors import (
 from sparsekv.hf import Patch, Support, patch, supports, unpatch
 from sparsekv.policies import POLICIES, DecodeStep, Policy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DIGESTS",

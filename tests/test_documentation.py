@@ -19,7 +19,7 @@ def documentation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_documentation_is_made_without_a_warning(documentation: ModuleType, tmp_path: Path) -> None:
     documentation.main(tmp_path)
     start, page, api = (tmp_path / name for name in ("index.html", "docs/speed.html", "api/sparsekv.html"))
-    assert '<a href="docs/speed.html">figures</a>' in start.read_text(encoding="utf-8")
+    assert '<a href="docs/speed.html">Speed</a>' in start.read_text(encoding="utf-8")
     assert '<a href="../index.html">sparsekv</a>' in page.read_text(encoding="utf-8")
     assert "budget" in api.read_text(encoding="utf-8")
     assert (tmp_path / "evaluation/results/demo.png").exists()

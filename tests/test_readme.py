@@ -60,6 +60,7 @@ def test_shell_quickstart_is_marked_to_run() -> None:
 
 def test_blocks_are_read_with_their_comment_section_and_line() -> None:
     text = """# Title
+<!-- a table -->
 <!-- run -->
 ```bash
 make demo
@@ -81,10 +82,10 @@ c = 3
 ```
 """
     assert [(b.language, b.code, b.line, b.section, b.comment) for b in readme.blocks(text)] == [
-        ("bash", "make demo\n", 4, "", "run"),
-        ("python", "a = 1\n", 9, "Use", ""),
-        ("python", "b = 2\n", 14, "Use", "not run: needs a GPU"),
-        ("python", "c = 3\n", 19, "Use", ""),
+        ("bash", "make demo\n", 5, "", "run"),
+        ("python", "a = 1\n", 10, "Use", ""),
+        ("python", "b = 2\n", 15, "Use", "not run: needs a GPU"),
+        ("python", "c = 3\n", 20, "Use", ""),
     ]
 
 

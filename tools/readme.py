@@ -1,6 +1,6 @@
 """Puts the committed figures into README.md and docs/, so that every number there has a file behind it.
 
-python -m tools.readme          # writes them
+python -m tools.readme          # writes them, and draws the README's picture of a token
 python -m tools.readme --check  # fails if they differ
 """
 
@@ -10,19 +10,24 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsekv.evaluation.accuracy.cells import SOLVED
 from sparsekv.evaluation.accuracy.choose import Setting
 from sparsekv.evaluation.committed import RESULTS, TESTBED_RUN, Accuracy, load
+from sparsekv.evaluation.report import short
+from sparsekv.evaluation.speed.generate_points import MODES
 from sparsekv.evaluation.speed.known_models import MODELS
+from sparsekv.evaluation.speed.plots import tokens_figure
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 _SECTION = re.compile(r"(<!-- figures: (?P<name>\w+) -->\n).*?(<!-- end of figures -->)", re.S)
-_ATTENTION, _GENERATE = "attention_cuda_minmax", "generate_cuda_minmax"  # of the earlier default
+_GENERATE = "generate_cuda"
+_WAITS = ((1, 8192), (1, 32768), (1, 131072), (1, 524288), (16, 32768))  # batch and context, as far as measured
+_ATTENTION = "attention_cuda_minmax"  # of the earlier default
 _DEFAULT = "attention_cuda_minmax_sign_sketch"  # the default beside it
 _REAL_MODELS = ("smollm2", "gemma3-270m")
 _REAL_SETTINGS = (
@@ -136,26 +141,44 @@ def _is_like(row: Row, other: Row, *names: str) -> bool:
     return all(row[name] == other[name] for name in names)
 
 
-def _generate(name: str, mode: str, told: str) -> str:
-    """A row per point: the unpatched model, another mode, and ours."""
+def _waits(name: str, points: Collection[tuple[int, int]] | None = None) -> str:
+    """What a user of `generate` waits for: the first token, a token in every mode, and the memory it takes.
+
+    Args:
+        points: batch and context of the rows; None: all that the file has.
+    """
     columns = {
-        "batch": "{batch}",
-        "context": "{context:,}",
-        "unpatched, ms": "{default}",
-        f"{told}, ms": f"{{{mode}}}",
-        "sparsekv, ms": "{sparse}",
-        "faster": "{speedup:.1f}x",
-        "tokens/s": "{tokens_per_s:,.0f}",
+        "batch x context": "{where}",
+        "first token, s": "{default[first]} → {sparse[first]}",
+        "a token, ms: unpatched": "{default[token]}",
+        "static": "{static[token]}",
+        "all pages": "{all[token]}",
+        "sparsekv": "**{sparse[token]}**",
+        "dense limit": "{sparse[limit]}",
+        "GiB": "{default[memory]} → {sparse[memory]}",
     }
-    points: dict[tuple[int, int], dict[str, Any]] = {}
+    found: dict[tuple[int, int], dict[str, Any]] = {}
     for row in _load(name)["rows"]:
-        start = {"batch": row["batch"], "context": row["context"], mode: "-"}
-        found = points.setdefault((row["batch"], row["context"]), start)
-        ms = row["ms_per_token"]
-        found[row["mode"]] = row.get("error", "-") if ms is None else f"{ms:.1f}"
-        if row["mode"] == "sparse":
-            found |= {name: row.get(name) for name in ("speedup", "tokens_per_s")}
-    return _table(columns, points.values()) + _source(name)
+        where = (row["batch"], row["context"])
+        if points is None or where in points:
+            unknown = {mode: _waited({}) for mode in MODES}
+            point = found.setdefault(where, {"where": f"{where[0]} x {short(where[1])}", **unknown})
+            point[row["mode"]] = _waited(row)
+    return _table(columns, found.values()) + _source(name)
+
+
+def _waited(row: Row) -> dict[str, str]:
+    """A mode at one point. Its limit is what a step takes that reads weights and all keys and values at the memory's
+    speed."""
+    known = {**row}
+    if row.get("peak_bytes"):
+        known["gib"] = row["peak_bytes"] / 2**30
+    if row.get("weights_ms") and "stats" in row:
+        steps = row["stats"]["sparse_steps"] + row["stats"]["dense_steps"]
+        known["limit"] = row["weights_ms"] + row["stats"]["bytes_total"] / steps / row["memory_tb_per_s"] / 1e9
+    forms = {"first": "{first_token_s:.2f}", "limit": "{limit:.1f}", "memory": "{gib:.1f}"}
+    found = {name: _cell(form, known) for name, form in forms.items()}
+    return found | {"token": row.get("error") or _cell("{ms_per_token:.1f}", known)}
 
 
 def _formats_cuda() -> str:
@@ -175,7 +198,7 @@ def _formats_cuda() -> str:
 
 def _several_gpus() -> str:
     """A token of one sequence on so many GPUs, and where it goes."""
-    names = ["generate_cuda", *(f"several_gpus/generate_cuda_{ranks}_ranks" for ranks in (2, 4))]
+    names = [_GENERATE, *(f"several_gpus/generate_cuda_{ranks}_ranks" for ranks in (2, 4))]
     columns = {
         "GPUs": "{ranks}",
         "context": "{context:,}",
@@ -200,7 +223,7 @@ def _default_cuda(is_short: bool = False) -> str:
         "context": "{context:,}",
         "SDPA, us": "{sdpa_us:.1f}",
         "min/max, us": "{minmax:.1f}",
-        "default, us": "{sparse_us:.1f}",
+        "sparsekv, us" if is_short else "default, us": "{sparse_us:.1f}",
         "faster": "{speedup:.1f}x",
         "floor, us": "{floor_us:.1f}",
     }
@@ -208,7 +231,9 @@ def _default_cuda(is_short: bool = False) -> str:
     rows = [row for row in rows if _is_like(row, rows[0], "geometry")]
     minmax = {(row["batch"], row["context"]): row["sparse_us"] for row in rows if row["digest"] == "minmax"}
     found = [row | {"minmax": minmax[row["batch"], row["context"]]} for row in rows if row["digest"] != "minmax"]
-    found = [row for row in found if not is_short or (row["context"] in (2048, 32768, 131072) and row["batch"] != 4)]
+    if is_short:
+        del columns["min/max, us"]
+        found = [row for row in found if row["context"] in (2048, 32768, 131072) and row["batch"] != 4]
     return _table(columns, found) + _source(_DEFAULT)
 
 
@@ -301,8 +326,9 @@ _TABLES: dict[str, Callable[[], str]] = {
     "demo": _demo,
     "attention_cpu": _attention_cpu,
     "attention_cuda": _attention_cuda,
-    "generate_cuda": lambda: _generate(_GENERATE, "static", "static"),
-    "generate_default": lambda: _generate("generate_cuda", "all", "every page"),
+    "waits": lambda: _waits(_GENERATE, _WAITS),
+    "all_waits": lambda: _waits(_GENERATE),
+    "waits_minmax": lambda: _waits(f"{_GENERATE}_minmax"),
     "default_cuda": _default_cuda,
     "default_cuda_short": lambda: _default_cuda(is_short=True),
     "several_gpus": _several_gpus,
@@ -327,6 +353,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{page.name} differs from the committed results: run python -m tools.readme", file=sys.stderr)
             return 1
         page.write_text(new)
+    if not args.check:
+        tokens_figure(_load(_GENERATE)["rows"]).savefig(RESULTS / f"{_GENERATE}.png")
     return 0
 
 

@@ -521,13 +521,14 @@ def test_the_plot_is_drawn_from_whatever_was_measured(rows: list[dict[str, Any]]
 
 def test_the_readme_can_show_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    section = "<!-- figures: generate_cuda -->\nas before\n<!-- end of figures -->"
-    (tmp_path / "generate_cuda_minmax.json").write_text(
-        json.dumps({**circumstances("the command"), "rows": made_rows()})
-    )
+    section = "<!-- figures: all_waits -->\nas before\n<!-- end of figures -->"
+    rows = made_rows()
+    rows[0]["stats"] = {"sparse_steps": 9, "dense_steps": 1, "bytes_total": 160e9}
+    rows[0] |= {"weights_ms": 3.0, "memory_tb_per_s": 4.0}
+    (tmp_path / "generate_cuda.json").write_text(json.dumps({**circumstances("the command"), "rows": rows}))
     shown = readme.render(section)
-    assert "| 1 | 131,072 | 46.0 | - | 6.0 | 7.7x | 167 |" in shown
-    assert "| 16 | 131,072 | out of memory | - | 12.0 | - | 1,333 |" in shown
+    assert "| 1 x 128k | 123.45 → 123.45 | 46.0 | - | - | **6.0** | 7.0 | 40.0 → 40.0 |" in shown
+    assert "| 16 x 128k | 123.45 → 123.45 | out of memory | - | - | **12.0** | - | 40.0 → 40.0 |" in shown
     assert "the command" in shown
     assert "as before" not in shown
 
