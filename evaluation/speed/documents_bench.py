@@ -86,7 +86,7 @@ def _measured(patch: Patch, path: Path, context: int, repeats: int) -> dict[str,
     """A row, in seconds and gigabytes."""
     ids = torch.randint(patch.model.config.get_text_config().vocab_size, (1, context), device="cpu")
     cache, timed = patch.new_cache(context + _MORE), partial(_seconds, patch.model.device)
-    seconds = {"read": timed(partial(read, patch.model, ids, cache))}
+    seconds = {"read": timed(partial(read, patch, ids, cache))}
     seconds["save"] = _median([timed(partial(cache.save, path)) for _ in range(repeats)])
     for name, then in (("cp", "true"), ("cp and sync", f"sync '{path}.copy'")):
         seconds[name] = _median([_copied(path, then) for _ in range(repeats)])

@@ -39,8 +39,9 @@ class AttentionName(str):
     """The attention that a model names itself, under which the interfaces find our functions.
 
     Model code asks which attention it runs with (`==`, `in ("eager", "sdpa")`, `"flash" in`), and does something else
-    for each: so the text is the model's own answer. Only the hash differs, by which the interfaces, which are
-    dictionaries, find our functions, and for plain strings those that were there.
+    for each: so the text is the model's own answer. The hash is that of another text, `key`, to which the name is
+    equal as well: so the interfaces, which are dictionaries, find our functions, and for plain strings those that
+    were there. Their keys are plain strings, too: `torch.compile` of any model cuts its graph where it meets others.
 
     Making one registers the functions; models whose config holds plain strings are not affected. It takes the place
     of the string in the config (which transformers never saves), so no attribute is added that could leak into a
@@ -48,21 +49,27 @@ class AttentionName(str):
 
     Attributes:
         original: the text; None: the config named none.
+        key: under which the interfaces have our functions.
         is_special: whether the model's attention has softcaps or sinks, for which transformers has only "eager".
     """
 
     original: str | None
+    key: str
     is_special: bool
 
     def __new__(cls, original: str | None, is_special: bool = False) -> AttentionName:
         name = super().__new__(cls, original or "eager")
         name.original, name.is_special = None if original is None else str(original), is_special
-        AttentionInterface.register(name, sparsekv_attention)
-        AttentionMaskInterface.register(name, sparsekv_mask)
+        name.key = f"sparsekv:{name}"
+        AttentionInterface.register(name.key, sparsekv_attention)
+        AttentionMaskInterface.register(name.key, sparsekv_mask)
         return name
 
     def __hash__(self) -> int:
-        return hash(("sparsekv", str(self)))
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or str.__eq__(self.key, other) is True
 
     def __reduce__(self) -> tuple[type[AttentionName], tuple[str | None, bool]]:
         return type(self), (self.original, self.is_special)

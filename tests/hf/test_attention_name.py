@@ -125,6 +125,13 @@ def test_the_name_is_the_models_own_and_leads_to_our_functions(own, tiny) -> Non
     assert type(model.config._attn_implementation) is str
 
 
+def test_what_is_left_behind_does_not_hinder_torch_compile(tiny) -> None:
+    """It follows a model into these dictionaries, and cuts its graph in every layer at a key that is no plain string."""
+    with sparsekv.patch(tiny("llama")):
+        keys = {*ALL_ATTENTION_FUNCTIONS.valid_keys(), *ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()}
+    assert {type(key) for key in keys} == {str}
+
+
 def test_a_flash_attention_is_loaded_by_its_plain_name(tiny, prompt, monkeypatch) -> None:
     """As transformers looks up in a dictionary where that comes from, also after another one was loaded."""
     asked = []
