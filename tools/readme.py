@@ -62,8 +62,10 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def _table(columns: Mapping[str, str], rows: Iterable[Row]) -> str:
-    """A line per row; `columns` are the format strings of its cells, by heading."""
-    return _markdown(list(columns), [[_cell(form, row) for form in columns.values()] for row in rows])
+    """A line per row; `columns` are the format strings of its cells, by heading. One without a figure is left out."""
+    rows = list(rows)
+    shown = {name: form for name, form in columns.items() if any(_cell(form, row) != "-" for row in rows)}
+    return _markdown(list(shown), [[_cell(form, row) for form in shown.values()] for row in rows])
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -164,6 +166,8 @@ def _waits(name: str, points: Collection[tuple[int, int]] | None = None) -> str:
             unknown = {mode: _waited({}) for mode in MODES}
             point = found.setdefault(where, {"where": f"{where[0]} x {short(where[1])}", **unknown})
             point[row["mode"]] = _waited(row)
+    if all(point["sparse"]["memory"] == "-" for point in found.values()):
+        del columns["GiB"]
     return _table(columns, found.values()) + _source(name)
 
 
@@ -179,6 +183,19 @@ def _waited(row: Row) -> dict[str, str]:
     forms = {"first": "{first_token_s:.2f}", "limit": "{limit:.1f}", "memory": "{gib:.1f}"}
     found = {name: _cell(form, known) for name, form in forms.items()}
     return found | {"token": row.get("error") or _cell("{ms_per_token:.1f}", known)}
+
+
+def _first_tokens() -> str:
+    """The first token of one sequence: unpatched, after a dense prompt, and after sparse ones."""
+    names = _GENERATE, "first_token_cuda"
+    columns = {"context": "{context:,}", "unpatched, s": "{default:.2f}", "sparsekv, s": "{sparse:.2f}"}
+    columns |= {f"sparse, {mass}, s": f"{{{mass}:.2f}}" for mass in ("mass 25%", "mass 10%")}
+    points: dict[int, dict[str, Any]] = {row["context"]: {**row} for row in _load(names[1])["rows"]}
+    for row in (row for name in names for row in _load(name)["rows"]):
+        if row["batch"] == 1 and row["context"] in points:
+            name = f"mass {row['prefill_mass']:.0%}" if "prefill_mass" in row else row["mode"]
+            points[row["context"]][name] = row["first_token_s"]
+    return _table(columns, points.values()) + _source(names[1])
 
 
 def _formats_cuda() -> str:
@@ -209,9 +226,9 @@ def _several_gpus() -> str:
     columns["GB a GPU"] = "{gigabytes:.1f}"
     rows = [row for name in names for row in _load(name)["rows"] if row["mode"] == "sparse"]
     found = [
-        {**row, **row["split_ms"], "gigabytes": row["peak_bytes"] / 1e9}
+        {**row, **row["split_ms"], "gigabytes": row["peak_bytes"] and row["peak_bytes"] / 1e9}
         for row in sorted(rows, key=lambda row: row["context"])
-        if row["batch"] == 1 and row["context"] > 1024
+        if row["batch"] == 1 and row["context"] in (32768, 131072)
     ]
     return _table(columns, found) + "".join(map(_source, names))
 
@@ -328,6 +345,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attention_cuda": _attention_cuda,
     "waits": lambda: _waits(_GENERATE, _WAITS),
     "all_waits": lambda: _waits(_GENERATE),
+    "first_tokens": _first_tokens,
     "waits_minmax": lambda: _waits(f"{_GENERATE}_minmax"),
     "default_cuda": _default_cuda,
     "default_cuda_short": lambda: _default_cuda(is_short=True),
