@@ -25,7 +25,6 @@ import sparsekv
 from sparsekv import POLICIES, Patch
 from sparsekv.cache import plain_layers
 from sparsekv.command_line import choose_device, new_console
-from sparsekv.testing.timing import synchronize
 
 from .generate_clock import Clock, Counts, check_counts, split_ms
 from .generate_file import ResultFile
@@ -115,13 +114,14 @@ class GenerateBench:
                 self.is_warm = False
 
     def _measure(self, where: Point, name: str, patch: Patch | None) -> Row:
-        options = self.options
+        options, in_use = self.options, _in_use(self.device)  # before a patch keeps pages for the next call
         if patch is not None and self.device.type == "cuda":
             beginning = replace(where, context=min(where.context, _MAX_READ_TWICE // where.batch))
             self._generate(beginning, 1, Clock(self.device, (), dict))
         at = (1, options.first_tokens, options.new_tokens)
         clock = Clock(self.device, at, lambda: _count(patch))
         peak = self._generate(where, options.new_tokens, clock, **MODES[name].options)
+        peak = None if peak is None else peak - in_use
         start, first, steady, last = clock.times
         ms = (last - steady) * 1e3 / options.timed_tokens
         row: Row = {
@@ -135,12 +135,13 @@ class GenerateBench:
         return row if patch is None else row | self._proof(where, name, patch, clock, ms)
 
     def _generate(self, where: Point, new_tokens: int, clock: Clock, **options: Any) -> int | None:
-        """Calls `generate`; returns the most bytes that it took beyond what was in use, on a GPU."""
+        """Calls `generate`; returns the most bytes that were in use meanwhile, on a GPU."""
         ids = prompt(where, self.subject.text.vocab_size).to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
         free(self.device)
         gc.freeze()  # what modes before this one have made is not gone over, again and again, while this one is timed
-        in_use = _start_memory(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         clock.start()
         try:
             self.subject.model.generate(
@@ -148,7 +149,7 @@ class GenerateBench:
             )
         finally:
             gc.unfreeze()
-        return torch.cuda.max_memory_allocated(self.device) - in_use if self.device.type == "cuda" else None
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def _reads(self, where: Point, patch: Patch | None, ms: float) -> Row:
         """The bytes of the cache, and those that a token reads: weights, and of the cache what the counters say."""
@@ -232,13 +233,9 @@ def prompt(where: Point, vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, (where.batch, where.context), generator=generator)
 
 
-def _start_memory(device: torch.device) -> int:
-    """Bytes in use, from where the peak is counted."""
-    if device.type != "cuda":
-        return 0
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+def _in_use(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are in use, from where a peak is counted."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def sweep(bench: GenerateBench, save: Callable[[Sequence[Row]], object], console: Console) -> list[Row]:
