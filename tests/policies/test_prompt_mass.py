@@ -10,7 +10,7 @@ from sparsekv import SparseConfig
 from sparsekv.ops import prompt
 from sparsekv.policies import POLICIES, PromptChunk, prompt_mass
 
-SIZE, NUM_ASKED = 32, prompt_mass.NUM_ASKED
+SIZE, STEP = 32, 32 // prompt_mass.NUM_ASKED
 # query heads, kv heads, tokens before the chunk, tokens with it
 CHUNKS = {"whole": (4, 2, 0, 170), "a chunk": (2, 2, 64, 192), "cut within blocks": (4, 1, 75, 130)}
 
@@ -21,20 +21,15 @@ def chunk_of(hq: int, hkv: int, past: int, n: int, **settings: Any) -> PromptChu
 
 
 def by_single_queries(chunk: PromptChunk) -> Tensor:
-    """Of each block those queries whose logits of the first tokens are the least; if there are too few, the last one
-    stands for the others."""
     key = chunk.key.repeat_interleave(chunk.query.shape[1] // chunk.key.shape[1], dim=1)
     shares, n = torch.zeros(*chunk.query.shape[:2], chunk.num_query_blocks, chunk.num_key_blocks), key.shape[2]
-    for row, head, i in torch.cartesian_prod(*map(torch.arange, shares.shape[:3])).tolist():
-        start = (chunk.first_block + i) * SIZE
-        block = range(max(start, chunk.past), min(start + SIZE, n))
-        query, keys = chunk.query[row, head] * chunk.scaling, key[row, head]
-        given = {p: float((keys[: prompt_mass.SINK_TOKENS] @ query[p - chunk.past]).logsumexp(0)) for p in block}
-        asked = sorted(block, key=given.__getitem__)[:NUM_ASKED]
-        for p in asked + [n - 1] * (NUM_ASKED - len(asked)):
-            logits = keys[SIZE : p + 1] @ query[p - chunk.past]
-            for j, share in enumerate(logits.softmax(-1).split(SIZE), 1):
-                shares[row, head, i, j] += share.sum() / NUM_ASKED
+    for i in range(chunk.num_query_blocks):
+        block = range(max((chunk.first_block + i) * SIZE, chunk.past), min((chunk.first_block + i + 1) * SIZE, n))
+        asked = [p for p in block if p >= SIZE and ((p + 1) % STEP == 0 or p == n - 1)]
+        for p in asked:
+            logits = chunk.query[:, :, p - chunk.past, None] @ key[:, :, SIZE : p + 1].mT * chunk.scaling
+            for j, share in enumerate(logits[:, :, 0].softmax(-1).split(SIZE, dim=-1), 1):
+                shares[:, :, i, j] += share.sum(-1) / len(asked)
     return shares
 
 
