@@ -74,6 +74,7 @@ class Session:
         }
         self._circumstances = circumstances(command)
         self._of_prompts: Search | None = None
+        self._answer = ""  # told last
 
     def run(self) -> bool:
         """Searches, prints and writes; returns whether a setting is known to meet the tolerance. Where it is
@@ -120,10 +121,13 @@ class Session:
                 list(self._of_prompts.by_digest())
 
     def _tell_best(self, search: Search, count: int) -> None:
-        """The best so far; also written, if it is known to meet the tolerance."""
+        """The best so far, where it has become another; also written, if it is known to meet the tolerance."""
         if search.best is not None:
             search.best.config.save(self.out)
-        self.console.print(f"{count} documents: {_told(search.best or search.closest)}")
+        answer = f"{count} documents: {_told(search.best or search.closest)}"
+        if answer != self._answer:
+            self.console.print(answer)
+        self._answer = answer
 
     def _show(self, search: Search, ledger: Ledger) -> None:
         """The table, and the picture beside the settings."""
