@@ -39,7 +39,7 @@ from .tables import print_tokens, token_line
 Result = TypeVar("Result")
 
 _WARMUP_BEYOND = 64  # tokens by which the warm-up's prompt exceeds the budget
-_MAX_READ_TWICE = 131_072  # tokens of a prompt, over the batch: of longer ones, planning takes a small share
+_MAX_READ_TWICE = 131_072  # tokens of a sequence: of longer ones, planning takes a small share
 _READS = 20  # of the memory, of which the median is its speed
 _TIMES = ("ms_per_token", "first_token_s", "first_steps_s", "tokens_per_s")
 
@@ -116,7 +116,7 @@ class GenerateBench:
     def _measure(self, where: Point, name: str, patch: Patch | None) -> Row:
         options, in_use = self.options, _in_use(self.device)  # before a patch keeps pages for the next call
         if patch is not None and self.device.type == "cuda":
-            beginning = replace(where, context=min(where.context, _MAX_READ_TWICE // where.batch))
+            beginning = replace(where, context=min(where.context, _MAX_READ_TWICE))
             self._generate(beginning, 1, Clock(self.device, (), dict))
         at = (1, options.first_tokens, options.new_tokens)
         clock = Clock(self.device, at, lambda: _count(patch))
