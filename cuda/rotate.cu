@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(256)
            u16* query_out,    // [b, hq, t, d]
            u16* key_out,      // [b, hkv, t, d]
            i64 query_batch, i64 query_head, i64 query_token, i64 key_batch, i64 key_head, i64 key_token,
-           i64 cos_batch,  // 0: the same for all rows
+           i64 cos_batch,                                          // 0: the same for all rows
            int num_q_heads, int num_kv_heads, int d, int turns) {  // turns: channels of cos
     wait_for_previous_kernel();
     let_next_kernel_start();
