@@ -41,7 +41,7 @@ class AttentionName(str):
     Model code asks which attention it runs with (`==`, `in ("eager", "sdpa")`, `"flash" in`), and does something else
     for each: so the text is the model's own answer. The hash is that of another text, `key`, to which the name is
     equal as well: so the interfaces, which are dictionaries, find our functions, and for plain strings those that
-    were there. Their keys are plain strings, too: `torch.compile` of any model cuts its graph where it meets others.
+    were there. Their keys are plain strings, too, since `torch.compile` follows every model into them.
 
     Making one registers the functions; models whose config holds plain strings are not affected. It takes the place
     of the string in the config (which transformers never saves), so no attribute is added that could leak into a

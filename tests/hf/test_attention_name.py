@@ -126,7 +126,7 @@ def test_the_name_is_the_models_own_and_leads_to_our_functions(own, tiny) -> Non
 
 
 def test_what_is_left_behind_does_not_hinder_torch_compile(tiny) -> None:
-    """It follows a model into these dictionaries, and cuts its graph in every layer at a key of another type."""
+    """It follows a model into these dictionaries, and may cut its graph, in every layer, at a key of another type."""
     with sparsekv.patch(tiny("llama")):
         keys = {*ALL_ATTENTION_FUNCTIONS.valid_keys(), *ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()}
     assert {type(key) for key in keys} == {str}
