@@ -25,7 +25,10 @@ from sparsekv.config import PREFILLS, SparseConfig
 from sparsekv.errors import ConfigError, SparseKVError, UnknownNameError, did_you_mean
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-EXIT_CODES = "exit codes: 0 done, 1 an error (named on stderr), 2 a misspelt command line, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 an error (named on stderr), 2 a misspelt command line, 3 calibrate found no setting, "
+    "130 interrupted"
+)
 
 BYTE_ORDER_MARK = "\ufeff"  # what Windows programs begin a text with
 Run = Callable[[argparse.Namespace, str], int]  # options, the command as it was typed -> exit code

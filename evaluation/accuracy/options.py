@@ -213,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=positive, metavar="TOKENS", help="tokens per page (default 16)")
     add(
         "--dense-layers", nargs="+", type=int, metavar="N",
-        help="the first so many layers read everything (default 2); of several, methods are measured with each",
+        help="the first so many layers read everything (default 0); of several, methods are measured with each",
     )  # fmt: skip
     add("--sinks", type=int, metavar="TOKENS", help="first tokens that are always read (default 4)")
     add(
